@@ -92,7 +92,7 @@ class DiscreteVAE(nn.Module):
         deepest = widths[-1]
 
         encoder: list[nn.Module] = []
-        for width_in, width_out in zip([channels, *widths], widths):
+        for width_in, width_out in zip([channels, *widths], widths, strict=False):
             encoder.append(nn.Sequential(nn.Conv1d(width_in, width_out, 3, stride=2, padding=1), nn.ReLU()))
         encoder += [ResBlock(deepest) for _ in range(num_resnet_blocks)]
         encoder.append(nn.Conv1d(deepest, codebook_dim, 1))
@@ -103,7 +103,7 @@ class DiscreteVAE(nn.Module):
             decoder += [ResBlock(deepest) for _ in range(num_resnet_blocks)]
         mirrored = widths[::-1]
         first = deepest if num_resnet_blocks else codebook_dim
-        for width_in, width_out in zip([first, *mirrored], mirrored):
+        for width_in, width_out in zip([first, *mirrored], mirrored, strict=False):
             decoder.append(nn.Sequential(UpsampledConv(width_in, width_out), nn.ReLU()))
         decoder.append(nn.Conv1d(hidden_dim, channels, 1))
 

@@ -1,6 +1,7 @@
 """TorToiSe's autoregressive model on torch.nn and transformers' GPT2Model, with the released checkpoint's key names.
 
-Axis letters: b batch, r clips of one row, m mel bands, t frames, d width, s text tokens, n codes, h heads, c head width.
+Axis letters: b batch, r clips of one row, m mel bands, t frames, d width, s text tokens, n codes, h heads, c head
+width.
 """
 
 from __future__ import annotations
@@ -329,11 +330,13 @@ class UnifiedVoice(nn.Module):
         Conditioning (d,), text (s,) with its extra 0, codes (n,) -> codes (max_codes,), hidden states (kept, d), cut
         where the ninth silence in a row stands. Codes without a stop (n = max_codes) are not repaired.
         """
-        codes = F.pad(codes, (0, max_codes - codes.shape[0]), value=self.stop_mel_token)
+        if codes.shape[0] > max_codes:
+            raise ValueError(f"{codes.shape[0]} codes do not fit into max_codes={max_codes}")
+        codes = torch.cat([codes, codes.new_full((max_codes - codes.shape[0],), self.stop_mel_token)])
         stops = (codes == self.stop_mel_token).nonzero()
         if len(stops):
             codes[stops[0, 0] :] = silence
-            codes[-3:] = torch.tensor(ending)
+            codes[-3:] = codes.new_tensor(ending)
         text_row, text_lengths, code_row, wav_lengths = one_row(text, codes)
         hidden = self.latent(conditioning[None], text_row, text_lengths, code_row, wav_lengths, clip_inputs=False)[0]
         silent = 0
