@@ -158,6 +158,8 @@ def test_dvae_training_step_uses_the_old_codebook_and_passes_gradients_straight_
     assert torch.allclose(commit_loss, (encoder_out - quantized).pow(2).mean())
     assert not torch.equal(dvae.codebook.embed, old_embed)
     recon_loss.backward()
+    smooth_loss = tiny_dvae().train_forward(mel, smooth_l1=True)[0]
+    assert torch.allclose(smooth_loss, F.smooth_l1_loss(decoded, mel))
     assert all(parameter.grad.abs().max() > 0 for parameter in dvae.parameters())
 
 
@@ -187,6 +189,15 @@ def test_conditioning_is_the_mean_of_the_clips_and_depends_on_padding(model: Uni
     single = torch.stack([model.conditioning_latent(clips[:, i : i + 1]) for i in range(2)])
     assert relative_error(model.conditioning_latent(clips), single.mean(0)) < 1e-6
     assert relative_error(model.conditioning_latent(F.pad(clips, (0, 8))), single.mean(0)) > 1e-2
+
+
+def test_conditioning_is_read_at_the_first_frame(model: UnifiedVoice) -> None:
+    clip = random_batch(model, seed=0)["cond_mel"][:1, :1]
+    vector = model.conditioning_latent(clip)
+    # The encoder has no positions: swapping later frames changes nothing, swapping the first one does.
+    assert relative_error(model.conditioning_latent(clip.roll(5, -1)), vector) > 1e-2
+    later_reversed = torch.cat([clip[..., :1], clip[..., 1:].flip(-1)], dim=-1)
+    assert relative_error(model.conditioning_latent(later_reversed), vector) < 1e-5
 
 
 # Upstream's batches
