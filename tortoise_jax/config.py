@@ -1,0 +1,125 @@
+"""A run's configuration: from a Python file and --config.field flags, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import ar
+from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.layers import ATTENTION_IMPLEMENTATIONS, Compute
+from tortoise_jax.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+
+DTYPES = ("auto", "float32", "bfloat16")
+# What a resumed run may not change: the state on disk would not fit, or the data order would break.
+FIXED = ("seed", "batch_size", "optimizer.name", "optimizer.freeze")
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
+flags.DEFINE_string("workdir", "", "the run's directory (default: runs/NAME, the data's name)")
+flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where a run has several hosts and none was found")
+flags.DEFINE_integer("num_processes", 0, "hosts of the run, with --coordinator")
+flags.DEFINE_integer("process_id", -1, "this host's number, with --coordinator")
+
+
+def parse(argv: list[str]) -> ConfigDict:
+    """The command line's configuration. Raises UserError for anything unknown or of a wrong type."""
+    try:
+        rest = FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        text = str(error.args[0] if error.args else error).splitlines()[0]
+        raise UserError(f"command line: {text}") from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --, see --help")
+    if FLAGS.config is None:
+        raise UserError("which configuration? e.g. --config configs/ar.py")
+    if not isinstance(FLAGS.config, ConfigDict):
+        raise UserError("--config: get_config() must return an ml_collections ConfigDict, as configs/ar.py does")
+    check(FLAGS.config)
+    return FLAGS.config
+
+
+def show_help_and_exit(argv: list[str]) -> None:
+    """--help lists this program's own flags and the fields of the recipe, not absl's hundred."""
+    if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
+        print("usage: python train.py --config FILE [--config.FIELD=VALUE …] [--workdir RUN]\n")
+        for name in ("config", "workdir", "coordinator", "num_processes", "process_id"):
+            print(f"  --{name:14} {FLAGS[name].help}")
+        print("\nfields, with configs/ar.py's values (its comments say what each is for):\n")
+        for name, value in flat(ar.get_config()).items():
+            print(f"  --config.{name}={value}")
+        sys.exit(0)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field names -> values."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = hasattr(value, "items")
+        fields |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return fields
+
+
+def check(config: ConfigDict) -> None:
+    """Every field must be one of configs/ar.py's, of its type, and in its range."""
+    known = flat(ar.get_config())
+    given = flat(config)
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"config: unknown field {name}{did_you_mean(name, known)}")
+        if isinstance(known[name], float) and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        if not isinstance(value, type(known[name])):
+            raise UserError(
+                f"config: {name} is {value!r}, expected {type(known[name]).__name__} such as {known[name]!r}"
+            )
+    for name in known:
+        if name not in given:
+            raise UserError(f"config: field {name} is missing; start from configs/ar.py's get_config()")
+    choices = {
+        "dtype": DTYPES,
+        "attention": ATTENTION_IMPLEMENTATIONS,
+        "optimizer.name": OPTIMIZERS,
+        "optimizer.schedule": SCHEDULES,
+    }
+    for name, allowed in choices.items():
+        if given[name] not in allowed:
+            raise UserError(f"config: {name} is {given[name]!r}, expected one of {', '.join(allowed)}")
+    for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "keep_last", "conditioning_clips"):
+        if given[name] < 1:
+            raise UserError(f"config: {name} is {given[name]}, expected at least 1")
+    for name in ("embed_dropout", "residual_dropout", "attention_dropout"):
+        if not 0 <= given[name] < 1:
+            raise UserError(f"config: {name} is {given[name]}, expected 0 up to below 1")
+    if given["attention_dropout"] and given["attention"] != "plain":
+        raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
+
+
+def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:
+    """How the model is computed, with `dtype` in place of "auto"."""
+    return Compute(
+        dtype=dtype if config.dtype == "auto" else config.dtype,
+        remat=config.remat,
+        unroll=unroll,
+        embed_dropout=config.embed_dropout,
+        residual_dropout=config.residual_dropout,
+        attention_dropout=config.attention_dropout,
+        attention=config.attention,
+    )
+
+
+def optimizer(config: ConfigDict) -> OptimizerConfig:
+    fields = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
+    values = {name: config.optimizer[name] for name in fields}
+    values["milestones"] = tuple(values["milestones"])
+    return OptimizerConfig(**values, total_steps=config.steps)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """"field: old -> new" for each field that differs."""
+    names = [name for name in now if before.get(name) != now[name]]
+    return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names]

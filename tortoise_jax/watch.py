@@ -1,0 +1,58 @@
+"""What a person watches while training: one progress line, TensorBoard, and lines for what matters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from tortoise_jax.audio import SAMPLES_PER_CODE, SAMPLE_RATE
+
+SMOOTHING = 0.9
+
+
+class Watch:
+    """Writes for the main host; silent on the others."""
+
+    def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
+        self.active = active
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None) if active else None
+        self.bar = tqdm(
+            total=steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not active, desc="training"
+        )
+        self.smoothed: float | None = None
+        self.clock = time.perf_counter()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+    def say(self, line: str) -> None:
+        if self.active:
+            tqdm.write(line)
+
+    def step(self, step: int, metrics: Mapping[str, float], clips: int, log: bool) -> None:
+        """One finished step: moves the bar; with `log`, writes the metrics to TensorBoard."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        loss = metrics["loss/mel"]
+        self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
+        speech = metrics["mel_count"] * SAMPLES_PER_CODE / SAMPLE_RATE
+        self.bar.set_postfix_str(f"mel loss {loss:.3f} (trend {self.smoothed:.3f}), {clips / seconds:.1f} clips/s")
+        self.bar.update(1)
+        if log and self.writer:
+            rates = {"rate/clips_per_second": clips / seconds, "rate/speech_per_second": speech / seconds}
+            self.scalars(step, dict(metrics) | rates)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
