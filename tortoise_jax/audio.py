@@ -154,10 +154,7 @@ def hann_window() -> np.ndarray:
 @functools.cache
 def mel_filters() -> np.ndarray:
     """The triangular mel filters, float32 (80, 513): HTK scale, 0 to 8000 Hz, each of unit area in Hz."""
-    return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MEL_BANDS, **_MEL_SCALE)
-
-
-_MEL_SCALE = {"fmin": 0.0, "fmax": MEL_MAX_HZ, "htk": True, "norm": "slaney"}
+    return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MEL_BANDS, fmax=MEL_MAX_HZ, htk=True, norm="slaney")
 
 
 def default_mel_norms() -> np.ndarray:
@@ -179,7 +176,7 @@ def griffin_lim(mel: np.ndarray | jax.Array, mel_norms: np.ndarray | jax.Array, 
         return np.zeros(0, np.float32)
     log_power = np.clip(mel * np.asarray(mel_norms), np.log(LOG_FLOOR), DRAFT_MAX_LOG)
     magnitude = librosa.feature.inverse.mel_to_stft(
-        np.exp(log_power).T, sr=SAMPLE_RATE, n_fft=N_FFT, power=2.0, **_MEL_SCALE
+        np.exp(log_power).T, sr=SAMPLE_RATE, n_fft=N_FFT, power=2.0, fmax=MEL_MAX_HZ, htk=True, norm="slaney"
     )
     waveform = librosa.griffinlim(
         magnitude, n_iter=iterations, hop_length=HOP, n_fft=N_FFT, length=(len(mel) - 1) * HOP, random_state=0
