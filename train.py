@@ -18,8 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tortoise_jax.prepare import prepare
 
 from tortoise_jax import batches, config, parallel, stopping
+from tortoise_jax.batches import TrainingPlan, ValidationPlan
 from tortoise_jax.checkpoint import (
     CARD,
     Pretrained,
@@ -35,12 +37,12 @@ from tortoise_jax.dataset import Dataset
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.loss import means, total_loss
 from tortoise_jax.optimizer import learning_rate_schedule, make_optimizer
-from tortoise_jax.prepare import prepare
 from tortoise_jax.step import Recipe, TrainState, eval_step, initial_state, train_step
 from tortoise_jax.unified_voice import UnifiedVoice
 from tortoise_jax.watch import Watch
 
 CONFIG = "config.json"
+Plan = TrainingPlan | ValidationPlan
 SKIPS_BEFORE_GIVING_UP = 10
 
 
@@ -113,18 +115,17 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     return dataset
 
 
-def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[batches.Plan, batches.Plan]:
+def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[TrainingPlan, ValidationPlan]:
     """Which clips are in which batch: training shuffled by the seed, validation always alike."""
     unit = parallel.device_count() * settings.accumulation
-    train_clips, validation_clips = dataset.split("train"), dataset.split("validation")
-    if not len(train_clips):
-        raise UserError(f"{dataset.path} has no training clips")
-    plan = batches.Plan.for_training(dataset, train_clips, settings.batch_size, settings.seed, unit)
-    validation = batches.Plan.for_validation(dataset, validation_clips, settings.batch_size, unit)
-    if plan.batch_size < settings.batch_size:
-        say(f"batch: {settings.batch_size} asked for, {plan.batch_size} used: the data set has no more training clips")
+    clips = {split: dataset.split(split) for split in ("train", "validation")}
+    lengths = {split: batches.row_lengths(dataset, split) for split in clips}
+    plan = batches.TrainingPlan(clips["train"], lengths["train"], settings.batch_size, settings.seed, unit=unit)
+    validation = batches.ValidationPlan(clips["validation"], lengths["validation"], settings.batch_size, unit=unit)
+    if plan.note:
+        say(plan.note)
     say(
-        f"data: {dataset.path}: {len(train_clips)} clips to train on, {len(validation_clips)} held out; "
+        f"data: {dataset.path}: {len(clips['train'])} clips to train on, {len(clips['validation'])} held out; "
         f"{plan.batches_per_epoch} steps an epoch"
     )
     return plan, validation
@@ -195,8 +196,8 @@ def train(
     state: TrainState,
     checkpoints: RunCheckpoints,
     dataset: Dataset,
-    plan: batches.Plan,
-    validation: batches.Plan,
+    plan: TrainingPlan,
+    validation: ValidationPlan,
     stop: Callable[[], bool],
 ) -> bool:
     """Runs to `settings.steps`; False where a signal ended it before."""
@@ -231,9 +232,7 @@ def train(
     return True
 
 
-def feed_batch(
-    settings: ConfigDict, recipe: Recipe, dataset: Dataset, plan: batches.Plan, step: int
-) -> dict[str, np.ndarray]:
+def feed_batch(settings: ConfigDict, recipe: Recipe, dataset: Dataset, plan: Plan, step: int) -> dict[str, np.ndarray]:
     """This host's part of a step's batch, laid out for its devices."""
     length, indices = plan.batch(step)
     batch = batches.make_batch(
@@ -243,7 +242,7 @@ def feed_batch(
         rows=plan.rows,
         config=recipe.model.config,
         seed=settings.seed,
-        step=step if plan.training else None,
+        step=step,
         conditioning_clips=settings.conditioning_clips,
         host=parallel.host_rows(plan.rows),
     )
@@ -256,8 +255,8 @@ def evaluate(
     recipe: Recipe,
     eval_fn: Callable[..., Any],
     state: TrainState,
-    feed: Callable[[batches.Plan, int], dict[str, np.ndarray]],
-    validation: batches.Plan,
+    feed: Callable[[Plan, int], dict[str, np.ndarray]],
+    validation: ValidationPlan,
 ) -> float | None:
     """The loss over all held-out clips, without dropout, with fixed conditioning; None where there are none."""
     if not validation.batches_per_epoch:

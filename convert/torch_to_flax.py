@@ -10,8 +10,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.torch_files import read_state_dict
 from tortoise_jax import state_dict
 from tortoise_jax.audio import default_mel_norms

@@ -1,3 +1,33 @@
-"""Fine-tuning for the TorToiSe text-to-speech model in JAX/Flax."""
+"""Fine-tuning for the TorToiSe text-to-speech model in JAX/Flax. `load` is the way in; see api.py."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Loaded on first use, so that `import tortoise_jax` and the command lines' --help stay quick.
+_PUBLIC = {
+    "load": "api",
+    "Tortoise": "api",
+    "read_audio": "audio",
+    "log_mel": "audio",
+    "DiscreteVAE": "dvae",
+    "UnifiedVoice": "unified_voice",
+    "Tokenizer": "text",
+    "Dataset": "dataset",
+    "loss_sums": "loss",
+    "UserError": "errors",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

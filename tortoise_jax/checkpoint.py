@@ -196,7 +196,9 @@ def read_card(path: Path) -> dict[str, Any]:
         )
     card = read_json(path / CARD)
     if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise UserError(f"{path / CARD}: format {card.get('format') if isinstance(card, dict) else '?'}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path / CARD}: format {card.get('format') if isinstance(card, dict) else '?'}, this version reads {FORMAT}"
+        )
     return card
 
 

@@ -120,6 +120,6 @@ def optimizer(config: ConfigDict) -> OptimizerConfig:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """"field: old -> new" for each field that differs."""
+    """ "field: old -> new" for each field that differs."""
     names = [name for name in now if before.get(name) != now[name]]
     return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names]

@@ -70,7 +70,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Step -> learning rate. A milestone's step itself already takes the lower rate, as torch's MultiStepLR has it."""
     rate = config.learning_rate
     if config.schedule == "stepped":
-        main = optax.piecewise_constant_schedule(rate, {step: config.gamma for step in config.milestones})
+        main = optax.piecewise_constant_schedule(rate, dict.fromkeys(config.milestones, config.gamma))
     elif config.schedule == "cosine":
         main = optax.cosine_decay_schedule(rate, max(config.total_steps - config.warmup, 1))
     elif config.schedule == "constant":

@@ -72,7 +72,7 @@ def local_device_count() -> int:
 
 
 def describe() -> str:
-    """"8 x TPU v5 lite on 2 hosts"."""
+    """ "8 x TPU v5 lite on 2 hosts"."""
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}{hosts}"
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from tortoise_jax.audio import SAMPLES_PER_CODE, SAMPLE_RATE
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
 
 SMOOTHING = 0.9
 

@@ -1,0 +1,33 @@
+# make demo | test | test-slow | lint, each from a machine that has only Python (3.11 or newer) and make.
+# PIP_OPTIONS is handed to pip. On Linux, torch's CPU build saves gigabytes:
+#   make demo PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_OPTIONS ?=
+BIN := .venv/bin
+INSTALLED := .venv/installed
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tests.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,123 @@
+"""The models as a person uses them from Python: one object, arrays in, arrays out.
+
+    import tortoise_jax as tj
+    model = tj.load("checkpoints/tortoise")
+    codes = model.encode(model.log_mel(tj.read_audio("clip.wav")))
+
+The parts it is made of (`model.params`, `tj.UnifiedVoice`, `tj.DiscreteVAE`, `tj.loss_sums`, …) are plain Flax modules,
+trees and functions for those who want to build on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tortoise_jax import audio, batches, loss
+from tortoise_jax.audio import CONDITIONING_SAMPLES
+from tortoise_jax.checkpoint import Pretrained, load_pretrained
+from tortoise_jax.dvae import DiscreteVAE
+from tortoise_jax.errors import UserError
+from tortoise_jax.layers import Array
+from tortoise_jax.unified_voice import UnifiedVoice
+
+
+@dataclasses.dataclass(frozen=True)
+class Tortoise:
+    """Both models of a converted checkpoint or a run. Rows b, samples, frames t, bands m = 80, codes c, width d."""
+
+    pretrained: Pretrained
+    model: UnifiedVoice
+    dvae: DiscreteVAE
+
+    @property
+    def params(self) -> Any:
+        """The AR model's parameter tree."""
+        return self.pretrained.params
+
+    def text_ids(self, text: str, cleaner: str = "english") -> list[int]:
+        """Text, cleaned, as token ids, without start and stop."""
+        return self.pretrained.tokenizer.encode(text, cleaner)
+
+    def log_mel(self, waveform: np.ndarray | Array) -> Array:
+        """Waveform (…, samples) in [-1, 1] at 22050 Hz -> mel (…, 1 + samples // 256, m), mel norms applied."""
+        return audio.log_mel(waveform, self.pretrained.mel_norms)
+
+    def encode(self, mel: np.ndarray | Array) -> Array:
+        """mel (t, m) or (b, t, m) -> codes (ceil(t / 4),) or (b, ceil(t / 4)) int32."""
+        return self._dvae("encode", mel, rank=3)
+
+    def decode(self, codes: np.ndarray | Array) -> Array:
+        """codes (c,) or (b, c), each below the codebook's size -> mel (4 c, m) or (b, 4 c, m)."""
+        codes = jnp.asarray(codes)
+        assert self.dvae.config is not None
+        if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < self.dvae.config.codes:
+            raise UserError(f"codes must lie in 0..{self.dvae.config.codes - 1}, found {codes.min()}..{codes.max()}")
+        return self._dvae("decode", codes, rank=2)
+
+    def _dvae(self, method: str, x: np.ndarray | Array, rank: int) -> Array:
+        batch = jnp.asarray(x)[None] if np.ndim(x) == rank - 1 else jnp.asarray(x)
+        out = _apply_dvae(self.dvae, method, self.pretrained.dvae_params, batch)
+        return out[0] if np.ndim(x) == rank - 1 else out
+
+    def conditioning(self, waveforms: Sequence[np.ndarray]) -> Array:
+        """Clips of one voice, each (samples,) -> conditioning (d,): the mean over their vectors.
+
+        Each clip is cut or zero-padded to 132,300 samples, what synthesis gives the encoder: the vector depends on it.
+        """
+        if not waveforms:
+            raise UserError("conditioning needs at least one clip")
+        fit = lambda clip: np.pad(clip[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(clip))))
+        clips = np.stack([fit(np.asarray(clip, np.float32)) for clip in waveforms])
+        return _condition(self.model, self.params, self.log_mel(clips)[None])[0]
+
+    def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:
+        """(text ids, codes) of b clips, without start and stop -> tokens, kinds, positions, targets, weights (b, s).
+
+        A row is [conditioning | start text stop | start codes stop | padding]; see batches.py.
+        """
+        length = max(batches.row_length(len(text_ids), len(codes)) for text_ids, codes in rows)
+        made = [batches.row(np.asarray(text), np.asarray(codes), length, self.model.config) for text, codes in rows]
+        return {name: np.stack([one[name] for one in made]) for name in made[0]}
+
+    def outputs(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """conditioning (b, d) and a batch's tokens, kinds, positions (b, s) -> the model's dict: text_logits, mel_logits, …"""
+        return _outputs(self.model, self.params, conditioning, batch["tokens"], batch["kinds"], batch["positions"])
+
+    def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean cross-entropies of a batch (with targets and weights too): text, mel, stop."""
+        arrays = batch["kinds"], batch["weights"], batch["targets"], self.model.config.stop_mel
+        sums = loss.loss_sums(self.outputs(conditioning, batch), *arrays)
+        return {name: float(value) for name, value in loss.means(sums, loss.counts(*arrays)).items()}
+
+
+def load(path: str | Path, step: int | None = None) -> Tortoise:
+    """A directory written by convert/torch_to_flax.py, or a run (its best step, or the one given)."""
+    pretrained = load_pretrained(path, ("ar", "dvae"), step)
+    assert pretrained.config is not None
+    assert pretrained.dvae_config is not None
+    return Tortoise(pretrained, UnifiedVoice(pretrained.config), DiscreteVAE(pretrained.dvae_config))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_dvae(dvae: DiscreteVAE, method: str, params: Any, x: Array) -> Array:
+    return dvae.apply({"params": params}, x, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _condition(model: UnifiedVoice, params: Any, mel: Array) -> Array:
+    return model.apply({"params": params}, mel, method="condition")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(
+    model: UnifiedVoice, params: Any, conditioning: Array, tokens: Array, kinds: Array, positions: Array
+) -> dict[str, Array]:
+    return model.apply({"params": params}, conditioning, tokens, kinds, positions, method="from_conditioning")
