@@ -149,3 +149,8 @@ def any_host(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def on_each_device(tree: Tree) -> list[Tree]:
+    """A copy of a tree on each local device, for work that devices do independently of each other and of other hosts."""
+    return [jax.device_put(tree, device) for device in jax.local_devices()]
