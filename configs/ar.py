@@ -1,14 +1,16 @@
-"""Fine-tuning the AR model on recordings of a voice: DLAS's recipe.
+"""Fine-tuning the AR model on recordings of a voice: DLAS's recipe, fitted to the size of the data set.
 
-  python train.py --config configs/ar.py --config.checkpoint=checkpoints/tortoise --config.data=data --workdir=runs/voice
+  python train.py --config configs/ar.py --config.data=data --workdir=runs/voice
 
-Hardware: any. With the released model (421 M parameters) state and gradients take 6.8 GB in float32; one micro-batch of
-4 clips fits a 16 GB card. Every field can be given on the command line: --config.optimizer.learning_rate=5e-6
+Hardware: any. With the released model (421 M parameters), float32 state and gradients take 6.8 GB; see what fits with
+--plan. Every field can be given on the command line: --config.optimizer.learning_rate=5e-6
+A field that is None is chosen by the size of the data set (tortoise_jax/presets.py), printed, and yours to override.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -19,17 +21,20 @@ def get_config() -> ConfigDict:
     config.data = "data"  # a prepared data set, or recordings to prepare: metadata.csv and wavs/
     config.seed = 0  # decides order, crops and dropout; the same seed gives the same run
 
-    # How long. DLAS's stepped rate ends at 1800 steps; more teaches little.
-    config.steps = 2000
-    config.batch_size = 128  # clips a step, over all devices; made smaller where the data set is
+    # How long, in which portions.
+    config.steps = placeholder(int)  # by the data's size: DLAS's users overfit small sets long before its 2000
+    config.batch_size = placeholder(int)  # clips a step, over all devices; made smaller where the data set is
     config.accumulation = 4  # micro-batches a step on each device: raise it when memory runs out
+    config.eval_every = placeholder(int)  # steps between validation losses, and the checkpoints they judge
+    config.save_every = 0  # steps between checkpoints besides; 0: only where there is a validation loss
+    config.patience = 5  # evaluations without a better validation loss before the run ends; 0: never
 
-    # Optimiser: DLAS's numbers (the people who used it with 180 clips found 1e-5 too high and 1e-6 safer).
+    # Optimiser: DLAS's numbers where not said otherwise.
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or "adafactor": a third of the memory
-    config.optimizer.learning_rate = 1e-5
+    config.optimizer.name = "adamw"  # or "adafactor": optimiser state of a thousandth, for small cards
+    config.optimizer.learning_rate = placeholder(float)  # 1e-5 of DLAS is too high for a few hundred clips
     config.optimizer.schedule = "stepped"  # or "cosine" to 0 at the last step, or "constant"
-    config.optimizer.milestones = (500, 1000, 1400, 1800)  # steps at which "stepped" multiplies the rate
+    config.optimizer.milestones = placeholder(tuple)  # steps at which "stepped" multiplies the rate
     config.optimizer.gamma = 0.5  # … by this
     config.optimizer.warmup = 0  # steps of linear rise at the start
     config.optimizer.beta1 = 0.9
@@ -50,10 +55,17 @@ def get_config() -> ConfigDict:
     config.dtype = "auto"  # bfloat16 where the hardware is fast at it, else float32
     config.remat = True  # recompute activations in the backward pass: a fifth slower, a fraction of the memory
     config.attention = "plain"  # or "xla", "cudnn" (NVIDIA, bfloat16, no attention dropout)
+    config.deterministic = True  # bit-identical reruns on NVIDIA too, by XLA's deterministic-ops flag; a little slower
 
     # Watching and keeping.
     config.log_every = 10  # steps
-    config.eval_every = 100  # steps between validation losses, and the checkpoints they judge
+    config.sample_every = placeholder(int)  # steps between drafts to listen to; 0: none
+    config.prompts = (  # what the drafts say; the one-word prompt shows whether the model stops
+        "The quick brown fox jumps over the lazy dog.",
+        "Yes.",
+        "I never thought that it would come to this, but here we are.",
+    )
     config.keep_last = 2  # checkpoints; the best is kept besides
+    config.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient before the run ends
     config.export = "voice.pth"  # in the run's directory, written at the end where torch is installed; "" for none
     return config

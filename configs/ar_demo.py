@@ -22,4 +22,6 @@ def get_config() -> ConfigDict:
     config.remat = False
     config.eval_every = 20
     config.log_every = 5
+    config.sample_every = 60
+    config.prompts = ("Yes.",)
     return config

@@ -93,9 +93,10 @@ class Tortoise:
 
     def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean cross-entropies of a batch (with targets and weights too): text, mel, stop."""
-        arrays = batch["kinds"], batch["weights"], batch["targets"], self.model.config.stop_mel
-        sums = loss.loss_sums(self.outputs(conditioning, batch), *arrays)
-        return {name: float(value) for name, value in loss.means(sums, loss.counts(*arrays)).items()}
+        stop = self.model.config.stop_mel
+        sums = loss.loss_sums(self.outputs(conditioning, batch), batch, stop)
+        means = loss.means(sums, loss.counts(batch, stop))
+        return {name: float(means[name]) for name in loss.STREAMS}
 
 
 def load(path: str | Path, step: int | None = None) -> Tortoise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -15,12 +16,33 @@ from tortoise_jax.layers import ATTENTION_IMPLEMENTATIONS, Compute
 from tortoise_jax.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
-# What a resumed run may not change: the state on disk would not fit, or the data order would break.
-FIXED = ("seed", "batch_size", "optimizer.name", "optimizer.freeze")
+CHOICES = {
+    "dtype": DTYPES,
+    "attention": ATTENTION_IMPLEMENTATIONS,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+}
+ONE_OR_MORE = (1, math.inf)
+NONE_OR_MORE = (0, math.inf)
+BELOW_ONE = (0, 0.99)
+RANGES = {
+    **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every", "log_every", "keep_last"), ONE_OR_MORE),
+    **dict.fromkeys(("conditioning_clips", "max_nonfinite"), ONE_OR_MORE),
+    **dict.fromkeys(("seed", "save_every", "sample_every", "patience", "text_weight"), NONE_OR_MORE),
+    **dict.fromkeys(("optimizer.warmup", "optimizer.weight_decay"), NONE_OR_MORE),
+    **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
+    **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), (0, 0.999999)),
+    "optimizer.learning_rate": (1e-12, 1),
+    "optimizer.gamma": (1e-6, 1),
+    "optimizer.epsilon": (1e-30, 1),
+    "optimizer.clip_norm": (1e-6, math.inf),
+}
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
 flags.DEFINE_string("workdir", "", "the run's directory (default: runs/NAME, the data's name)")
+flags.DEFINE_bool("plan", False, "print what the run would need (memory, time, shapes) and train nothing")
+flags.DEFINE_string("replay", "", "a file that a non-finite step left: compute it again and say what is not finite")
 flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where a run has several hosts and none was found")
 flags.DEFINE_integer("num_processes", 0, "hosts of the run, with --coordinator")
 flags.DEFINE_integer("process_id", -1, "this host's number, with --coordinator")
@@ -47,7 +69,7 @@ def show_help_and_exit(argv: list[str]) -> None:
     """--help lists this program's own flags and the fields of the recipe, not absl's hundred."""
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         print("usage: python train.py --config FILE [--config.FIELD=VALUE …] [--workdir RUN]\n")
-        for name in ("config", "workdir", "coordinator", "num_processes", "process_id"):
+        for name in ("config", "workdir", "plan", "replay", "coordinator", "num_processes", "process_id"):
             print(f"  --{name:14} {FLAGS[name].help}")
         print("\nfields, with configs/ar.py's values (its comments say what each is for):\n")
         for name, value in flat(ar.get_config()).items():
@@ -64,37 +86,41 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def types(config: ConfigDict, prefix: str = "") -> dict[str, type]:
+    """Dotted field names -> types, those of fields that are None (a preset's) included."""
+    found: dict[str, type] = {}
+    for name in config:
+        inner = isinstance(config[name], ConfigDict)
+        found |= types(config[name], f"{prefix}{name}.") if inner else {prefix + name: config.get_type(name)}
+    return found
+
+
 def check(config: ConfigDict) -> None:
     """Every field must be one of configs/ar.py's, of its type, and in its range."""
-    known = flat(ar.get_config())
+    known = types(ar.get_config())
     given = flat(config)
+    optional = {name for name, value in flat(ar.get_config()).items() if value is None}
     for name, value in given.items():
         if name not in known:
             raise UserError(f"config: unknown field {name}{did_you_mean(name, known)}")
-        if isinstance(known[name], float) and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        if not isinstance(value, type(known[name])):
-            raise UserError(
-                f"config: {name} is {value!r}, expected {type(known[name]).__name__} such as {known[name]!r}"
-            )
+        accepted = (float, int) if known[name] is float else known[name]
+        if isinstance(value, bool) and known[name] is not bool:
+            accepted = ()
+        if not isinstance(value, accepted) and not (value is None and name in optional):
+            raise UserError(f"config: {name} is {value!r}, expected {known[name].__name__}")
     for name in known:
         if name not in given:
             raise UserError(f"config: field {name} is missing; start from configs/ar.py's get_config()")
-    choices = {
-        "dtype": DTYPES,
-        "attention": ATTENTION_IMPLEMENTATIONS,
-        "optimizer.name": OPTIMIZERS,
-        "optimizer.schedule": SCHEDULES,
-    }
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         if given[name] not in allowed:
             raise UserError(f"config: {name} is {given[name]!r}, expected one of {', '.join(allowed)}")
-    for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "keep_last", "conditioning_clips"):
-        if given[name] < 1:
-            raise UserError(f"config: {name} is {given[name]}, expected at least 1")
-    for name in ("embed_dropout", "residual_dropout", "attention_dropout"):
-        if not 0 <= given[name] < 1:
-            raise UserError(f"config: {name} is {given[name]}, expected 0 up to below 1")
+    for name, (low, high) in RANGES.items():
+        if given[name] is not None and not low <= given[name] <= high:
+            expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise UserError(f"config: {name} is {given[name]}, expected {expected}")
+    milestones = given["optimizer.milestones"] or ()
+    if any(not isinstance(step, int) or step < 1 for step in milestones) or sorted(set(milestones)) != [*milestones]:
+        raise UserError(f"config: optimizer.milestones is {milestones}, expected rising step numbers such as (500, 1000)")
     if given["attention_dropout"] and given["attention"] != "plain":
         raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
 
@@ -119,7 +145,3 @@ def optimizer(config: ConfigDict) -> OptimizerConfig:
     return OptimizerConfig(**values, total_steps=config.steps)
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """ "field: old -> new" for each field that differs."""
-    names = [name for name in now if before.get(name) != now[name]]
-    return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names]

@@ -114,3 +114,8 @@ def group_norms(gradients: Tree, labels: Tree) -> dict[str, jax.Array]:
         if label in squares:
             squares[label] += jnp.sum(jnp.square(gradient.astype(jnp.float32)))
     return {f"grad_norm/{label}": jnp.sqrt(value) for label, value in squares.items()}
+
+
+def part_norms(gradients: Tree) -> dict[str, jax.Array]:
+    """Gradient norm of each part of the model (its top-level modules)."""
+    return {f"grad_norm/{part}": optax.global_norm(gradient) for part, gradient in gradients.items()}

@@ -18,11 +18,12 @@ import optax
 
 from tortoise_jax.audio import log_mel, waveform_from_int16
 from tortoise_jax.layers import Array
-from tortoise_jax.loss import Sums, counts, loss_sums, means, total_loss
-from tortoise_jax.optimizer import Tree, group_labels, group_norms
-from tortoise_jax.unified_voice import UnifiedVoice
+from tortoise_jax.loss import Sums, counts, loss_sums, means, total_loss, zero_sums
+from tortoise_jax.optimizer import Tree, group_labels, group_norms, part_norms
+from tortoise_jax.unified_voice import CONDITIONING, UnifiedVoice
 
 Batch = dict[str, Array]
+ROW_ARRAYS = ("tokens", "kinds", "positions", "targets", "weights")
 
 
 @flax.struct.dataclass
@@ -71,7 +72,7 @@ def forward_sums(recipe: Recipe, params: Tree, batch: Batch, dropout_keys: Array
     outputs = recipe.model.apply(
         {"params": params}, mel, batch["tokens"], batch["kinds"], batch["positions"], dropout_keys
     )
-    return loss_sums(outputs, batch["kinds"], batch["weights"], batch["targets"], recipe.model.config.stop_mel)
+    return loss_sums(outputs, batch, recipe.model.config.stop_mel)
 
 
 def dropout_keys(seed: int, step: Array, example: Array) -> Array:
@@ -86,8 +87,9 @@ def has_dropout(model: UnifiedVoice) -> bool:
 
 
 def global_counts(recipe: Recipe, batch: Batch) -> Sums:
-    stop = recipe.model.config.stop_mel
-    return sum_over_devices(counts(batch["kinds"], batch["weights"], batch["targets"], stop), recipe.axis)
+    """Target counts of all micro-batches of all devices."""
+    joined = {name: value.reshape(-1, value.shape[-1]) for name, value in batch.items() if name in ROW_ARRAYS}
+    return sum_over_devices(counts(joined, recipe.model.config.stop_mel), recipe.axis)
 
 
 def gradients(recipe: Recipe, params: Tree, batch: Batch, step: Array) -> tuple[Tree, Sums, Sums]:
@@ -103,8 +105,7 @@ def gradients(recipe: Recipe, params: Tree, batch: Batch, step: Array) -> tuple[
         (_, sums), gradient = jax.value_and_grad(share, has_aux=True)(params, micro)
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
-    nothing = {name: jnp.zeros(()) for name in ("text_sum", "mel_sum", "stop_sum")}
-    start = (jax.tree.map(jnp.zeros_like, params), nothing)
+    start = (jax.tree.map(jnp.zeros_like, params), zero_sums())
     (gradient, sums), _ = jax.lax.scan(accumulate, start, batch)
     return *sum_over_devices((gradient, sums), recipe.axis), total
 
@@ -130,8 +131,16 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainSt
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = {f"loss/{name}": value for name, value in means(sums, total).items()}
-    metrics |= norms | {"loss/total": loss, "learning_rate": learning_rate, "finite": finite}
+    metrics |= norms | part_norms(gradient)
+    metrics |= {"loss/total": loss, "learning_rate": learning_rate, "finite": finite}
+    metrics["padding_share"] = padding_share(batch["kinds"], recipe.axis)
     return new_state, metrics | total
+
+
+def padding_share(kinds: Array, axis: str | None) -> Array:
+    """Which part of the positions (a, b, s) computed on all devices is padding, the conditioning's own one apart."""
+    real = sum_over_devices(jnp.sum(kinds != CONDITIONING), axis)
+    return 1 - real / sum_over_devices(jnp.asarray(kinds[..., 1:].size), axis)
 
 
 def eval_step(recipe: Recipe, params: Tree, batch: Batch) -> Sums:
@@ -140,6 +149,5 @@ def eval_step(recipe: Recipe, params: Tree, batch: Batch) -> Sums:
     def accumulate(carry: Sums, micro: Batch) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, carry, forward_sums(recipe, params, micro, None)), None
 
-    nothing = {name: jnp.zeros(()) for name in ("text_sum", "mel_sum", "stop_sum")}
-    sums, _ = jax.lax.scan(accumulate, nothing, batch)
+    sums, _ = jax.lax.scan(accumulate, zero_sums(), batch)
     return sum_over_devices(sums, recipe.axis) | global_counts(recipe, batch)
