@@ -1,0 +1,26 @@
+"""Files that are either whole or not there, whenever the process ends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tortoise_jax.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes beside `path`, syncs and renames. Two writers of the same content may race; either wins whole.
+
+    Raises UserError where it cannot be written (no space, no permission); `path` is then as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); nothing was changed there") from error

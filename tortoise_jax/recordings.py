@@ -1,0 +1,176 @@
+"""Audio files to waveforms and what is wrong with them; runs in worker processes, so that decoding costs no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import multiprocessing
+from collections.abc import Generator, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+
+from tortoise_jax.audio import SAMPLE_RATE, int16_from_waveform, read_audio
+from tortoise_jax.errors import UserError
+
+MIN_SECONDS = 0.6  # the shortest clip upstream trains on
+SILENT_DB = -60.0  # loudness (RMS, full scale) below which nobody is speaking
+# A clip that is still this loud, measured against its own mean, in its last 20 ms was cut while somebody spoke.
+ENDING_SECONDS = 0.02
+ABRUPT_DB = -6.0
+
+Span = tuple[float, float] | None  # seconds from and to; None: the whole file
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A file and the parts of it that are wanted."""
+
+    path: Path
+    spans: tuple[Span, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """What was found at one span. reason: why it cannot be used, "" where it can.
+
+    key: digest of the file's content and the span, "" for a file that is not there.
+    """
+
+    key: str
+    samples: int = 0
+    loudness_db: float = 0.0
+    ends_abruptly: bool = False
+    reason: str = ""
+    detail: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+
+Heard = tuple[Sound, np.ndarray | None]
+
+
+def listen(recording: Recording, max_seconds: float, known: frozenset[str] = frozenset()) -> list[Heard | str]:
+    """Each span's Sound and, where it can be used, its waveform (samples,) int16; just its key where that is known."""
+    digest = file_digest(recording.path)
+    keys = [span_key(digest, span) if digest else "" for span in recording.spans]
+    if all(key in known for key in keys):
+        return list(keys)
+    try:
+        waveform = read_audio(recording.path)
+    except UserError as error:
+        reason = "missing" if not recording.path.exists() else "unreadable"
+        detail = str(error).removeprefix(f"{recording.path}: ")
+        return [(Sound(key, reason=reason, detail=detail), None) for key in keys]
+    return [
+        key if key in known else hear(cut(waveform, span), key, span, len(waveform), max_seconds)
+        for key, span in zip(keys, recording.spans, strict=True)
+    ]
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes, "" where they cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return ""
+
+
+def span_key(digest: str, span: Span) -> str:
+    return digest if span is None else f"{digest}@{span[0]:.3f}-{span[1]:.3f}"
+
+
+def cut(waveform: np.ndarray, span: Span) -> np.ndarray:
+    if span is None:
+        return waveform
+    start, end = (max(0, round(seconds * SAMPLE_RATE)) for seconds in span)
+    return waveform[start:end]
+
+
+def hear(waveform: np.ndarray, key: str, span: Span, file_samples: int, max_seconds: float) -> Heard:
+    """Measures a float waveform and judges its length and loudness."""
+    samples, seconds = len(waveform), len(waveform) / SAMPLE_RATE
+    sound = Sound(key, samples)
+    if span is not None and span[1] > file_samples / SAMPLE_RATE + 1:
+        found = f"from {span[0]:.2f} to {span[1]:.2f} s, but the recording ends at {file_samples / SAMPLE_RATE:.2f} s"
+        return dataclasses.replace(sound, reason="outside the recording", detail=found), None
+    if seconds < MIN_SECONDS:
+        return dataclasses.replace(sound, reason="too short", detail=f"{seconds:.2f} s, at least {MIN_SECONDS} s"), None
+    sound = dataclasses.replace(sound, loudness_db=loudness_db(waveform), ends_abruptly=ends_abruptly(waveform))
+    if seconds > max_seconds:
+        return dataclasses.replace(sound, reason="too long", detail=f"{seconds:.2f} s, at most {max_seconds:g} s"), None
+    if sound.loudness_db < SILENT_DB:
+        found = f"loudness {sound.loudness_db:.0f} dB, at least {SILENT_DB:.0f} dB"
+        return dataclasses.replace(sound, reason="silent", detail=found), None
+    return sound, int16_from_waveform(waveform)
+
+
+def loudness_db(waveform: np.ndarray) -> float:
+    """RMS in dB of full scale, to a tenth; -120 for digital silence."""
+    power = float(np.mean(np.square(waveform, dtype=np.float64)))
+    return round(10 * math.log10(max(power, 1e-12)), 1)
+
+
+def ends_abruptly(waveform: np.ndarray) -> bool:
+    ending = waveform[-round(ENDING_SECONDS * SAMPLE_RATE) :]
+    return loudness_db(ending) > max(loudness_db(waveform) + ABRUPT_DB, SILENT_DB)
+
+
+# --- in worker processes ----------------------------------------------------------------------------------------------
+
+
+def listen_ahead(
+    groups: Iterable[list[Recording]], max_seconds: float, known: frozenset[str], workers: int, ahead: int = 2
+) -> Generator[list[Heard | str], None, None]:
+    """`listen` to every recording of every group, in order, the next `ahead` groups being decoded meanwhile.
+
+    workers: processes; 0 decodes in this one. Raises UserError where a worker is killed.
+    """
+    if workers == 0:
+        for group in groups:
+            yield [heard for recording in group for heard in listen(recording, max_seconds, known)]
+        return
+    # Not forked: JAX has threads, whose locks a forked child would inherit.
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(max_seconds, known))
+    pending: list[list[Future[list[Heard | str]]]] = []
+    try:
+        for group in groups:
+            pending.append(_submit(executor, group))
+            if len(pending) > ahead:
+                yield _results(pending.pop(0))
+        while pending:
+            yield _results(pending.pop(0))
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that decodes audio was killed (out of memory?); run again with fewer than {workers} --workers: "
+            "what is finished is kept"
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_settings: tuple[float, frozenset[str]]
+
+
+def _start_worker(max_seconds: float, known: frozenset[str]) -> None:
+    global _worker_settings  # known can be large: sent once a process, not with every file
+    _worker_settings = (max_seconds, known)
+
+
+def _listen(recording: Recording) -> list[Heard | str]:
+    return listen(recording, *_worker_settings)
+
+
+def _submit(executor: Executor, group: list[Recording]) -> list[Future[list[Heard | str]]]:
+    return [executor.submit(_listen, recording) for recording in group]
+
+
+def _results(futures: list[Future[list[Heard | str]]]) -> list[Heard | str]:
+    return [heard for future in futures for heard in future.result()]
