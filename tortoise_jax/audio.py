@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import re
 from pathlib import Path
 
 import jax
@@ -57,20 +58,21 @@ def read_audio(path: str | Path) -> np.ndarray:
     """The first channel of a recording, float32 (samples,) at 22050 Hz, clipped to [-1, 1].
 
     wav, flac, ogg and mp3 at any rate; the first channel, not the mean, is what TorToiSe trains on.
-    Raises UserError naming the file when it is missing, unreadable, truncated, empty or not finite.
+    Raises UserError naming the file when it is missing, unreadable, truncated, empty or not finite
+    (a cut ogg file has no length to be checked against and is read as far as it goes).
     """
     try:
         with soundfile.SoundFile(path) as file:
-            rate, promised = file.samplerate, file.frames
+            rate, promised, log = file.samplerate, file.frames, file.extra_info
             waveform = file.read(dtype="float32", always_2d=True)[:, 0]
     except (soundfile.SoundFileError, OSError, RuntimeError) as error:
         raise UserError(f"{path}: {_unreadable_because(Path(path), error)}") from error
     if waveform.size == 0:
         raise UserError(f"{path}: the recording is empty (no samples); remove it or record it again")
-    if waveform.size < promised:
+    if waveform.size < promised or _wav_is_cut_short(log):
         raise UserError(
-            f"{path}: the recording is truncated: its header promises {promised} samples, {waveform.size} could be "
-            "decoded; copy or encode it again"
+            f"{path}: the recording is truncated: {waveform.size} samples could be read, its header promises more; "
+            "copy or encode it again"
         )
     if not np.isfinite(waveform).all():
         bad = int(np.flatnonzero(~np.isfinite(waveform))[0])
@@ -89,6 +91,18 @@ def _unreadable_because(path: Path, error: Exception) -> str:
         return "the file is empty (0 bytes)"
     reason = getattr(error, "error_string", str(error)).rstrip(".")
     return f"not readable as audio ({reason}), expected wav, flac, ogg or mp3"
+
+
+def _wav_is_cut_short(log: str) -> bool:
+    """Whether a wav file ends before the size in its header; libsndfile reads what is there and only logs it."""
+    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if sizes is None:
+        return False
+    promised, found = int(sizes[1]), int(sizes[2])
+    return found < promised < _SIZE_OF_A_STREAM
+
+
+_SIZE_OF_A_STREAM = 0x7FFF0000  # programs that write to a pipe cannot know the size and promise the greatest
 
 
 def waveform_from_int16(samples: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
@@ -172,13 +186,12 @@ def griffin_lim(mel: np.ndarray | jax.Array, mel_norms: np.ndarray | jax.Array, 
     mel = np.asarray(mel, np.float32)
     if not np.isfinite(mel).all():
         raise UserError("cannot make draft audio: the mel has values that are not finite; the model has diverged")
-    if len(mel) < 2:
-        return np.zeros(0, np.float32)
+    length = max(0, len(mel) - 1) * HOP
+    silence = max(0, N_FFT // HOP + 1 - len(mel))  # librosa needs a whole window
     log_power = np.clip(mel * np.asarray(mel_norms), np.log(LOG_FLOOR), DRAFT_MAX_LOG)
+    log_power = np.pad(log_power, [(0, silence), (0, 0)], constant_values=np.log(LOG_FLOOR))
     magnitude = librosa.feature.inverse.mel_to_stft(
         np.exp(log_power).T, sr=SAMPLE_RATE, n_fft=N_FFT, power=2.0, fmax=MEL_MAX_HZ, htk=True, norm="slaney"
     )
-    waveform = librosa.griffinlim(
-        magnitude, n_iter=iterations, hop_length=HOP, n_fft=N_FFT, length=(len(mel) - 1) * HOP, random_state=0
-    )
-    return (waveform * min(1.0, DRAFT_PEAK / max(np.abs(waveform).max(), 1e-9))).astype(np.float32)
+    waveform = librosa.griffinlim(magnitude, n_iter=iterations, hop_length=HOP, n_fft=N_FFT, random_state=0)[:length]
+    return (waveform * min(1.0, DRAFT_PEAK / max(np.abs(waveform).max(initial=0.0), 1e-9))).astype(np.float32)
