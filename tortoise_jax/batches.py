@@ -31,11 +31,12 @@ BUCKET = 32
 CONDITIONING_CLIPS = 2
 VALIDATION = "validation"
 T = TypeVar("T")
+N = TypeVar("N", int, np.ndarray)
 Batch = dict[str, np.ndarray]
 Epoch = list[tuple[int, np.ndarray]]  # (padded length, members) of each batch
 
 
-def row_length(text_tokens: np.ndarray | int, codes: np.ndarray | int) -> np.ndarray | int:
+def row_length(text_tokens: N, codes: N) -> N:
     """Positions of a row: conditioning, text between start and stop, codes between start and stop."""
     return 1 + (text_tokens + 2) + (codes + 2)
 
@@ -45,7 +46,7 @@ def row_lengths(dataset: Dataset, clips: np.ndarray) -> np.ndarray:
     return np.array([row_length(dataset.clips[i].text_tokens, dataset.clips[i].codes) for i in clips], np.int64)
 
 
-def padded_length(length: np.ndarray | int, bucket: int = BUCKET) -> np.ndarray | int:
+def padded_length(length: N, bucket: int = BUCKET) -> N:
     """The next multiple of `bucket`."""
     return -(-length // bucket) * bucket
 

@@ -1,8 +1,9 @@
 """A prepared data set on disk: text ids, codes and waveforms of every clip, checked as they are read.
 
-    dataset.json        what it was made with and the digests of the two files below; written last
+    dataset.json        what it was made with and the digests of the three files below; written last
     clips.jsonl         a line a clip: id, text, speaker, split, lengths, where its record is and its checksums
-    text_ids.bin        the clips' text ids one behind the other, uint16
+    text_ids.bin        the clips' text ids, one behind the other, uint16
+    tokenizer.json      the tokenizer the ids are of
     shards/NAME.bin     records: a clip's codes (uint16), then its waveform (int16 at 22050 Hz); all little-endian
 
 Plain arrays behind an index, because that is all training asks for: any clip at random, by many hosts at once, without
@@ -16,12 +17,16 @@ import functools
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tortoise_jax.atomic import write_atomically
+from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.errors import UserError
+from tortoise_jax.text import Tokenizer
 
 FORMAT = "tortoise_jax data set 1"
 HEADER, CLIPS, TEXT_IDS, SHARDS, TOKENIZER = "dataset.json", "clips.jsonl", "text_ids.bin", "shards", "tokenizer.json"
@@ -42,7 +47,6 @@ class Clip:
     codes: int
     shard: str
     offset: int
-    text_crc32: int
     codes_crc32: int
     waveform_crc32: int
 
@@ -69,8 +73,13 @@ class Dataset:
         """Raises UserError where there is no complete data set of this format."""
         path = Path(path)
         header = _header(path)
-        lines = _verified(path, header, CLIPS).decode().splitlines()
+        lines = _verified(path, header, CLIPS).decode().split("\n")[:-1]
         return cls(path, header, tuple(Clip(**json.loads(line)) for line in lines))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the text ids are of, which a checkpoint trained on them must carry."""
+        content = _verified(self.path, self.header, TOKENIZER).decode()
+        return Tokenizer.from_json(content, str(self.path / TOKENIZER))
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -90,8 +99,7 @@ class Dataset:
 
     def text_ids(self, i: int) -> np.ndarray:
         start = self._text_offsets[i]
-        ids = self._all_text_ids[start : start + self.clips[i].text_tokens]
-        return self._checked(ids, self.clips[i].text_crc32, i, TEXT_IDS)
+        return self._all_text_ids[start : start + self.clips[i].text_tokens]
 
     def codes(self, i: int) -> np.ndarray:
         clip = self.clips[i]
@@ -142,6 +150,29 @@ class Dataset:
                 f"(checksum {zlib.crc32(array.tobytes()):08x}, expected {crc32:08x}); {REMEDY}"
             )
         return array
+
+
+def write_index(
+    path: Path, clips: Sequence[Clip], text_ids: Sequence[np.ndarray], tokenizer: Tokenizer, about: dict[str, Any]
+) -> None:
+    """Makes a data set of shards that are there already. about: goes into the header, which is written last."""
+    files = {
+        CLIPS: "".join(json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in clips).encode(),
+        TEXT_IDS: b"".join(ids.astype("<u2").tobytes() for ids in text_ids),
+        TOKENIZER: tokenizer.to_json().encode(),
+    }
+    samples = {name: sum(clip.samples for clip in clips if clip.split == name) for name in SPLITS}
+    header = {
+        "format": FORMAT,
+        "clips": {name: sum(clip.split == name for clip in clips) for name in SPLITS},
+        "seconds": {name: round(samples[name] / SAMPLE_RATE, 3) for name in SPLITS},
+        "speakers": len({clip.speaker for clip in clips}),
+        **about,
+        "sha256": {name: sha256(content) for name, content in files.items()},
+    }
+    for name, content in files.items():
+        write_atomically(path / name, content)
+    write_atomically(path / HEADER, json.dumps(header, indent=2) + "\n")
 
 
 def is_dataset(path: str | Path) -> bool:

@@ -16,6 +16,7 @@ MIN_CHARACTERS_PER_SECOND, SECONDS_SLACK = 1.5, 2.0
 
 REASONS = (
     "malformed line",
+    "no transcript",
     "missing",
     "unreadable",
     "outside the recording",
@@ -69,17 +70,17 @@ class Verdict:
 
 def judge(
     lines: Sequence[Line],
-    places: Sequence[int],
+    places: Sequence[int | None],
     sounds: Sequence[Sound],
     tokenizer: Tokenizer,
     cleaner: str,
     max_text: int,
 ) -> Verdict:
-    """lines[i] was found at sounds[places[i]]. A pure function: the order of the lines decides which duplicate stays."""
+    """lines[i] was found at sounds[places[i]], or nowhere. The order of lines alone decides which duplicate stays."""
     verdict = Verdict([], [], [])
     first_with: dict[str, Line] = {}
     for line, place in zip(lines, places, strict=True):
-        sound = sounds[place]
+        sound = Sound("") if place is None else sounds[place]
         cleaned = clean(line.text, cleaner)
         ids = tuple(tokenizer.encode_cleaned(cleaned))
         found = (
@@ -92,6 +93,7 @@ def judge(
         if found:
             verdict.rejected.append(Rejection(line, *found, sound.seconds))
             continue
+        assert place is not None
         first_with[sound.key] = line
         verdict.kept.append(Kept(line, place, sound, cleaned, ids))
         letters = letters_changed(line.text, cleaner)
@@ -104,7 +106,7 @@ Found = tuple[str, str] | None
 
 
 def _problem_of_line(line: Line) -> Found:
-    return ("malformed line", line.problem) if line.problem else None
+    return (line.reason, line.problem) if line.reason else None
 
 
 def _problem_of_sound(sound: Sound) -> Found:

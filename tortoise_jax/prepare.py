@@ -1,229 +1,310 @@
-"""Recordings and transcripts to a data set: python -m tortoise_jax.prepare --data VOICE --checkpoint DIR --out DATASET"""
+"""Recordings and transcripts to a data set.
+
+python -m tortoise_jax.prepare --data VOICE --checkpoint DIR --out DATASET
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from tortoise_jax import dataset, parallel, shards, splits
-from tortoise_jax.atomic import write_atomically
-from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax import dataset, parallel, report, shards
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
 from tortoise_jax.checkpoint import Pretrained, load_pretrained, mel_norms_digest
-from tortoise_jax.encoding import CodeEncoder
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.judging import Kept, Verdict, judge
-from tortoise_jax.manifests import Line, read_inputs
-from tortoise_jax.recordings import Recording, Sound, Span, listen_ahead
-from tortoise_jax.shards import Content, Encoded
+from tortoise_jax.judging import Verdict, judge
+from tortoise_jax.manifests import FORMATS, Input, read_inputs
+from tortoise_jax.recordings import MIN_SECONDS, SILENT_DB, Sound
+from tortoise_jax.shards import Encoded
+from tortoise_jax.sources import GROUP, encode_all, listen_to_all, sources_of
+from tortoise_jax.splits import TRAIN, VALIDATION_PART, assign_splits
+from tortoise_jax.text import CLEANERS, Tokenizer
+from tortoise_jax.unified_voice import UnifiedVoiceConfig
 
-MAX_SECONDS, MAX_TEXT, MAX_REJECTED = 11.6, 200, 0.2
-GROUP = 512  # sounds a shard: what a killed run loses at most
+MAX_SECONDS, MAX_TEXT, MAX_REJECTED = 11.6, 200, 0.2  # the first two: DLAS's
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is chosen on the command line; None: see there."""
+    """What can be chosen. None: format as recognised; limits as DLAS's, or less where the model holds less; the
+    checkpoint's tokenizer; a worker a processor."""
 
     format: str | None = None
     max_seconds: float | None = None
     max_text: int | None = None
     max_rejected: float = MAX_REJECTED
     cleaner: str = "english"
+    tokenizer: Path | None = None
+    validation: float = VALIDATION_PART
     seed: int = 0
     workers: int | None = None
     group: int = GROUP
 
+    def check(self) -> None:
+        """Raises UserError for what cannot be."""
+        ranges = {
+            "max_rejected": (0, 1),
+            "validation": (0, 0.9),
+            "max_seconds": (MIN_SECONDS, 3600),
+            "max_text": (1, 10_000),
+            "workers": (0, 1024),
+            "seed": (0, 2**31),
+            "group": (1, 2**20),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} {value}: expected {low} to {high}")
 
-def prepare(
-    data: str | Path | Sequence[str | Path], checkpoint: str | Path, out: str | Path, options: Options = Options()
-) -> None:
-    """Makes the data set `out` from one or several inputs; every host of a run calls it alike.
 
-    What earlier runs have finished is kept. Raises UserError for anything wrong, a data set that is mostly rejected too.
+Paths = str | Path | Sequence[str | Path]
+
+
+def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Options = Options()) -> dict[str, Any]:
+    """Makes the data set `out` from one or several inputs and returns its report; every host of a run calls it alike.
+
+    What earlier runs have finished is kept. Raises UserError for whatever is wrong, and where more than
+    `max_rejected` of the lines are rejected.
     """
-    inputs = [Path(path) for path in ([data] if isinstance(data, (str, Path)) else data)]
+    options.check()
     out = Path(out)
-    lines = read_inputs(inputs, options.format)
+    check_out(out)
+    inputs = read_inputs(_paths(data), options.format)
     pretrained = load_pretrained(checkpoint, parts=("dvae",))
-    limits = limits_of(pretrained, options)
-    sources, places = sources_of(lines)
-    encoded, keys = encode_all(out, sources, pretrained, limits, options)
-    parallel.wait_for_all("prepare: encoded")
-    verdict = judge(
-        lines, places, [one.sound for one in encoded], pretrained.tokenizer, options.cleaner, limits.max_text
-    )
-    check_rejected(verdict, options.max_rejected)
+    tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer, pretrained.config)
+    limits = limits_of(pretrained.config, options)
+    sources, places = sources_of([line for one in inputs for line in one.lines])
+    encoded, keys = encode_all(out, sources, pretrained, limits.seconds, options.workers, options.group)
+    made = assess(inputs, places, [one.sound for one in encoded], tokenizer, limits, options)
     if parallel.is_main():
-        write_dataset(out, verdict, encoded, pretrained, options)
+        print(report.table(made.report))
+        report.write_report(out, made.report, made.verdict, dataclasses.asdict(limits) | {"loudness_db": SILENT_DB})
+    check_rejected(made, options.max_rejected, f"{out / report.REJECTED} lists every one")
+    if parallel.is_main():
+        write_dataset(out, made, encoded, pretrained, tokenizer, options)
         shards.remove_others(out, keys, {one.shard for one in encoded})
+        print(f"written: {out} ({report.REPORT}, {report.REJECTED} and {report.PICTURE} say what is in it)")
     parallel.wait_for_all("prepare: written")
+    return made.report
+
+
+def check(data: Paths, checkpoint: str | Path | None, options: Options = Options()) -> dict[str, Any]:
+    """The report of `prepare` without encoding or writing anything; without a checkpoint, for the released model."""
+    options.check()
+    inputs = read_inputs(_paths(data), options.format)
+    pretrained = load_pretrained(checkpoint, parts=()) if checkpoint else None
+    config = pretrained.config if pretrained else RELEASED
+    tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer if pretrained else Tokenizer.default(), config)
+    limits = limits_of(config, options)
+    sources, places = sources_of([line for one in inputs for line in one.lines])
+    made = assess(inputs, places, listen_to_all(sources, limits.seconds, options.workers), tokenizer, limits, options)
+    if parallel.is_main():
+        print("\n".join(filter(None, (report.listing(made.verdict.rejected), report.table(made.report)))))
+    check_rejected(made, options.max_rejected, "they are listed above")
+    return made.report
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+RELEASED = UnifiedVoiceConfig(30, 1024, 16, 256, 8194, 404, 608)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    max_seconds: float
-    max_text: int
+    seconds: float
+    text_tokens: int
 
 
-def limits_of(pretrained: Pretrained, options: Options) -> Limits:
-    return Limits(options.max_seconds or MAX_SECONDS, options.max_text or MAX_TEXT)
+def limits_of(config: UnifiedVoiceConfig | None, options: Options) -> Limits:
+    """The limits asked for, or DLAS's where the position tables hold as much. Raises UserError where they do not."""
+    if config is None:  # a dVAE alone
+        return Limits(options.max_seconds or MAX_SECONDS, options.max_text or MAX_TEXT)
+    # Start and stop take a position each; n codes are what up to 1024 n - 1 samples have.
+    seconds = int(((config.mel_positions - 2) * SAMPLES_PER_CODE - 1) / SAMPLE_RATE * 100) / 100
+    tokens = config.text_positions - 2
+    for flag, asked, held in (("max_seconds", options.max_seconds, seconds), ("max_text", options.max_text, tokens)):
+        if asked is not None and asked > held:
+            raise UserError(f"--{flag} {asked:g}: the position table of the checkpoint's AR model holds {held:g}")
+    return Limits(options.max_seconds or min(MAX_SECONDS, seconds), options.max_text or min(MAX_TEXT, tokens))
 
 
-def sources_of(lines: Sequence[Line]) -> tuple[list[tuple[Path, Span]], list[int]]:
-    """Distinct (file, span) in order of their first line, and for each line which of them is its."""
-    number: dict[tuple[Path, Span], int] = {}
-    places = []
-    for line in lines:
-        span = None if line.start is None or line.end is None else (line.start, line.end)
-        places.append(number.setdefault((line.audio, span), len(number)))
-    return list(number), places
+def choose_tokenizer(file: Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
+    """The tokenizer of one's own, which must fill the checkpoint's text table, or the checkpoint's."""
+    if file is None:
+        return of_checkpoint
+    tokenizer = Tokenizer.from_file(file)
+    if config is not None and tokenizer.vocab_size != config.text_tokens - 1:
+        raise UserError(
+            f"{file}: {tokenizer.vocab_size} tokens, expected {config.text_tokens - 1}: the checkpoint's text table "
+            f"has {config.text_tokens} rows, one of them the start token, and cannot be resized yet; train a "
+            f"tokenizer with a vocabulary of {config.text_tokens - 1}"
+        )
+    return tokenizer
 
 
-def grouped(sources: Sequence[tuple[Path, Span]], size: int) -> list[list[Recording]]:
-    """Sources cut into groups of so many, neighbouring spans of a file put together so that it is decoded once."""
-    groups = []
-    for start in range(0, len(sources), size):
-        group: list[Recording] = []
-        for path, span in sources[start : start + size]:
-            if group and group[-1].path == path:
-                group[-1] = Recording(path, (*group[-1].spans, span))
-            else:
-                group.append(Recording(path, (span,)))
-        groups.append(group)
-    return groups
+def check_out(out: Path) -> None:
+    """Raises UserError where a data set would be mixed with something else."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out must be a folder, or the name of a new one")
+    ours = dataset.is_dataset(out) or (out / shards.FINISHED).is_dir()
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise UserError(f"{out}: holds other files and no data set; choose a new or empty folder for --out")
 
 
-def encode_all(
-    out: Path, sources: Sequence[tuple[Path, Span]], pretrained: Pretrained, limits: Limits, options: Options
-) -> tuple[list[Encoded], set[str]]:
-    """Everything heard and encoded, in order, and the keys of its groups; this host does every n-th missing group."""
-    codes_key = shards.digest_of([pretrained.dvae_digest, mel_norms_digest(pretrained.mel_norms), SAMPLE_RATE])
-    settings = {"codes": codes_key, "max_seconds": limits.max_seconds}
-    groups = grouped(sources, options.group)
-    keys = [shards.group_key(group, settings) for group in groups]
-    mine = range(parallel.process_index(), len(groups), parallel.process_count())
-    missing = [i for i in mine if shards.read_group(out, keys[i]) is None]
-    if missing:
-        encode_groups(out, {i: (keys[i], groups[i]) for i in missing}, codes_key, pretrained, limits, options)
-    parallel.wait_for_all("prepare: groups")
-    encoded = []
-    for key in keys:
-        group = shards.read_group(out, key)
-        if group is None:
-            raise UserError(f"{out}: a shard vanished or changed while the data set was made; run again")
-        encoded += group
-    return encoded, set(keys)
+def _paths(data: Paths) -> list[Path]:
+    return [Path(path) for path in ([data] if isinstance(data, (str, Path)) else data)]
 
 
-def encode_groups(
-    out: Path,
-    groups: dict[int, tuple[str, list[Recording]]],
-    codes_key: str,
-    pretrained: Pretrained,
+# --- judged -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessed:
+    verdict: Verdict
+    splits: list[str]
+    report: dict[str, Any]
+
+
+def assess(
+    inputs: Sequence[Input],
+    places: Sequence[int | None],
+    sounds: Sequence[Sound],
+    tokenizer: Tokenizer,
     limits: Limits,
     options: Options,
-) -> None:
-    encoder = CodeEncoder(pretrained.dvae_config, pretrained.dvae_params, pretrained.mel_norms)
-    known = shards.reusable(out, codes_key)
-    workers = os.cpu_count() or 1 if options.workers is None else options.workers
-    total = sum(len(recording.spans) for _, group in groups.values() for recording in group)
-    heard_groups = listen_ahead((g for _, g in groups.values()), limits.max_seconds, frozenset(known), workers)
-    with tqdm(total=total, unit="clip", desc="encoding", disable=not parallel.is_main()) as bar:
-        for (number, (key, _)), heard in zip(groups.items(), heard_groups, strict=True):
-            sounds: list[Sound] = []
-            contents: list[Content | None] = []
-            fresh = []
-            for item in heard:
-                if isinstance(item, str):
-                    sounds.append(known[item].sound)
-                    contents.append(shards.read_content(out, known[item]))
-                else:
-                    sounds.append(item[0])
-                    contents.append(None)
-                    if item[1] is not None:
-                        fresh.append((len(sounds) - 1, item[1]))
-            for (place, waveform), codes in zip(fresh, encoder.encode([w for _, w in fresh]), strict=True):
-                contents[place] = Content(codes, waveform)
-            shards.write_group(out, number, key, codes_key, sounds, contents)
-            bar.update(len(sounds))
+) -> Assessed:
+    """Which lines are kept, in which split, and the report; nothing of it depends on how or when sounds were heard."""
+    lines = [line for one in inputs for line in one.lines]
+    verdict = judge(lines, places, sounds, tokenizer, options.cleaner, limits.text_tokens)
+    kept = verdict.kept
+    speakers, given = [one.line.speaker for one in kept], [one.line.split for one in kept]
+    splits = assign_splits(speakers, [one.cleaned for one in kept], given, options.seed, options.validation)
+    trained = Counter(speaker for speaker, split in zip(speakers, splits, strict=True) if split == TRAIN)
+    alone = sum(count == 1 for count in trained.values())
+    settings = dataclasses.asdict(limits) | {"cleaner": options.cleaner, "tokenizer_digest": tokenizer.digest}
+    settings |= {"max_rejected": options.max_rejected, "validation": options.validation, "seed": options.seed}
+    return Assessed(verdict, splits, report.make_report(inputs, verdict, splits, alone, settings))
 
 
-def check_rejected(verdict: Verdict, max_rejected: float) -> None:
-    total = len(verdict.kept) + len(verdict.rejected)
-    if not verdict.kept:
-        raise UserError(f"no clip is left of {total} lines")
-    if len(verdict.rejected) > max_rejected * total:
-        raise UserError(f"{len(verdict.rejected)} of {total} lines are rejected")
+def check_rejected(made: Assessed, max_rejected: float, where: str) -> None:
+    """Raises UserError where more than a part of the lines is rejected, or all of them."""
+    rejected, total = len(made.verdict.rejected), made.report["lines"]
+    if made.verdict.kept and rejected <= max_rejected * total:
+        return
+    reason, amount = max(made.report["reasons"].items(), key=lambda item: item[1]["lines"])
+    example = next(one for one in made.verdict.rejected if one.reason == reason)
+    raise UserError(
+        f"{rejected} of {total} lines are rejected ({rejected / total:.0%}, at most {max_rejected:.0%} by "
+        f"--max_rejected); the commonest reason is {reason} ({amount['lines']}), e.g. {example.line.where}: "
+        f"{example.line.audio}: {example.detail}; {where}; no data set was written"
+    )
+
+
+# --- written ----------------------------------------------------------------------------------------------------------
 
 
 def write_dataset(
-    out: Path, verdict: Verdict, encoded: Sequence[Encoded], pretrained: Pretrained, options: Options
+    out: Path,
+    made: Assessed,
+    encoded: Sequence[Encoded],
+    pretrained: Pretrained,
+    tokenizer: Tokenizer,
+    options: Options,
 ) -> None:
-    kept = verdict.kept
-    split = splits.assign_splits(
-        [one.line.speaker for one in kept],
-        [one.cleaned for one in kept],
-        [one.line.split for one in kept],
-        options.seed,
-    )
-    clips = [clip_of(one, encoded[one.place], where) for one, where in zip(kept, split, strict=True)]
-    seconds = {
-        name: round(sum(c.samples for c in clips if c.split == name) / SAMPLE_RATE, 3) for name in dataset.SPLITS
-    }
-    text_ids = np.concatenate([np.array(one.text_ids, "<u2") for one in kept]).tobytes()
-    lines = "".join(json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in clips).encode()
-    header: dict[str, Any] = {
-        "format": dataset.FORMAT,
+    """The index of what was kept, in the order of the lines."""
+    digests = {
         "dvae_digest": pretrained.dvae_digest,
-        "tokenizer_digest": pretrained.tokenizer.digest,
+        "tokenizer_digest": tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
-        "cleaner": options.cleaner,
-        "seed": options.seed,
-        "clips": {name: sum(clip.split == name for clip in clips) for name in dataset.SPLITS},
-        "seconds": seconds,
-        "speakers": len({clip.speaker for clip in clips}),
-        "sha256": {dataset.CLIPS: dataset.sha256(lines), dataset.TEXT_IDS: dataset.sha256(text_ids)},
     }
-    write_atomically(out / dataset.CLIPS, lines)
-    write_atomically(out / dataset.TEXT_IDS, text_ids)
-    write_atomically(out / dataset.TOKENIZER, pretrained.tokenizer.to_json())
-    write_atomically(out / dataset.HEADER, json.dumps(header, indent=2) + "\n")
+    about = digests | {"cleaner": options.cleaner, "seed": options.seed}
+    text_ids = [np.array(kept.text_ids, np.uint16) for kept in made.verdict.kept]
+    dataset.write_index(out, clips_of(made, encoded), text_ids, tokenizer, about)
 
 
-def clip_of(kept: Kept, encoded: Encoded, split: str) -> dataset.Clip:
-    import zlib
+def clips_of(made: Assessed, encoded: Sequence[Encoded]) -> list[dataset.Clip]:
+    """A name that was there before gets a number."""
+    seen: Counter[str] = Counter()
+    clips = []
+    for kept, split in zip(made.verdict.kept, made.splits, strict=True):
+        record, line = encoded[kept.place], kept.line
+        seen[line.id] += 1
+        clips.append(
+            dataset.Clip(
+                id=line.id if seen[line.id] == 1 else f"{line.id}#{seen[line.id]}",
+                text=line.text,
+                speaker=line.speaker,
+                split=split,
+                samples=record.sound.samples,
+                text_tokens=len(kept.text_ids),
+                codes=record.codes,
+                shard=record.shard,
+                offset=record.offset,
+                codes_crc32=record.codes_crc32,
+                waveform_crc32=record.waveform_crc32,
+            )
+        )
+    return clips
 
-    return dataset.Clip(
-        id=kept.line.id,
-        text=kept.line.text,
-        speaker=kept.line.speaker,
-        split=split,
-        samples=encoded.sound.samples,
-        text_tokens=len(kept.text_ids),
-        codes=encoded.codes,
-        shard=encoded.shard,
-        offset=encoded.offset,
-        text_crc32=zlib.crc32(np.array(kept.text_ids, "<u2").tobytes()),
-        codes_crc32=encoded.codes_crc32,
-        waveform_crc32=encoded.waveform_crc32,
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    formats = "\n".join(f"  {name:12} {entry.description}" for name, entry in FORMATS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tortoise_jax.prepare",
+        description="Turns recordings (wav, flac, ogg, mp3) and transcripts into a data set to train on.",
+        epilog=f"formats:\n{formats}\n\nRun again after an interruption or with more recordings: what is done stays.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="recordings with transcripts; one or several",
+    )
+    add("--checkpoint", type=Path, metavar="DIR", help="a converted checkpoint; its dVAE makes the codes")
+    add("--out", type=Path, metavar="DATASET", help="the data set's folder")
+    add("--check", action="store_true", help="only report; nothing is encoded or written, --checkpoint may be left out")
+    add(
+        "--format", choices=FORMATS, metavar="NAME", help="of the inputs, where it is not recognised rightly: see below"
+    )
+    add("--max_seconds", type=float, metavar="S", help=f"longer clips are rejected (default {MAX_SECONDS})")
+    add("--max_text", type=int, metavar="N", help=f"texts of more tokens are rejected (default {MAX_TEXT})")
+    add("--max_rejected", type=float, default=MAX_REJECTED, metavar="PART", help="fail above it (default %(default)s)")
+    add("--cleaner", choices=CLEANERS, default="english", help="english spells out numbers, drops accents (default)")
+    add("--tokenizer", type=Path, metavar="FILE", help="a BPE of one's own, of the size of the checkpoint's text table")
+    add("--validation", type=float, default=VALIDATION_PART, metavar="PART", help="held out, where no split is given")
+    add("--seed", type=int, default=0, help="decides what is held out (default 0)")
+    add("--workers", type=int, metavar="N", help="processes that decode audio (default: one a processor; 0: none)")
+    add("--coordinator", default="", metavar="HOST:PORT", help="process 0 of several hosts that share the work")
+    add("--num_processes", type=int, default=0, metavar="N", help="hosts, with --coordinator")
+    add("--process_id", type=int, default=-1, metavar="I", help="this host's number, with --coordinator")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tortoise_jax.prepare", description=__doc__)
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    prepare(arguments.data, arguments.checkpoint, arguments.out)
+    arguments = parse()
+    fields = {field.name for field in dataclasses.fields(Options)}
+    options = Options(**{name: value for name, value in vars(arguments).items() if name in fields})
+    if arguments.check:
+        check(arguments.data, arguments.checkpoint, options)
+        return
+    missing = [f"--{name}" for name in ("checkpoint", "out") if getattr(arguments, name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given, unless with --check")
+    parallel.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    prepare(arguments.data, arguments.checkpoint, arguments.out, options)
 
 
 if __name__ == "__main__":

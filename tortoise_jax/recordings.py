@@ -6,6 +6,9 @@ import dataclasses
 import hashlib
 import math
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -65,12 +68,17 @@ def listen(recording: Recording, max_seconds: float, known: frozenset[str] = fro
         waveform = read_audio(recording.path)
     except UserError as error:
         reason = "missing" if not recording.path.exists() else "unreadable"
-        detail = str(error).removeprefix(f"{recording.path}: ")
-        return [(Sound(key, reason=reason, detail=detail), None) for key in keys]
+        return _all_rejected(keys, reason, str(error).removeprefix(f"{recording.path}: "))
+    except Exception as error:  # decoders have failures of their own; one file must not end the work on all others
+        return _all_rejected(keys, "unreadable", f"{type(error).__name__}: {error}")
     return [
         key if key in known else hear(cut(waveform, span), key, span, len(waveform), max_seconds)
         for key, span in zip(keys, recording.spans, strict=True)
     ]
+
+
+def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Heard | str]:
+    return [(Sound(key, reason=reason, detail=detail), None) for key in keys]
 
 
 def file_digest(path: Path) -> str:
@@ -162,6 +170,16 @@ _worker_settings: tuple[float, frozenset[str]]
 def _start_worker(max_seconds: float, known: frozenset[str]) -> None:
     global _worker_settings  # known can be large: sent once a process, not with every file
     _worker_settings = (max_seconds, known)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _listen(recording: Recording) -> list[Heard | str]:

@@ -17,7 +17,7 @@ NAMES = {
 def assign_splits(
     speakers: Sequence[str], texts: Sequence[str], given: Sequence[str], seed: int, part: float = VALIDATION_PART
 ) -> list[str]:
-    """ "train" or "validation" for each clip, from its speaker, its cleaned text and the split its line gives ("": none).
+    """The split of each clip, from its speaker, its cleaned text and the split its line gives ("": none).
 
     Where a line asks for validation, lines decide: what is not asked to be held out is trained on, except for other
     clips of a held-out text. Otherwise texts are held out by a hash of (seed, text) until every speaker has `part` of
