@@ -154,3 +154,31 @@ def any_host(flag: bool) -> bool:
 def on_each_device(tree: Tree) -> list[Tree]:
     """A copy of a tree on each local device, for work that devices do independently of each other and of other hosts."""
     return [jax.device_put(tree, device) for device in jax.local_devices()]
+
+
+# Rows shared out over this host's devices, each running its own loop: what generation needs.
+
+
+def local_mesh() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+
+
+def on_every_device(tree: Tree) -> Tree:
+    """One copy of every array on each local device."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec()))
+
+
+def rows_on_devices(tree: Tree) -> Tree:
+    """Arrays (rows, ...) shared out over the local devices, which must divide the rows."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS)))
+
+
+def by_rows(function: Callable[..., Any], replicated: int, sharded: int, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """One program a device for its own rows: first `replicated` arguments all devices have alike, then `sharded` ones.
+
+    What it returns has rows too. Devices do not wait for each other inside.
+    """
+    every, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
+    specs = (every,) * replicated + (rows,) * sharded
+    mapped = jax.shard_map(function, mesh=local_mesh(), in_specs=specs, out_specs=rows, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate)
