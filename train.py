@@ -1,4 +1,4 @@
-"""Fine-tunes the AR model: config -> devices -> checkpoint -> data -> state -> loop -> export.
+"""Fine-tunes the AR model: devices -> checkpoint -> data -> recipe -> run -> loop -> export.
 
   python train.py --config configs/ar.py --config.checkpoint=DIR --config.data=RECORDINGS --workdir=RUN
 
@@ -7,81 +7,87 @@ The same command takes a stopped run up again, and the same command on every hos
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
-import json
+import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tortoise_jax.prepare import prepare
+from tortoise_jax.samples import make_sampler
 
-from tortoise_jax import batches, config, parallel, stopping
-from tortoise_jax.batches import TrainingPlan, ValidationPlan
-from tortoise_jax.checkpoint import (
-    CARD,
-    Pretrained,
-    RunCheckpoints,
-    load_pretrained,
-    mel_norms_digest,
-    read_json,
-    save_tree,
-    write_card,
-    write_json,
-)
-from tortoise_jax.dataset import Dataset
+from tortoise_jax import batches, config, parallel, planning, presets, replay, run, run_report, stopping
+from tortoise_jax.batches import Plan
+from tortoise_jax.checkpoint import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
+from tortoise_jax.dataset import Dataset, is_dataset
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.loss import means, total_loss
+from tortoise_jax.loop import INTERRUPTED, Loop
 from tortoise_jax.optimizer import learning_rate_schedule, make_optimizer
-from tortoise_jax.step import Recipe, TrainState, eval_step, initial_state, train_step
-from tortoise_jax.unified_voice import UnifiedVoice
+from tortoise_jax.prepare import prepare
+from tortoise_jax.run import History
+from tortoise_jax.step import Recipe, TrainState, initial_state
+from tortoise_jax.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.watch import Watch
-
-CONFIG = "config.json"
-Plan = TrainingPlan | ValidationPlan
-SKIPS_BEFORE_GIVING_UP = 10
 
 
 def main() -> None:
     config.show_help_and_exit(sys.argv)
     settings = config.parse(sys.argv)
     flags = config.FLAGS
+    folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
 
     # 1. Devices.
+    parallel.prepare_process(settings.deterministic)
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
-    stop = stopping.on_signals()
+    interrupted = stopping.on_signals()
     say(f"devices: {parallel.describe()}")
     parallel.check_same_everywhere("the configuration", config.flat(settings))
-    run = Path(flags.workdir or Path("runs") / Path(settings.data).name)
 
     # 2. Checkpoint.
     pretrained = load_pretrained(settings.checkpoint)
     say(f"checkpoint: {settings.checkpoint}")
 
     # 3. Data.
+    if flags.plan:
+        show_plan(settings, pretrained)
+        return
     dataset = find_data(settings, pretrained)
+
+    # 4. Recipe, where the configuration leaves it open by the size of the data set.
+    fill_recipe(settings, len(dataset.split("train")))
     plan, validation = make_plans(settings, dataset)
-
-    # 4. State: a run's newest checkpoint, else the converted weights.
     recipe = make_recipe(settings, pretrained)
-    begin_run(run, settings, pretrained)
-    checkpoints = RunCheckpoints(run, settings.keep_last)
+    if flags.replay:
+        show_replay(recipe, Path(flags.replay), dataset)
+        return
+
+    # 5. Run: its newest whole checkpoint, else the converted weights.
+    for line in run.begin(folder, settings, pretrained, data_digest(dataset)):
+        say(f"changed since the run began: {line}")
+    checkpoints = RunCheckpoints(folder, settings.keep_last)
     state = resume_or_start(checkpoints, recipe, pretrained.params)
+    step = int(parallel.first_copy(state.step))
+    history = History(folder, step, parallel.is_main())
 
-    # 5. Loop.
-    finished = train(settings, run, recipe, state, checkpoints, dataset, plan, validation, stop)
-
-    # 6. Export.
+    # 6. Loop.
+    with Watch(folder, step, settings.steps, parallel.is_main()) as watch:
+        sampler = make_sampler(settings, folder, pretrained, dataset)
+        loop = Loop(settings, folder, recipe, checkpoints, dataset, plan, validation, watch, history, sampler)
+        ended = loop.run(state, interrupted)
     checkpoints.finish()
-    if not finished:
-        say(f"stopped and saved; the same command goes on: {' '.join(sys.argv)}")
+
+    # 7. What it leaves.
+    if ended == INTERRUPTED:
+        say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
     elif parallel.is_main():
-        export(run, settings.export)
-    parallel.wait_for_all("end of the run")
+        run_report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
+        say(f"{ended}; report: {folder / 'report.html'}")
+        export(folder, settings.export)
+    parallel.wait_for_all("the end of the run")
 
 
 def say(line: str) -> None:
@@ -94,10 +100,11 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     source = Path(settings.data)
     if not source.exists():
         raise UserError(f"config.data={source} does not exist; give recordings (metadata.csv, wavs/) or a data set")
-    if not (source / "dataset.json").exists():
+    if not is_dataset(source):
         prepared = source.with_name(f"{source.name}-prepared")
-        if not (prepared / "dataset.json").exists():
-            prepare(source, settings.checkpoint, prepared)
+        if not is_dataset(prepared):
+            say(f"preparing {source}, once, into {prepared}")
+            prepare([source], settings.checkpoint, prepared)
         source = prepared
     dataset = Dataset.open(source)
     ours = {
@@ -112,22 +119,77 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
                 f"{source} was prepared with another {part} than {settings.checkpoint} has; "
                 f"prepare it again: python -m tortoise_jax.prepare --checkpoint {settings.checkpoint} …"
             )
+    check_room(dataset, pretrained.config)
     return dataset
 
 
-def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[TrainingPlan, ValidationPlan]:
+def check_room(dataset: Dataset, model: UnifiedVoiceConfig) -> None:
+    """Every clip must fit the position tables: what lies outside has no meaning, not a small error."""
+    for clip in dataset.clips:
+        for what, size, room in (
+            ("codes", clip.codes, model.mel_positions - 2),
+            ("text tokens", clip.text_tokens, model.text_positions - 2),
+        ):
+            if size > room:
+                raise UserError(
+                    f"{dataset.path}: clip {clip.id} has {size} {what}, the checkpoint has positions for {room}; "
+                    "prepare again with a lower --max_seconds or --max_text"
+                )
+
+
+def data_digest(dataset: Dataset) -> str:
+    """Tells one data set from another, whatever their folders are called."""
+    return str(dataset.header["sha256"]["clips.jsonl"])
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    clips = {split: [dataset.clips[i] for i in dataset.split(split)] for split in ("train", "validation")}
+    hours = {split: sum(clip.samples for clip in part) / 22050 / 3600 for split, part in clips.items()}
+    return {
+        "data set": str(dataset.path),
+        **{f"{split} clips": len(part) for split, part in clips.items()},
+        **{f"{split} hours": round(value, 3) for split, value in hours.items()},
+        "speakers": len({clip.speaker for clip in dataset.clips}),
+    }
+
+
+def fill_recipe(settings: ConfigDict, clips: int) -> None:
+    chosen = presets.fill(settings, clips)
+    if chosen:
+        say(f"recipe for {', '.join(chosen)}")
+
+
+def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
+    """Says what the run would need; for speech of usual lengths where there is no data set yet."""
+    if Path(settings.data).exists():
+        dataset = find_data(settings, pretrained)
+        lengths = batches.row_lengths(dataset, dataset.split("train"))
+    else:
+        lengths = planning.assumed_lengths()
+        say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
+    fill_recipe(settings, len(lengths))
+    recipe = make_recipe(settings, pretrained)
+    for line in planning.describe(recipe, pretrained.params, settings, lengths):
+        say(line)
+
+
+def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[Plan, Plan]:
     """Which clips are in which batch: training shuffled by the seed, validation always alike."""
     unit = parallel.device_count() * settings.accumulation
     clips = {split: dataset.split(split) for split in ("train", "validation")}
-    lengths = {split: batches.row_lengths(dataset, split) for split in clips}
-    plan = batches.TrainingPlan(clips["train"], lengths["train"], settings.batch_size, settings.seed, unit=unit)
-    validation = batches.ValidationPlan(clips["validation"], lengths["validation"], settings.batch_size, unit=unit)
-    if plan.note:
-        say(plan.note)
+    if not len(clips["train"]):
+        raise UserError(f"{dataset.path} has no clip to train on")
+    plan = Plan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
+    validation = Plan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
+    if plan.batch_size < settings.batch_size:
+        say(f"batch: {settings.batch_size} asked for, {plan.batch_size} used, all the training clips there are")
     say(
         f"data: {dataset.path}: {len(clips['train'])} clips to train on, {len(clips['validation'])} held out; "
         f"{plan.batches_per_epoch} steps an epoch"
     )
+    alone = batches.conditioned_on_themselves(dataset)
+    if alone:
+        say(f"{alone} clips have no other clip of their speaker and are conditioned on themselves")
     return plan, validation
 
 
@@ -152,148 +214,38 @@ def make_recipe(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
     )
 
 
-def begin_run(run: Path, settings: ConfigDict, pretrained: Pretrained) -> None:
-    """Makes the run's directory a checkpoint of its own (card, dVAE), or checks that it is this run's."""
-    now = json.loads(json.dumps(config.flat(settings)))
-    if (run / CONFIG).exists():
-        changed = config.changes(read_json(run / CONFIG), now)
-        refused = [line for line in changed if line.split(":")[0] in config.FIXED]
-        if refused:
-            raise UserError(f"{run} was begun with other settings that cannot change: {'; '.join(refused)}")
-        for line in changed:
-            say(f"changed since the run began: {line}")
-    if parallel.is_main():
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            if not (run / CARD).exists():
-                if not (run / "dvae").exists():
-                    save_tree(run / "dvae", pretrained.dvae_params)
-                write_card(run, pretrained)
-            write_json(run / CONFIG, now)
-        except OSError as error:
-            raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
-    parallel.wait_for_all("the run's directory")
-    if not (run / CARD).exists():
-        raise UserError(f"--workdir {run} is not on storage that all hosts share; a run's directory must be")
+def show_replay(recipe: Recipe, file: Path, dataset: Dataset) -> None:
+    """Computes a kept step again, on one device, and says what is not finite."""
+    step, batch, params = replay.load(file)
+    for line in replay.explain(
+        dataclasses.replace(recipe, axis=None), step, batch, params, [clip.id for clip in dataset.clips]
+    ):
+        print(line)
 
 
 def resume_or_start(checkpoints: RunCheckpoints, recipe: Recipe, params: Any) -> TrainState:
-    """The state, replicated over this host's devices: from the newest checkpoint, else the converted weights."""
-    newest = checkpoints.newest()
-    if newest is None:
-        return parallel.replicate(initial_state(params, recipe.optimizer))
+    """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
     blank = jax.eval_shape(functools.partial(initial_state, optimizer=recipe.optimizer), params)
-    restored, opt_state, progress = checkpoints.restore(newest, blank.params, blank.opt_state)
-    say(f"going on from step {newest}")
+    found = checkpoints.restore_newest(blank.params, blank.opt_state, say)
+    if found is None:
+        return parallel.replicate(initial_state(params, recipe.optimizer))
+    restored, opt_state, progress = found
+    say(f"going on from step {progress['step']}")
     counters = {name: np.asarray(progress[name], np.int32) for name in ("step", "skipped")}
     return parallel.replicate(TrainState(params=restored, opt_state=opt_state, **counters))
 
 
-def train(
-    settings: ConfigDict,
-    run: Path,
-    recipe: Recipe,
-    state: TrainState,
-    checkpoints: RunCheckpoints,
-    dataset: Dataset,
-    plan: TrainingPlan,
-    validation: ValidationPlan,
-    stop: Callable[[], bool],
-) -> bool:
-    """Runs to `settings.steps`; False where a signal ended it before."""
-    step_fn = parallel.mapped(functools.partial(train_step, recipe), donate=True)
-    eval_fn = parallel.mapped(functools.partial(eval_step, recipe), donate=False)
-    feed = functools.partial(feed_batch, settings, recipe, dataset)
-    first = int(parallel.first_copy(state.step))
-    clips = plan.batch_size
-
-    def save(step: int, state: TrainState, loss: float | None) -> None:
-        host = parallel.first_copy(state)
-        progress = {"step": step, "skipped": int(host.skipped)}
-        checkpoints.save(step, host.params, host.opt_state, progress, loss)
-
-    with Watch(run, first, settings.steps, parallel.is_main()) as watch:
-        if first == 0:
-            evaluate(watch, 0, recipe, eval_fn, state, feed, validation)
-        steps = range(first, settings.steps)
-        for step, batch in zip(steps, batches.prefetch(lambda s: feed(plan, s), steps), strict=True):
-            state, metrics = step_fn(state, batch)
-            metrics = {name: float(value) for name, value in parallel.first_copy(metrics).items()}
-            done = step + 1
-            watch.step(done, metrics, clips, log=done % settings.log_every == 0)
-            give_up_on_nan(watch, done, state, metrics)
-            last = done == settings.steps
-            if done % settings.eval_every == 0 or last:
-                loss = evaluate(watch, done, recipe, eval_fn, state, feed, validation)
-                save(done, state, loss)
-            if parallel.any_host(stop()) and not last:
-                save(done, state, None)
-                return False
-    return True
-
-
-def feed_batch(settings: ConfigDict, recipe: Recipe, dataset: Dataset, plan: Plan, step: int) -> dict[str, np.ndarray]:
-    """This host's part of a step's batch, laid out for its devices."""
-    length, indices = plan.batch(step)
-    batch = batches.make_batch(
-        dataset,
-        indices,
-        length,
-        rows=plan.rows,
-        config=recipe.model.config,
-        seed=settings.seed,
-        step=step,
-        conditioning_clips=settings.conditioning_clips,
-        host=parallel.host_rows(plan.rows),
-    )
-    return parallel.split_rows(batch, settings.accumulation)
-
-
-def evaluate(
-    watch: Watch,
-    step: int,
-    recipe: Recipe,
-    eval_fn: Callable[..., Any],
-    state: TrainState,
-    feed: Callable[[Plan, int], dict[str, np.ndarray]],
-    validation: ValidationPlan,
-) -> float | None:
-    """The loss over all held-out clips, without dropout, with fixed conditioning; None where there are none."""
-    if not validation.batches_per_epoch:
-        return None
-    totals: dict[str, np.ndarray] = {}
-    for batch in batches.prefetch(lambda i: feed(validation, i), range(validation.batches_per_epoch)):
-        sums = parallel.first_copy(eval_fn(state.params, batch))
-        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-    losses = {name: float(value) for name, value in means(totals, totals).items()}
-    loss = float(total_loss(totals, totals, recipe.text_weight))
-    watch.scalars(step, {f"validation/{name}": value for name, value in losses.items()} | {"validation/total": loss})
-    watch.say(
-        f"step {step}: held-out loss mel {losses['mel']:.4f}, text {losses['text']:.4f}, stop {losses['stop']:.4f}"
-    )
-    return loss
-
-
-def give_up_on_nan(watch: Watch, step: int, state: TrainState, metrics: dict[str, float]) -> None:
-    if metrics["finite"]:
-        return
-    skipped = int(parallel.first_copy(state.skipped))
-    watch.say(f"step {step}: the loss or a gradient was not finite; the step was not applied")
-    if skipped >= SKIPS_BEFORE_GIVING_UP:
-        raise UserError(f"{skipped} steps in a row were not finite; lower optimizer.learning_rate")
-
-
-def export(run: Path, name: str) -> None:
+def export(folder: Path, name: str) -> None:
     """Writes the best checkpoint for TorToiSe where torch is installed, else says how."""
     if not name:
         return
-    command = f"python convert/flax_to_torch.py {run} --out {run / name}"
+    command = f"python convert/flax_to_torch.py {folder} --out {folder / name}"
     if importlib.util.find_spec("torch") is None:
         say(f"torch is not installed here; to export: pip install 'tortoise_jax[convert]' && {command}")
         return
     from convert.flax_to_torch import export as write_pth
 
-    for line in write_pth(run, run / name):
+    for line in write_pth(folder, folder / name):
         say(line)
 
 

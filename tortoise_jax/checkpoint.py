@@ -16,7 +16,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tortoise_jax import parallel
 from tortoise_jax.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.errors import UserError
 from tortoise_jax.state_dict import flatten
@@ -138,8 +140,9 @@ def read_json(path: Path) -> Any:
 
 
 def save_tree(path: Path, tree: Tree) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
+    """Uncompressed: float32 weights hardly compress, and it would double both the time and the memory."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
 
 
 def restore_tree(path: Path, shapes: Tree) -> Tree:
@@ -152,6 +155,14 @@ def restore_tree(path: Path, shapes: Tree) -> Tree:
             return checkpointer.restore(path.absolute(), target)
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
+
+
+def checksum(tree: Tree) -> int:
+    """crc32 over the bytes of all arrays in order: what is written compressed is not checked by the file format."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), total)
+    return total
 
 
 def first_line(error: BaseException) -> str:
@@ -196,9 +207,8 @@ def read_card(path: Path) -> dict[str, Any]:
         )
     card = read_json(path / CARD)
     if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise UserError(
-            f"{path / CARD}: format {card.get('format') if isinstance(card, dict) else '?'}, this version reads {FORMAT}"
-        )
+        found = card.get("format") if isinstance(card, dict) else "none"
+        raise UserError(f"{path / CARD}: format {found}, this version reads {FORMAT}")
     return card
 
 
@@ -258,18 +268,35 @@ class RunCheckpoints:
         return self.manager.best_step() or self.newest()
 
     def save(self, step: int, params: Tree, opt_state: Tree, progress: dict[str, Any], loss: float | None) -> None:
-        """Starts writing in the background; every host must call it with the same step. A step that is there is kept."""
+        """Starts writing in the background; every host must call it with the same step.
+
+        A step that is there already is kept. Old checkpoints go only after the new one is whole.
+        """
         if step in self.manager.all_steps():
             return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),
-            progress=ocp.args.JsonSave(progress),
+            progress=ocp.args.JsonSave(progress | {"crc32": checksum((params, opt_state))}),
         )
-        self.manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
+        with self.failing_as_one_line():
+            self.manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
+
+    @contextlib.contextmanager
+    def failing_as_one_line(self) -> Iterator[None]:
+        """A write that failed, now or in the background, as a UserError that says what is still whole."""
+        try:
+            yield
+        except Exception as error:
+            whole = [step for step in self.manager.all_steps(read=True) if (self.folder / str(step)).is_dir()]
+            rest = f"the checkpoints of steps {whole} are whole" if whole else "there is no older one"
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {rest}; "
+                "make room and run the same command again"
+            ) from None
 
     def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
-        """Arrays shaped like the given trees, as numpy."""
+        """Arrays shaped like the given trees, as numpy, exactly as they were saved; else a UserError."""
         blank = lambda tree: jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(blank(params)),
@@ -278,9 +305,36 @@ class RunCheckpoints:
         )
         try:
             restored = self.manager.restore(step, args=items)
+            found = checksum((restored["params"], restored["opt_state"]))
+            if found != restored["progress"]["crc32"]:
+                raise ValueError("its checksum is not what was written")
         except Exception as error:
             raise UserError(f"{self.folder / str(step)} cannot be resumed from: {first_line(error)}") from None
         return restored["params"], restored["opt_state"], restored["progress"]
+
+    def restore_newest(
+        self, params: Tree, opt_state: Tree, say: Callable[[str], None]
+    ) -> tuple[Tree, Tree, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        A damaged one is put aside as `N.damaged` and the one before it taken, which `say` is told.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                return self.restore(step, params, opt_state)
+            except UserError as error:
+                say(f"{error}; put aside as {step}.damaged, trying the one before it")
+                self.put_aside(step)
+        if any(self.folder.glob("*.damaged")):
+            raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to start the run anew")
+        return None
+
+    def put_aside(self, step: int) -> None:
+        parallel.wait_for_all(f"putting aside {step}")
+        if parallel.is_main():
+            (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+        parallel.wait_for_all(f"put aside {step}")
+        self.manager.reload()
 
     def restore_params(self, shapes: Tree, step: int | None) -> Tree:
         chosen = self.best() if step is None else step
@@ -292,5 +346,6 @@ class RunCheckpoints:
 
     def finish(self) -> None:
         """Waits for what is being written; nothing is complete before this returns."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with self.failing_as_one_line():
+            self.manager.wait_until_finished()
+            self.manager.close()

@@ -120,7 +120,9 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config: {name} is {given[name]}, expected {expected}")
     milestones = given["optimizer.milestones"] or ()
     if any(not isinstance(step, int) or step < 1 for step in milestones) or sorted(set(milestones)) != [*milestones]:
-        raise UserError(f"config: optimizer.milestones is {milestones}, expected rising step numbers such as (500, 1000)")
+        raise UserError(
+            f"config: optimizer.milestones is {milestones}, expected rising step numbers such as (500, 1000)"
+        )
     if given["attention_dropout"] and given["attention"] != "plain":
         raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
 
@@ -143,5 +145,3 @@ def optimizer(config: ConfigDict) -> OptimizerConfig:
     values = {name: config.optimizer[name] for name in fields}
     values["milestones"] = tuple(values["milestones"])
     return OptimizerConfig(**values, total_steps=config.steps)
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,16 @@ from tortoise_jax.errors import UserError
 
 AXIS = "data"
 Tree = Any
+
+
+def prepare_process(deterministic: bool = True) -> None:
+    """Before JAX starts: keep compiled programs for the next run, and, on NVIDIA, compute the same bits every time."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR chooses another place
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tortoise_jax", "compiled"))
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -151,9 +162,12 @@ def any_host(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def on_each_device(tree: Tree) -> list[Tree]:
-    """A copy of a tree on each local device, for work that devices do independently of each other and of other hosts."""
-    return [jax.device_put(tree, device) for device in jax.local_devices()]
+def device_memory() -> int | None:
+    """Bytes one device may use, as far as it says so; the machine's memory shared by its devices on CPU."""
+    if on_cpu():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 # Rows shared out over this host's devices, each running its own loop: what generation needs.

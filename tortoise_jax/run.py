@@ -1,8 +1,8 @@
 """A run's directory: what it was begun with, and the history of its losses.
 
-    config.json      the filled configuration and the data set's digest     summary.json   how it went, for programs
-    history.jsonl    a line a step or evaluation                            report.html    how it went, for people
-    steps/           checkpoints                  tensorboard/, samples/, nonfinite/      dvae/, tortoise.json, …
+config.json      the filled configuration and the data set's digest     summary.json   how it went, for programs
+history.jsonl    a line a step or evaluation                            report.html    how it went, for people
+steps/           checkpoints                  tensorboard/, samples/, nonfinite/      dvae/, tortoise.json, …
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def begin(run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: 
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """"field: old -> new" for each field that differs."""
+    """ "field: old -> new" for each field that differs."""
     names = [name for name in now if before.get(name) != now[name]]
     return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names]
 
@@ -105,7 +105,7 @@ def overfitting_remark(validation: list[tuple[int, float]], training: list[tuple
     if not half or sum(since[half:]) / len(since[half:]) >= sum(since[:half]) / half:
         return ""
     return (
-        f"overfitting: held-out clips have got worse since step {best} while training clips still get better; the model "
-        f"learns these recordings by heart. The checkpoint of step {best} is kept as the best; more recordings help, a "
-        "lower learning rate may"
+        f"overfitting: held-out clips have got worse since step {best} while training clips still get better; the "
+        f"model learns these recordings by heart. The checkpoint of step {best} is kept as the best; "
+        "more recordings help, a lower learning rate may"
     )

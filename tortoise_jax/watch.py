@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -56,3 +57,7 @@ class Watch:
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def audio(self, step: int, name: str, waveform: np.ndarray) -> None:
+        if self.writer and len(waveform):
+            self.writer.add_audio(name, waveform[:, None], step, sample_rate=SAMPLE_RATE)
