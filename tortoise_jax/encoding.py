@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,7 +43,7 @@ def padded_samples(samples: int, config: DVAEConfig) -> int:
 
 
 class CodeEncoder:
-    """The dVAE of a checkpoint, a copy on every local device.
+    """The dVAE of a checkpoint on this host's devices, which share the rows of a batch: `rows` each.
 
     Raises UserError if a code of it does not stand for 1024 samples, which all lengths of the AR model count on.
     """
@@ -57,24 +56,24 @@ class CodeEncoder:
             )
         if config.codes > 2**16:
             raise UserError(f"the dVAE has {config.codes} codes; a data set keeps them in 16 bits (65536 at most)")
-        self._config, self._rows = config, rows
-        self._params = parallel.on_each_device(params)
+        self._config, self._rows = config, rows * parallel.local_device_count()
+        self._params = parallel.on_every_device(params)
         model = DiscreteVAE(config)
 
         def codes(params: Tree, waveforms: Array) -> Array:  # (b, samples) int16 -> (b, codes)
             return jnp.asarray(model.apply({"params": params}, log_mel(waveforms, mel_norms), method="encode"))
 
-        self._codes = jax.jit(codes)
+        self._codes = parallel.by_rows(codes, replicated=1, sharded=1)
 
     def encode(
         self, waveforms: Sequence[np.ndarray], progress: Callable[[list[int]], None] = lambda places: None
     ) -> list[np.ndarray]:
         """int16 waveforms (samples,) -> their codes (samples // 1024 + 1,) uint16; progress: told what is done."""
         batches = self._batches([len(waveform) for waveform in waveforms])
-        # Dispatch is asynchronous: all devices work while later batches are being put together.
+        # Dispatch is asynchronous: the devices work while later batches are being put together.
         running = [
-            (members, self._codes(self._params[i % len(self._params)], self._joined(waveforms, members, length)))
-            for i, (length, members) in enumerate(batches)
+            (members, self._codes(self._params, self._joined(waveforms, members, length)))
+            for length, members in batches
         ]
         codes: dict[int, np.ndarray] = {}
         for members, result in running:

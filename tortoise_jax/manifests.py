@@ -70,6 +70,8 @@ def read_inputs(paths: Sequence[Path], format: str | None = None) -> list[Input]
 def _read_input(path: Path, format: str) -> Input:
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
+    if path.is_dir() and not FORMATS[format].of_folders:
+        raise UserError(f"{path}: is a folder; the format {format} is {FORMATS[format].description}")
     lines = list(FORMATS[format].read(path))
     if not lines:
         raise UserError(f"{path}: empty, no line found in it; expected {FORMATS[format].description}")
@@ -87,8 +89,8 @@ def recognise(path: Path) -> str:
         raise UserError(f"{path}: there is no such file or folder{did_you_mean(path.name, near)}")
     format = _of_folder(path) if path.is_dir() else _of_file(path)
     if format is None:
-        known = "; ".join(f"{name}: {entry.description}" for name, entry in FORMATS.items())
-        raise UserError(f"{path}: {_what_is_there(path)}, which is none of the formats known here ({known})")
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path}: {_what_is_there(path)}: none of the formats {known}; --help says what each expects")
     return format
 
 
@@ -103,8 +105,9 @@ def _what_is_there(path: Path) -> str:
 
 
 def _of_folder(folder: Path) -> str | None:
-    if (folder / "metadata.csv").is_file():
-        return "ljspeech" if _of_file(folder / "metadata.csv") in ("ljspeech", "list", None) else "table"
+    metadata = folder / "metadata.csv"
+    if metadata.is_file() and _of_file(metadata) in ("ljspeech", None):
+        return "ljspeech"
     if any(folder.glob("*/metadata.csv")):
         return "ljspeech"
     recordings = list(_recordings(folder))
@@ -238,8 +241,6 @@ TABLES = {
 
 def read_table(path: Path, name: str) -> Iterator[Line]:
     """A csv, tsv or |-separated file whose first line names the columns; paths relative to the file."""
-    if path.is_dir():
-        path = path / "metadata.csv"
     numbered = _text_lines(path)
     header_number, header = next(((number, text) for number, text in numbered if text.strip()), (1, ""))
     delimiter, columns = _delimiter(header), _split_header(header)
@@ -416,6 +417,7 @@ def _seconds(groups: Sequence[str]) -> float:
 class Format:
     read: Callable[[Path], Iterator[Line]]
     description: str
+    of_folders: bool = False
 
 
 def _table_format(name: str, description: str) -> Format:
@@ -423,12 +425,14 @@ def _table_format(name: str, description: str) -> Format:
 
 
 FORMATS = {
-    "ljspeech": Format(read_ljspeech, "a folder with metadata.csv (ID|text or ID|text|normalised text) and wavs/"),
+    "ljspeech": Format(
+        read_ljspeech, "a folder with metadata.csv (ID|text or ID|text|normalised text) and wavs/", True
+    ),
     "list": Format(read_list, "a text file of lines path|text"),
     "table": _table_format("table", "csv or tsv with a header: audio, text, optional speaker and split"),
     "jsonl": Format(read_jsonl, "a JSON object a line: audio, text, optional speaker, split, start, end"),
-    "folder": Format(read_folder, "a folder of recordings, each with a .txt of the same name"),
-    "whisper": Format(read_whisper, "long recordings, each with Whisper's .json or .srt of the same name"),
+    "folder": Format(read_folder, "a folder of recordings, each with a .txt of the same name", True),
+    "whisper": Format(read_whisper, "long recordings, each with Whisper's .json or .srt of the same name", True),
     "commonvoice": _table_format("commonvoice", "a tsv of Common Voice beside its clips/"),
     "voxpopuli": _table_format("voxpopuli", "a tsv of VoxPopuli beside its folders of years"),
     "xtts": _table_format("xtts", "the tables XTTS trainers write: audio_file|text|speaker_name"),

@@ -10,14 +10,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from tortoise_jax import dataset, parallel, report, shards
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
 from tortoise_jax.checkpoint import Pretrained, load_pretrained, mel_norms_digest
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import UserError, did_you_mean, exit_with_one_line
 from tortoise_jax.judging import Verdict, judge
 from tortoise_jax.manifests import FORMATS, Input, read_inputs
 from tortoise_jax.recordings import MIN_SECONDS, SILENT_DB, Sound
@@ -57,6 +57,9 @@ class Options:
             "seed": (0, 2**31),
             "group": (1, 2**20),
         }
+        if self.cleaner not in CLEANERS:
+            near = did_you_mean(self.cleaner, CLEANERS)
+            raise UserError(f"--cleaner {self.cleaner}: there is none{near}, choose {', '.join(CLEANERS)}")
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -256,40 +259,54 @@ def clips_of(made: Assessed, encoded: Sequence[Encoded]) -> list[dataset.Clip]:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """One line instead of a page of usage where something is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists what there is")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formats = "\n".join(f"  {name:12} {entry.description}" for name, entry in FORMATS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tortoise_jax.prepare",
         description="Turns recordings (wav, flac, ogg, mp3) and transcripts into a data set to train on.",
         epilog=f"formats:\n{formats}\n\nRun again after an interruption or with more recordings: what is done stays.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="recordings with transcripts; one or several",
-    )
-    add("--checkpoint", type=Path, metavar="DIR", help="a converted checkpoint; its dVAE makes the codes")
-    add("--out", type=Path, metavar="DATASET", help="the data set's folder")
-    add("--check", action="store_true", help="only report; nothing is encoded or written, --checkpoint may be left out")
-    add(
-        "--format", choices=FORMATS, metavar="NAME", help="of the inputs, where it is not recognised rightly: see below"
-    )
-    add("--max_seconds", type=float, metavar="S", help=f"longer clips are rejected (default {MAX_SECONDS})")
-    add("--max_text", type=int, metavar="N", help=f"texts of more tokens are rejected (default {MAX_TEXT})")
-    add("--max_rejected", type=float, default=MAX_REJECTED, metavar="PART", help="fail above it (default %(default)s)")
-    add("--cleaner", choices=CLEANERS, default="english", help="english spells out numbers, drops accents (default)")
-    add("--tokenizer", type=Path, metavar="FILE", help="a BPE of one's own, of the size of the checkpoint's text table")
-    add("--validation", type=float, default=VALIDATION_PART, metavar="PART", help="held out, where no split is given")
-    add("--seed", type=int, default=0, help="decides what is held out (default 0)")
-    add("--workers", type=int, metavar="N", help="processes that decode audio (default: one a processor; 0: none)")
-    add("--coordinator", default="", metavar="HOST:PORT", help="process 0 of several hosts that share the work")
-    add("--num_processes", type=int, default=0, metavar="N", help="hosts, with --coordinator")
-    add("--process_id", type=int, default=-1, metavar="I", help="this host's number, with --coordinator")
+    flags: dict[str, dict[str, Any]] = {
+        "data": {
+            "type": Path,
+            "nargs": "+",
+            "required": True,
+            "metavar": "PATH",
+            "help": "recordings with transcripts",
+        },
+        "checkpoint": {"type": Path, "metavar": "DIR", "help": "a converted checkpoint; its dVAE makes the codes"},
+        "out": {"type": Path, "metavar": "DATASET", "help": "the folder of the data set"},
+        "check": {"action": "store_true", "help": "only report: nothing encoded or written, --checkpoint optional"},
+        "format": {"metavar": "NAME", "help": "of all inputs, where it is not recognised rightly; see below"},
+        "max_seconds": {"type": float, "metavar": "S", "help": f"longest clip (default {MAX_SECONDS})"},
+        "max_text": {"type": int, "metavar": "N", "help": f"most tokens of a text (default {MAX_TEXT})"},
+        "max_rejected": {
+            "type": float,
+            "metavar": "PART",
+            "help": f"fail if more is rejected (default {MAX_REJECTED})",
+        },
+        "cleaner": {"metavar": "NAME", "help": "english (default; spells numbers, drops accents), basic or none"},
+        "tokenizer": {"type": Path, "metavar": "FILE", "help": "a BPE of one's own, as large as the checkpoint's"},
+        "validation": {"type": float, "metavar": "PART", "help": f"held out if no split is given ({VALIDATION_PART})"},
+        "seed": {"type": int, "metavar": "N", "help": "decides what is held out (default 0)"},
+        "workers": {"type": int, "metavar": "N", "help": "processes that decode (default: one a processor; 0: none)"},
+        "coordinator": {"metavar": "HOST:PORT", "help": "process 0 of several hosts that share the work"},
+        "num_processes": {"type": int, "metavar": "N", "help": "how many hosts, with --coordinator"},
+        "process_id": {"type": int, "metavar": "I", "help": "this host's number, with --coordinator"},
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    parser.set_defaults(**defaults, coordinator="", num_processes=0, process_id=-1)
+    for name, about in flags.items():
+        parser.add_argument(f"--{name}", **about)
     return parser.parse_args(argv)
 
 

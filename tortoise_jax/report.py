@@ -19,6 +19,7 @@ from tortoise_jax.splits import TRAIN, VALIDATION, moved_to_validation
 
 REPORT, REJECTED, PICTURE = "report.json", "rejected.tsv", "report.png"
 EXAMPLES = 3
+KEPT, GONE = "#4878a8", "#c44e52"
 LISTED = 20  # rejected lines shown where no file is written
 
 
@@ -196,18 +197,21 @@ def picture(verdict: Verdict, limits: dict[str, float]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    values = {
-        "seconds": ("duration (s)", [one.sound.seconds for one in verdict.kept]),
-        "text_tokens": ("text length (tokens)", [len(one.text_ids) for one in verdict.kept]),
-        "loudness_db": ("loudness (dB of full scale)", [one.sound.loudness_db for one in verdict.kept]),
+    kept = verdict.kept
+    values: dict[str, tuple[str, list[Any], tuple[float, float]]] = {
+        "seconds": ("duration (s)", [one.sound.seconds for one in kept], (0.0, 1.25 * limits["seconds"])),
+        "text_tokens": ("text (tokens)", [len(one.text_ids) for one in kept], (0.0, 1.25 * limits["text_tokens"])),
+        "loudness_db": ("loudness (dB of full scale)", [one.sound.loudness_db for one in kept], (-72.0, 0.0)),
     }
+    rejected = [one.seconds for one in verdict.rejected if one.seconds]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (key, (label, numbers)) in zip(figure.subplots(1, 3), values.items(), strict=True):
-        axes.hist(numbers, bins=40, color="#4878a8")
-        if key in limits:
-            axes.axvline(limits[key], color="#c44e52", linestyle="--", linewidth=1, label=f"limit {limits[key]:g}")
-            axes.legend(frameon=False, fontsize=8)
+    for axes, (key, (label, numbers, (low, high))) in zip(figure.subplots(1, 3), values.items(), strict=True):
+        # Outliers are counted at the edge.
+        shown = [np.clip(numbers, low, high), np.clip(rejected if key == "seconds" else [], low, high)]
+        axes.hist(shown, np.linspace(low, high, 51), stacked=True, color=(KEPT, GONE), label=("kept", "rejected"))
+        axes.axvline(limits[key], color="black", linestyle="--", linewidth=1, label=f"limit {limits[key]:g}")
+        axes.legend(frameon=False, fontsize=8)
         axes.set(xlabel=label, ylabel="clips")
         axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
