@@ -1,84 +1,248 @@
-"""Reading and writing torch checkpoint files: tensors only, nothing in a file is ever executed."""
+"""Reading and writing checkpoint files: tensors only, nothing in a file is ever executed.
+
+Formats are told apart by their first bytes, never by their names: torch's zip (mapped into memory, its checksums
+verified), torch's older pickle stream, safetensors.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import pickle
+import re
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 
 from tortoise_jax.errors import UserError
+from tortoise_jax.state_dict import same_bits
+
+ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"
+CHUNK = 1 << 23
+TORCH_DTYPES = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.bool: np.dtype(np.bool_),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+OUT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": TORCH_DTYPES[torch.bfloat16],
+}
+# Shared storages are legitimate (an attached inference model doubles every tensor); far more bytes are invented.
+CLAIM_LIMIT = 4
+
+Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
-def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """A .pth file's tensors as numpy arrays, memory-mapped where the format allows. Raises UserError naming the file."""
-    loaded = _load(path)
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors (a state dict)")
+def silent(count: int) -> None:
+    """The progress of whoever does not watch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a file holds, as it was saved: mostly a dictionary of tensors, wrapped or not."""
+
+    format: str
+    content: Any
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, checksums: bool = True, progress: Progress = silent) -> Loaded:
+    """Reads a file's tensors, mapped where the format allows. Raises UserError in one line for anything else.
+
+    checksums: compare a zip's records with their CRC-32, which torch.load does not.
+    """
+    kind = format_of(path)
+    try:
+        if kind == ZIP:
+            check_zip(path, checksums, progress)
+        if kind == SAFETENSORS:
+            return Loaded(kind, _load_safetensors(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Loaded(kind, torch.load(path, map_location="cpu", weights_only=True, mmap=kind == ZIP))
+    except UserError:
+        raise
+    except Exception as error:  # parsers of damaged files raise whatever they run into
+        raise UserError(_why_unreadable(path, str(error) or type(error).__name__)) from None
+
+
+def format_of(path: Path) -> str:
+    """Which format a file's first bytes show; UserError for what cannot be a checkpoint."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, expected a checkpoint file (.pth or .safetensors)")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if size == 0:
+        raise UserError(f"{path} is empty (0 bytes); download it again")
+    if start.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is cut off: it begins like a torch checkpoint, but has no end; get it again")
+        return ZIP
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+        return SAFETENSORS
+    if start[:1] == b"\x80":
+        return LEGACY
+    looks = "a web page" if start.lstrip()[:1] == b"<" else "text" if _is_text(start) else "of an unknown format"
+    raise UserError(f"{path} is not a checkpoint: it is {looks}; expected a .pth of torch or a .safetensors file")
+
+
+def _is_text(start: bytes) -> bool:
+    return all(byte >= 32 or byte in b"\t\r\n\f" for byte in start)
+
+
+def check_zip(path: Path, checksums: bool, progress: Progress = silent) -> None:
+    """Raises UserError unless the archive is one that torch could have written and its records are undamaged."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if not any(record.filename.endswith("/data.pkl") for record in records):
+            raise UserError(f"{path} is a zip archive, but not of torch (no data.pkl); is it to be unpacked first?")
+        # torch stores tensors as they are; a compressed record could unpack to any size.
+        packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise UserError(f"{path} is not of torch: its record {packed[0]} is compressed; save it again with torch")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise UserError(f"{path} is damaged: its records claim more bytes than the file has; get it again")
+        for record in records if checksums else ():
+            try:
+                with archive.open(record) as stream:
+                    while chunk := stream.read(CHUNK):
+                        progress(len(chunk))
+            except zipfile.BadZipFile:
+                raise UserError(
+                    f"{path} is damaged: its record {record.filename} does not match its checksum; get the file again "
+                    "(--ignore_checksums if it was saved without them)"
+                ) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UserError(f"{path} is a safetensors file: pip install safetensors") from None
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+
+
+def _why_unreadable(path: Path, reason: str) -> str:
+    named = re.search(r"GLOBAL ([\w.]+)", reason)
+    if named:
+        state = ' A ".state" file holds an optimiser, no weights.' if path.suffix == ".state" else ""
+        return (
+            f"{path} holds Python objects beside tensors ({named.group(1)}), which would have to be run to be read; "
+            f"that is never done.{state} A file saved by torch.save(model.state_dict(), …) holds tensors alone"
+        )
+    if "Weights only load failed" in reason:
+        return f"{path} is damaged or not a checkpoint of tensors; get it again"
+    first = next(line.strip() for line in reason.splitlines() if line.strip()) if reason.strip() else reason
+    return f"{path} is damaged or not a checkpoint: {first[:200]}"
+
+
+def tensors(content: Any, path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a flat dictionary as arrays, without a copy. UserError naming the entry that is none."""
     state: dict[str, np.ndarray] = {}
-    for key, value in loaded.items():
+    for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: entry {key!r} is a {type(value).__name__}, expected a tensor")
-        state[key] = as_numpy(value, f"{path}: {key}")
+            raise UserError(f"{path}: entry {str(key)[:100]!r} is a {type(value).__name__}, expected a tensor")
+        state[key] = as_numpy(value, f"{path}: {key[:200]}")
     if not state:
         raise UserError(f"{path} holds no tensors")
+    claimed, size = sum(array.nbytes for array in state.values()), path.stat().st_size
+    if claimed > CLAIM_LIMIT * size:
+        raise UserError(f"{path} is damaged: its tensors claim {claimed:,} bytes, the file has {size:,}")
     return state
 
 
 def as_numpy(tensor: torch.Tensor, where: str) -> np.ndarray:
-    """A view for float32 and integers; half precisions become float32, exactly."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    elif tensor.dtype not in (torch.float32, torch.bool, torch.uint8, torch.int64, torch.int32):
-        raise UserError(f"{where} is {tensor.dtype}, expected float32, float16 or bfloat16")
-    return tensor.detach().numpy()
+    """The tensor's own memory as an array of the same dtype (bfloat16 by ml_dtypes). UserError for what has no such."""
+    if tensor.dtype not in TORCH_DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = str(tensor.dtype if tensor.dtype not in TORCH_DTYPES else tensor.layout).removeprefix("torch.")
+        raise UserError(f"{where} is {kind} on {tensor.device.type}, expected dense float32, float16 or bfloat16")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        held = tensor.untyped_storage().nbytes()
+        raise UserError(f"{where} claims the shape {tuple(tensor.shape)}, but holds {held:,} bytes: damaged")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
-def _load(path: Path) -> Any:
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if path.is_dir():
-        raise UserError(f"{path} is a directory, expected a torch checkpoint file (.pth)")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes); download it again")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is not a torch checkpoint of tensors alone: it is damaged, another kind of file, or holds code, "
-            "which is never run"
-        ) from None
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a torch checkpoint: {reason}") from None
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a flat file under the names it has. Raises UserError."""
+    content = load(path).content
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
+    return tensors(content, path)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.ndarray]:
+    """Floating-point arrays in `dtype` (a key of OUT_DTYPES), others as they are. UserError where a value overflows."""
+    target = OUT_DTYPES[dtype]
+    done: dict[str, np.ndarray] = {}
+    for key, value in state.items():
+        floating = value.dtype in OUT_DTYPES.values()
+        with np.errstate(over="ignore"):
+            done[key] = value.astype(target, copy=False) if floating else value
+        if target.itemsize < value.itemsize and floating and np.isinf(done[key]).sum() > np.isinf(value).sum():
+            raise UserError(f"{where}: {key} has values too large for {dtype}; write float32 or bfloat16")
+    return done
 
 
 def write_state_dict(path: Path, state: dict[str, np.ndarray]) -> None:
-    """Writes a flat float32 .pth: beside, synced, renamed; then reads it back and compares every tensor bit for bit."""
+    """Writes a flat .pth: beside, synced, renamed; before that reads it back and compares every tensor bit for bit."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save({key: torch.from_numpy(value) for key, value in state.items()}, file)
+            torch.save({key: as_torch(value) for key, value in state.items()}, file)
             file.flush()
             os.fsync(file.fileno())
-        written = read_state_dict(partial)
-        if list(written) != list(state):
-            raise UserError(f"{path}: the keys read back are not those written; the disk may be failing")
-        for key, value in state.items():
-            if written[key].shape != value.shape or not np.array_equal(_bits(written[key]), _bits(value)):
-                raise UserError(f"{path}: {key} read back differs from what was written; the disk may be failing")
+        check_written(partial, path, state)
         partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written: {reason}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    """Bytes, so that NaNs compare equal to themselves and -0.0 not to 0.0."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def check_written(partial: Path, path: Path, state: dict[str, np.ndarray]) -> None:
+    written = read_state_dict(partial)
+    if list(written) != list(state):
+        raise UserError(f"{path}: the keys read back are not those written; the disk may be failing")
+    for key, value in state.items():
+        if not same_bits(written[key], value):
+            raise UserError(f"{path}: {key} read back differs from what was written; the disk may be failing")
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """The inverse of `as_numpy`."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that are read-only: nothing writes to them here
+        return torch.from_numpy(array)

@@ -1,154 +1,293 @@
 """Converts TorToiSe's torch checkpoints (dvae.pth, autoregressive.pth) into a Flax checkpoint directory.
 
   python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out checkpoints/tortoise
+  python convert/torch_to_flax.py --download          fetches both files first
+  python convert/torch_to_flax.py                     takes what lies in checkpoints/
+
+Dimensions are read from the tensors, never from a configuration. Files are only read, never run.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import concurrent.futures
 from pathlib import Path
 from typing import Any
 
-from convert.torch_files import read_state_dict
+import numpy as np
+
+from convert import download
+from convert.command_line import Parser, positive
+from convert.families import AR, DVAE
+from convert.progress import byte_bar, growing
+from convert.source import (
+    RELEASED_TEXT_TOKENS,
+    TABLES,
+    Source,
+    card_beside,
+    describe,
+    nonfinite,
+    open_source,
+    sha256,
+)
 from tortoise_jax import state_dict
 from tortoise_jax.audio import default_mel_norms
-from tortoise_jax.checkpoint import (
-    Pretrained,
-    digest,
-    dvae_shapes,
-    parameter_count,
-    read_json,
-    save_pretrained,
-    unified_voice_shapes,
-)
+from tortoise_jax.checkpoint import Pretrained, digest, mel_norms_digest, save_pretrained
 from tortoise_jax.dvae import DVAEConfig
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.text import Tokenizer
 from tortoise_jax.unified_voice import UnifiedVoiceConfig
 
-RELEASED_DVAE_SHA256 = "a990825371506c16bcf0e8167bf24ccf82f65bb6a1dbcbfcf058d76f9b197e35"
 LOOK_IN = Path("checkpoints")
+FILES = {DVAE: "dvae.pth", AR: "autoregressive.pth"}
+CONDITIONING_INPUTS = 2  # of the released model; TorToiSe's constructor wants to know, the tensors do not tell
 
 
-def convert_ar(path: Path, heads: int | None) -> tuple[UnifiedVoiceConfig, dict[str, Any], dict[str, str]]:
-    """An AR checkpoint -> dimensions, Flax parameters, dropped keys with reasons."""
-    state = read_state_dict(path)
-    shapes = {key: value.shape for key, value in state.items()}
-    config = state_dict.unified_voice_config(shapes, str(path), heads or heads_beside(path))
-    converted = state_dict.to_flax(
-        state_dict.UNIFIED_VOICE, state, flat_shapes(unified_voice_shapes(config)), str(path)
-    )
-    return config, converted.params, converted.dropped
+def convert(
+    dvae: Path | None,
+    ar: Path | None,
+    out: Path,
+    heads: int | None = None,
+    *,
+    codebook_dim: int | None = None,
+    tokenizer: Path | None = None,
+    mel_norms: Path | None = None,
+    allow_nonfinite: bool = False,
+    checksums: bool = True,
+) -> list[str]:
+    """Converts what is given into the directory `out`, whole or not at all; returns the summary's lines.
 
+    heads: of the AR model, where its .json or width / 64 is wrong. codebook_dim: only compared with the file's.
+    tokenizer, mel_norms: files, where they are not the released ones. allow_nonfinite: convert NaN and Inf too.
+    checksums: verify those of .pth files. Raises UserError.
+    """
+    check_new(out)
+    sources = {part: open_with_bar(path, part, heads, checksums) for part, path in ((DVAE, dvae), (AR, ar)) if path}
+    if not sources:
+        raise UserError("nothing to convert: give --dvae, --ar, or both")
+    check_codebook_dim(sources.get(DVAE), codebook_dim)
+    check_fit(sources)
+    norms = choose_mel_norms(sources, mel_norms)
+    bpe = choose_tokenizer(sources.get(AR), tokenizer)
 
-def convert_dvae(path: Path) -> tuple[DVAEConfig, dict[str, Any], dict[str, str]]:
-    """A dVAE checkpoint -> dimensions, Flax parameters, dropped keys with reasons."""
-    state = read_state_dict(path)
-    config = state_dict.dvae_config({key: value.shape for key, value in state.items()}, str(path))
-    converted = state_dict.to_flax(state_dict.DVAE, state, flat_shapes(dvae_shapes(config)), str(path))
-    return config, converted.params, converted.dropped
-
-
-def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in state_dict.flatten(tree).items()}
-
-
-def heads_beside(path: Path) -> int | None:
-    """Heads from the .json our exporter writes beside a .pth, or None."""
-    card = path.with_suffix(".json")
-    if not card.exists():
-        return None
-    content = read_json(card)
-    heads = content.get("heads") if isinstance(content, dict) else None
-    if not isinstance(heads, int) or heads < 1:
-        raise UserError(f'{card}: "heads" is {heads!r}, expected a number of attention heads; or give --heads')
-    return heads
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def convert(dvae: Path | None, ar: Path | None, out: Path, heads: int | None = None) -> list[str]:
-    """Converts what is given into the directory `out`; returns the summary's lines."""
-    if out.exists():
-        raise UserError(f"{out} exists already; remove it or give another --out")
     lines: list[str] = []
-    source: dict[str, Any] = {}
-    config = params = dvae_config = dvae_params = None
-    if dvae:
-        dvae_config, dvae_params, dropped = convert_dvae(dvae)
-        source["dvae"] = {"file": dvae.name, "sha256": sha256(dvae)}
-        lines += describe_dvae(dvae, dvae_config, dvae_params, source["dvae"]["sha256"]) + describe_dropped(dropped)
-    if ar:
-        config, params, dropped = convert_ar(ar, heads)
-        source["ar"] = {"file": ar.name, "sha256": sha256(ar)}
-        assumed = not heads and heads_beside(ar) is None
-        lines += describe_ar(ar, config, params, assumed) + describe_dropped(dropped)
-    if config and dvae_config and config.codes != dvae_config.codes:
-        raise UserError(
-            f"{dvae} and {ar} do not belong together: codebook.embed has {dvae_config.codes} codes, "
-            f"mel_embedding.weight has room for {config.codes} (its {config.mel_tokens} rows less start and stop)"
-        )
-    tokenizer, mel_norms = Tokenizer.default(), default_mel_norms()
-    if config and tokenizer.vocab_size > config.text_tokens:
-        raise UserError(f"{ar}: text table of {config.text_tokens} rows, the tokenizer has {tokenizer.vocab_size}")
-    dvae_digest = digest(dvae_params) if dvae_params else ""
-    save_pretrained(
-        Pretrained(config, params, dvae_config, dvae_params, dvae_digest, tokenizer, mel_norms, source), out
+    configs: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    origin: dict[str, Any] = {}
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # hashing keeps a core busy while the other converts
+        for part in list(sources):
+            source = sources.pop(part)  # so that its mapped file is let go before the next
+            checksum = beside.submit(sha256, source.path)
+            configs[part] = source.config
+            params[part], remarks = convert_part(source, allow_nonfinite)
+            origin[part] = where_from(source, checksum.result())
+            lines += describe(source, checksum.result()) + remarks
+            del source
+    pretrained = Pretrained(
+        config=configs.get(AR),
+        params=params.get(AR),
+        dvae_config=configs.get(DVAE),
+        dvae_params=params.get(DVAE),
+        dvae_digest=digest(params[DVAE]) if DVAE in params else "",
+        tokenizer=bpe,
+        mel_norms=norms,
+        source=origin,
     )
-    return [*lines, f"written to {out}"]
+    with growing(out.with_name(f"{out.name}.partial"), f"writing {out.name}", total=bytes_of(params)):
+        save_pretrained(pretrained, out)
+    return [*lines, f"written to {out} ({bytes_of(params) / 1e9:.2f} GB, float32)"]
 
 
-def describe_dvae(path: Path, config: DVAEConfig, params: dict[str, Any], checksum: str) -> list[str]:
-    lines = [
-        f"dVAE {path}: {config.layers} strided layers, {config.res_blocks} residual blocks, hidden {config.hidden}, "
-        f"{config.codes} codes, {parameter_count(params):,} parameters and buffers",
-        f"  codebook_dim {config.codebook_dim}, read from codebook.embed",
-    ]
-    if config.codebook_dim != 256:
-        lines[1] += " (the public configs say 256: that does not apply to this file)"
-    if checksum == RELEASED_DVAE_SHA256:
-        lines.append("  sha256 is that of the released dvae.pth")
-    return lines
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def describe_ar(path: Path, config: UnifiedVoiceConfig, params: dict[str, Any], assumed: bool) -> list[str]:
-    heads = f"{config.heads} heads" + (" (assumed: width / 64)" if assumed else "")
-    return [
-        f"AR model {path}: {config.layers} layers, width {config.width}, {heads}, {config.codes} codes, "
-        f"{config.text_tokens} text tokens, {parameter_count(params):,} parameters",
-        f"  room for {config.mel_positions - 2} codes and {config.text_positions - 2} text tokens a row",
-    ]
+def check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out {out} exists already; remove it or give another --out")
 
 
-def describe_dropped(dropped: dict[str, str]) -> list[str]:
-    reasons = sorted(set(dropped.values()))
-    return [f"  dropped {list(dropped.values()).count(reason)} tensors: {reason}" for reason in reasons]
+def open_with_bar(path: Path, part: str, heads: int | None, checksums: bool) -> Source:
+    size = path.stat().st_size if path.is_file() else 0
+    with byte_bar(f"checking {path.name}", size) as bar:
+        return open_source(path, part, heads, checksums, bar.update)
+
+
+def convert_part(source: Source, allow_nonfinite: bool) -> tuple[dict[str, Any], list[str]]:
+    """The Flax parameters, and what a person should know about them. UserError for NaN or Inf that is not allowed."""
+    broken: dict[str, int] = {}
+    with byte_bar(f"converting {source.path.name}", 4 * source.parameters) as bar:
+
+        def each(key: str, tensor: np.ndarray) -> None:
+            if count := nonfinite(tensor):
+                broken[key] = count
+            bar.update(4 * tensor.size)
+
+        converted = state_dict.to_flax(TABLES[source.part], source.found.state, source.expected, str(source.path), each)
+    if not broken:
+        return converted.params, []
+    key, count = next(iter(broken.items()))
+    more = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+    remark = f"{source.path}: {key} has {count} values that are NaN or infinite{more}"
+    if not allow_nonfinite:
+        raise UserError(f"{remark}; such a model computes nothing. --allow_nonfinite converts it all the same")
+    return converted.params, [f"  warning: {remark} (allowed by --allow_nonfinite)"]
+
+
+def where_from(source: Source, checksum: str) -> dict[str, Any]:
+    """What the converted checkpoint remembers of the file, and of the .json beside it."""
+    card = card_beside(source.path)
+    origin: dict[str, Any] = {"file": source.path.name, "sha256": checksum}
+    if source.part == AR:
+        origin["conditioning_inputs"] = card.get("conditioning_inputs", CONDITIONING_INPUTS)
+    return origin | ({"training": card["training"]} if "training" in card else {})
+
+
+def bytes_of(params: dict[str, Any]) -> int:
+    return sum(leaf.nbytes for leaf in state_dict.flatten(params).values())
+
+
+# --- what belongs together --------------------------------------------------------------------------------------------
+
+
+def check_codebook_dim(dvae: Source | None, stated: int | None) -> None:
+    """The file decides; whoever says otherwise is told by which tensor."""
+    if stated is None:
+        return
+    if dvae is None:
+        raise UserError(f"--codebook_dim {stated} is about a dVAE, and no --dvae is given")
+    assert isinstance(dvae.config, DVAEConfig)
+    if stated != dvae.config.codebook_dim:
+        shape = tuple(dvae.found.state["codebook.embed"].shape)
+        public = " (the public configs say 256, which does not apply to the released file)" if stated == 256 else ""
+        raise UserError(
+            f"--codebook_dim {stated}, but {dvae.path} has {dvae.config.codebook_dim}: its tensor codebook.embed has "
+            f"shape {shape}, codebook_dim first{public}; leave --codebook_dim out, or give the dVAE that is meant"
+        )
+
+
+def check_fit(sources: dict[str, Source]) -> None:
+    """A dVAE and an AR model given together must speak of the same codes and mels."""
+    if len(sources) < 2:
+        return
+    dvae, ar = sources[DVAE].config, sources[AR].config
+    assert isinstance(dvae, DVAEConfig)
+    assert isinstance(ar, UnifiedVoiceConfig)
+    if ar.codes != dvae.codes:
+        raise UserError(
+            f"{sources[DVAE].path} and {sources[AR].path} do not belong together: codebook.embed has {dvae.codes} "
+            f"codes, mel_embedding.weight has room for {ar.codes} (its {ar.mel_tokens} rows less start and stop)"
+        )
+    if ar.mel_channels != dvae.channels:
+        raise UserError(
+            f"{sources[DVAE].path} and {sources[AR].path} do not belong together: encoder.0.0.weight reads mels of "
+            f"{dvae.channels} bands, conditioning_encoder.init.weight of {ar.mel_channels}"
+        )
+
+
+def choose_tokenizer(ar: Source | None, given: Path | None) -> Tokenizer:
+    """The tokenizer the text table was trained with: the given one, else the released one if nothing speaks against."""
+    tokenizer = Tokenizer.from_file(given) if given else Tokenizer.default()
+    if ar is None:
+        return tokenizer
+    assert isinstance(ar.config, UnifiedVoiceConfig)
+    rows = ar.config.text_tokens
+    if given is None and rows != RELEASED_TEXT_TOKENS:
+        raise UserError(
+            f"{ar.path}: its text table (text_embedding.weight) has {rows} rows, the released model's "
+            f"{RELEASED_TEXT_TOKENS}: it was trained with a tokenizer of its own; give it: --tokenizer tokenizer.json"
+        )
+    if tokenizer.vocab_size > rows - 1:
+        raise UserError(
+            f"{given or 'the bundled tokenizer'} has {tokenizer.vocab_size} tokens, but {ar.path} has room for "
+            f"{rows - 1} (text_embedding.weight has {rows} rows, the last is the start token)"
+        )
+    stated = card_beside(ar.path).get("tokenizer_digest", tokenizer.digest)
+    if stated != tokenizer.digest:
+        raise UserError(
+            f"{ar.path} was exported with another tokenizer than {given or 'the bundled one'}, says its .json; give "
+            "the tokenizer.json of the run or checkpoint it was exported from: --tokenizer tokenizer.json"
+        )
+    return tokenizer
+
+
+def choose_mel_norms(sources: dict[str, Source], given: Path | None) -> np.ndarray:
+    """The constants the mels were divided by: what is given, else the released ones."""
+    norms = read_mel_norms(given) if given else default_mel_norms()
+    for part, source in sources.items():
+        config = source.config
+        bands = config.channels if isinstance(config, DVAEConfig) else config.mel_channels
+        if bands != len(norms):
+            raise UserError(
+                f"--{part} {source.path} reads mels of {bands} bands, the mel norms are {len(norms)}; --mel_norms FILE"
+            )
+        stated = card_beside(source.path).get("mel_norms_digest")
+        if stated not in (None, mel_norms_digest(norms)):
+            raise UserError(
+                f"{source.path} was exported with other mel norms, says its .json; give the mel_norms.txt of the run "
+                "or checkpoint it was exported from: --mel_norms mel_norms.txt"
+            )
+    return norms
+
+
+def read_mel_norms(path: Path) -> np.ndarray:
+    try:
+        norms = np.loadtxt(path, dtype=np.float32, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--mel_norms {path}: {str(error).splitlines()[0]}; expected a number a line") from None
+    if norms.ndim != 1 or not np.isfinite(norms).all() or not norms.all():
+        raise UserError(f"--mel_norms {path}: expected one number a line, none of them 0")
+    return norms
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def find_inputs(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """What was named, or checkpoints/dvae.pth and checkpoints/autoregressive.pth."""
-    if args.dvae or args.ar:
+    """What was named, or checkpoints/dvae.pth and checkpoints/autoregressive.pth, fetched first with --download."""
+    if args.download:
+        wanted = [part for part in FILES if getattr(args, part) is None]
+        for line in download.fetch([FILES[part] for part in wanted], LOOK_IN):
+            print(line, flush=True)
+    if (args.dvae or args.ar) and not args.download:
         return args.dvae, args.ar
-    dvae, ar = LOOK_IN / "dvae.pth", LOOK_IN / "autoregressive.pth"
+    dvae, ar = args.dvae or LOOK_IN / FILES[DVAE], args.ar or LOOK_IN / FILES[AR]
+    for path, other, part in ((dvae, ar, DVAE), (ar, dvae, AR)):
+        if not path.exists() and other.exists():
+            print(f"{path} is not there: only {other} is converted; training needs both (--{part} FILE, or --download)")
     if not dvae.exists() and not ar.exists():
-        raise UserError(f"give --dvae dvae.pth and --ar autoregressive.pth, or put them into {LOOK_IN}/")
+        raise UserError(
+            f"which files? --dvae dvae.pth --ar autoregressive.pth; or put them into {LOOK_IN}/, or use --download"
+        )
     return (dvae if dvae.exists() else None), (ar if ar.exists() else None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dvae", type=Path, help="the dVAE (default: checkpoints/dvae.pth)")
-    parser.add_argument("--ar", type=Path, help="the AR model (default: checkpoints/autoregressive.pth)")
-    parser.add_argument("--out", type=Path, default=LOOK_IN / "tortoise", help="directory to write (default: %(default)s)")
-    parser.add_argument("--heads", type=int, help="attention heads, where the file's .json or width / 64 is wrong")
+    parser = Parser(__doc__)
+    parser.add_argument("--dvae", type=Path, help="the dVAE, .pth or .safetensors (default: checkpoints/dvae.pth)")
+    parser.add_argument("--ar", type=Path, help="the AR model, likewise (default: checkpoints/autoregressive.pth)")
+    parser.add_argument("--out", type=Path, default=LOOK_IN / "tortoise", help="what to write (default: %(default)s)")
+    parser.add_argument("--heads", type=positive, help="attention heads, where the file's .json or width / 64 is wrong")
+    parser.add_argument("--codebook_dim", type=positive, help="only to check: what the dVAE is expected to have")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a model with its own text table")
+    parser.add_argument("--mel_norms", type=Path, help="a number a line, where they are not the released ones")
+    parser.add_argument("--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite")
+    parser.add_argument("--ignore_checksums", action="store_true", help="of .pth files that were saved without them")
+    parser.add_argument("--download", action="store_true", help=f"fetch what is missing into {LOOK_IN}/ (1.9 GB)")
     args = parser.parse_args()
+    check_new(args.out)
     dvae, ar = find_inputs(args)
-    for line in convert(dvae, ar, args.out, args.heads):
-        print(line)
+    lines = convert(
+        dvae,
+        ar,
+        args.out,
+        args.heads,
+        codebook_dim=args.codebook_dim,
+        tokenizer=args.tokenizer,
+        mel_norms=args.mel_norms,
+        allow_nonfinite=args.allow_nonfinite,
+        checksums=not args.ignore_checksums,
+    )
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

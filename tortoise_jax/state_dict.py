@@ -1,13 +1,15 @@
 """torch names <-> Flax paths: one ordered table for both directions, dimensions from shapes, no torch needed.
 
 A row maps a torch key to a Flax path by an operation that has an inverse. `{i}` in a key counts layers; a path that has
-`{i}` too keeps them apart, one that has not stacks them on a new first axis. Rows that drop a key say why. A key that no
-row matches, a path filled twice or not at all, a shape that does not fit: each is a UserError that names it.
+`{i}` too keeps them apart, one that has not stacks them on a new first axis. Rows that drop a key say why; a row that
+drops a copy names the key it must equal. A key that no row matches, a path filled twice or not at all, a shape that
+does not fit, a copy that differs: each is a UserError that names it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,7 +21,8 @@ from tortoise_jax.errors import UserError, did_you_mean
 from tortoise_jax.unified_voice import UnifiedVoiceConfig
 
 StateDict = Mapping[str, np.ndarray]
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 Tree = dict[str, Any]
 
 
@@ -40,18 +43,28 @@ CONV = Operation(lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0),
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """torch: a key, with `{i}` for a layer's number or a last `*` for any ending. flax: its path; empty: dropped."""
+
     torch: str
-    flax: str = ""  # empty: dropped
+    flax: str = ""
     operation: Operation = SAME
     reason: str = ""  # why it is dropped
+    copy_of: str = ""  # the key it must equal to be dropped, `*` standing for the same ending
 
-    @property
+    @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.torch).replace(r"\{i\}", r"(\d+)").replace(r"\*", r".+"))
+        return re.compile(re.escape(self.torch).replace(r"\{i\}", r"(?P<i>0|[1-9]\d*)").replace(r"\*", r"(?P<rest>.+)"))
+
+    @functools.cached_property
+    def flax_pattern(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.flax).replace(r"\{i\}", r"(\d+)"))
 
     @property
     def stacked(self) -> bool:
         return "{i}" in self.torch and "{i}" not in self.flax
+
+    def key(self, index: int) -> str:
+        return self.torch.replace("{i}", str(index))
 
 
 def _norm(torch: str, flax: str) -> list[Row]:
@@ -62,8 +75,16 @@ def _weights(torch: str, flax: str, operation: Operation) -> list[Row]:
     return [Row(f"{torch}.weight", f"{flax}/kernel", operation), Row(f"{torch}.bias", f"{flax}/bias")]
 
 
+MASK = "causal masks, constants that transformers before 4.30 saved"
+ATTACHED = "copies that TorToiSe's inference model shares with the model, equal to it bit for bit"
+SOLO = "solo embeddings, of text-only and speech-only training; neither fine-tuning nor synthesis reads them"
+ALIGNMENT = "alignment heads of DL-Art-School's unified_voice3 and 4; neither fine-tuning nor synthesis reads them"
+STATISTICS = "statistics of the discretization loss, kept by XTTS's training; encoding and decoding do not read them"
+
 # GPT-2's Conv1D already stores (in, out): SAME. Everything else torch stores as (out, in).
 UNIFIED_VOICE: list[Row] = [
+    Row("mel_solo_embedding", reason=SOLO),
+    Row("text_solo_embedding", reason=SOLO),
     *_weights("conditioning_encoder.init", "conditioning_encoder/init", POINTWISE),
     *_norm("conditioning_encoder.attn.{i}.norm", "conditioning_encoder/attn/norm"),
     *_weights("conditioning_encoder.attn.{i}.qkv", "conditioning_encoder/attn/qkv", POINTWISE),
@@ -71,19 +92,31 @@ UNIFIED_VOICE: list[Row] = [
     Row("text_embedding.weight", "text_embedding/embedding"),
     Row("mel_embedding.weight", "mel_embedding/embedding"),
     *_norm("gpt.h.{i}.ln_1", "gpt/h/ln_1"),
+    Row("gpt.h.{i}.attn.bias", reason=MASK),
+    Row("gpt.h.{i}.attn.masked_bias", reason=MASK),
     *_weights("gpt.h.{i}.attn.c_attn", "gpt/h/attn/c_attn", SAME),
     *_weights("gpt.h.{i}.attn.c_proj", "gpt/h/attn/c_proj", SAME),
     *_norm("gpt.h.{i}.ln_2", "gpt/h/ln_2"),
     *_weights("gpt.h.{i}.mlp.c_fc", "gpt/h/mlp/c_fc", SAME),
     *_weights("gpt.h.{i}.mlp.c_proj", "gpt/h/mlp/c_proj", SAME),
     *_norm("gpt.ln_f", "gpt/ln_f"),
+    Row("gpt.wte.weight", reason=ATTACHED, copy_of="mel_embedding.weight"),
     Row("mel_pos_embedding.emb.weight", "mel_pos_embedding/embedding"),
     Row("text_pos_embedding.emb.weight", "text_pos_embedding/embedding"),
     *_norm("final_norm", "final_norm"),
     *_weights("text_head", "text_head", LINEAR),
     *_weights("mel_head", "mel_head", LINEAR),
-    Row("gpt.h.{i}.attn.bias", reason="causal mask, a constant that transformers before 4.30 saved"),
-    Row("gpt.h.{i}.attn.masked_bias", reason="causal mask, a constant that transformers before 4.30 saved"),
+    Row("aligned_head.*", reason=ALIGNMENT),
+    Row("alignment_head.*", reason=ALIGNMENT),
+    Row("inference_model.transformer.h.{i}.attn.bias", reason=MASK),
+    Row("inference_model.transformer.h.{i}.attn.masked_bias", reason=MASK),
+    Row("inference_model.transformer.wte.weight", reason=ATTACHED, copy_of="mel_embedding.weight"),
+    Row("inference_model.transformer.*", reason=ATTACHED, copy_of="gpt.*"),
+    Row("inference_model.embeddings.*", reason=ATTACHED, copy_of="mel_embedding.*"),
+    Row("inference_model.text_pos_embedding.*", reason=ATTACHED, copy_of="mel_pos_embedding.*"),
+    Row("inference_model.final_norm.*", reason=ATTACHED, copy_of="final_norm.*"),
+    Row("inference_model.lm_head.0.*", reason=ATTACHED, copy_of="final_norm.*"),
+    Row("inference_model.lm_head.1.*", reason=ATTACHED, copy_of="mel_head.*"),
 ]
 
 # The index in a dVAE key depends on the numbers of layers and residual blocks, so Flax keeps torch's index:
@@ -98,7 +131,24 @@ DVAE: list[Row] = [
     Row("codebook.embed", "codebook/embed"),
     Row("codebook.cluster_size", "codebook/cluster_size"),
     Row("codebook.embed_avg", "codebook/embed_avg"),
+    Row("discrete_loss.*", reason=STATISTICS),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    row: Row
+    place: int  # of the row in its table
+    index: int  # the layer the key names, 0 where it names none
+    original: str  # of a copy: the key it repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where every torch key goes: each is in exactly one of the two, and each Flax path is filled exactly once."""
+
+    filled: dict[str, tuple[Row, tuple[str, ...]]]  # Flax path -> its row and its torch keys, one a layer
+    dropped: dict[str, Match]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,89 +157,140 @@ class Conversion:
     dropped: dict[str, str]  # torch key -> reason
 
 
-def match(table: Iterable[Row], key: str) -> tuple[Row, int | None]:
-    """The first row whose pattern is the whole key, and the layer it names."""
-    for row in table:
+# --- torch to Flax ----------------------------------------------------------------------------------------------------
+
+
+def match(table: Iterable[Row], key: str) -> Match:
+    """The first row whose pattern is the whole key. UserError if there is none."""
+    for place, row in enumerate(table):
         found = row.pattern.fullmatch(key)
         if found:
-            return row, int(found.group(1)) if found.groups() else None
+            groups = found.groupdict()
+            return Match(row, place, int(groups.get("i", 0)), row.copy_of.replace("*", groups.get("rest", "*")))
     raise UserError(f'key "{key}" belongs to no known part of the model{did_you_mean(key, (r.torch for r in table))}')
 
 
-def to_flax(table: list[Row], state: StateDict, expected: Mapping[str, tuple[int, ...]], where: str) -> Conversion:
-    """A torch state dict -> nested dict of float32 arrays, and what was dropped with the reason.
+def plan(table: list[Row], shapes: Shapes, expected: Shapes, where: str) -> Plan:
+    """Decides by names and shapes alone where every key of a file goes; UserError naming `where` and the key.
 
-    expected: every Flax path with its shape (stacked axes included), as `flax_shapes` gives it. where: names the file.
+    expected: every Flax path with its shape, the stacked axis included.
     """
-    layers: dict[str, dict[int, np.ndarray]] = {}
-    flat: dict[str, np.ndarray] = {}
-    sources: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    for key, tensor in state.items():
+    layers: dict[str, dict[int, str]] = {}
+    rows: dict[str, Row] = {}
+    dropped: dict[str, Match] = {}
+    for key, shape in shapes.items():
         try:
-            row, index = match(table, key)
+            found = match(table, key)
         except UserError as error:
             raise UserError(f"{where}: {error}; nothing was converted") from None
+        row, index = found.row, found.index
         if not row.flax:
-            dropped[key] = row.reason
+            if found.original and shapes.get(found.original) != shape:
+                raise UserError(f"{where}: {key} should repeat {found.original}, which {_describe(shapes, found)}")
+            dropped[key] = found
             continue
-        if row.operation.rank not in (None, tensor.ndim):
-            raise UserError(f"{where}: {key} has {tensor.ndim} axes, expected {row.operation.rank}")
-        value = row.operation.to_flax(tensor)
         path = row.flax.replace("{i}", str(index))
-        want = expected.get(path, ())[1:] if row.stacked else expected.get(path)
-        if path not in expected or (row.stacked and index is not None and index >= expected[path][0]):
+        if path not in expected or (row.stacked and index >= expected[path][0]):
             raise UserError(f"{where}: {key} is one more than the other keys of this model leave room for")
-        if value.shape != want:
-            back = row.operation.to_torch(np.empty(want, np.bool_)).shape
-            raise UserError(f"{where}: {key} has shape {tensor.shape}, the rest of the file asks for {back}")
-        if row.stacked:
-            assert index is not None
-            layers.setdefault(path, {})[index] = value
-        elif path in flat:
-            raise UserError(f"{where}: {key} and {sources[path]} are the same parameter")
-        else:
-            flat[path] = value
-        sources[path] = key
-    for path, parts in layers.items():
-        missing = sorted(set(range(expected[path][0])) - parts.keys())
+        _check_shape(key, shape, row, expected[path][1:] if row.stacked else expected[path], where)
+        parts = layers.setdefault(path, {})
+        part = index if row.stacked else 0
+        if part in parts:
+            raise UserError(f"{where}: {key} and {parts[part]} are the same parameter")
+        parts[part], rows[path] = key, row
+    filled: dict[str, tuple[Row, tuple[str, ...]]] = {}
+    for path, shape in expected.items():
+        _, row, index = _row_of(table, path)
+        numbers = range(shape[0]) if row.stacked else (index,)
+        parts = layers.get(path, {})
+        missing = [n for n in numbers if (n if row.stacked else 0) not in parts]
         if missing:
-            key = re.sub(r"\.\d+\.", f".{missing[0]}.", sources[path], count=1)
-            raise UserError(f"{where}: key {key} is missing")
-        flat[path] = _stack([parts[i] for i in range(expected[path][0])])
-    for path in expected:
-        if path not in flat:
-            raise UserError(f"{where}: {torch_key(table, path)} is missing")
-    return Conversion(nest({path: _own(flat[path]) for path in expected}), dropped)
+            raise UserError(f"{where}: key {row.key(missing[0])} is missing; nothing was converted")
+        filled[path] = row, tuple(parts[part] for part in sorted(parts))
+    return Plan(filled, dropped)
 
 
-def _stack(parts: list[np.ndarray]) -> np.ndarray:
-    stacked = np.empty((len(parts), *parts[0].shape), np.float32)
-    for i, part in enumerate(parts):
-        stacked[i] = part
-    return stacked
+def _describe(shapes: Shapes, found: Match) -> str:
+    original = shapes.get(found.original)
+    return "is missing" if original is None else f"has another shape, {original}"
 
 
-def _own(array: np.ndarray) -> np.ndarray:
-    """float32, contiguous, and not a view of a mapped file."""
-    return array if array.flags.owndata and array.dtype == np.float32 else np.array(array, np.float32, order="C")
+def _check_shape(key: str, shape: Shape, row: Row, want: Shape, where: str) -> None:
+    if row.operation.rank not in (None, len(shape)):
+        raise UserError(f"{where}: {key} has shape {shape}, expected {row.operation.rank} axes")
+    # Zero-stride stand-ins: an operation shows what it does to a shape without memory of that size.
+    blank = lambda size: np.broadcast_to(np.False_, size)
+    torch_shape = row.operation.to_torch(blank(want)).shape
+    if shape != torch_shape:
+        raise UserError(f"{where}: {key} has shape {shape}, the rest of the file asks for {torch_shape}")
+
+
+def to_flax(
+    table: list[Row],
+    state: StateDict,
+    expected: Shapes,
+    where: str,
+    each: Callable[[str, np.ndarray], None] = lambda key, tensor: None,
+) -> Conversion:
+    """A torch state dict -> nested dict of float32 arrays of their own, and what was dropped with the reason.
+
+    expected: every Flax path with its shape. where: names the file in errors. each: called with every key and tensor
+    that is converted, as it is read.
+    """
+    planned = plan(table, {key: tensor.shape for key, tensor in state.items()}, expected, where)
+    check_copies(planned, state, where)
+    flat: dict[str, np.ndarray] = {}
+    for path, (row, keys) in planned.filled.items():
+        flat[path] = np.empty(expected[path], np.float32)
+        for key, place in zip(keys, flat[path] if row.stacked else [flat[path]], strict=True):
+            each(key, state[key])
+            place[...] = row.operation.to_flax(state[key])
+    return Conversion(nest(flat), {key: found.row.reason for key, found in planned.dropped.items()})
+
+
+def check_copies(planned: Plan, state: StateDict, where: str) -> None:
+    """Every dropped copy must equal its original bit for bit: UserError, since nobody can tell which one is meant."""
+    for key, found in planned.dropped.items():
+        if found.original and not same_bits(state[key], state[found.original]):
+            raise UserError(
+                f"{where}: {key} differs from {found.original}, of which it should be a copy; the file was changed "
+                f"after it was saved, and which of the two is meant cannot be told. Remove the keys that begin with "
+                f"{key.split('.')[0]}. (or the canonical ones) and convert again"
+            )
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal in dtype, shape and bytes: NaN equals itself, -0.0 is not 0.0."""
+    as_bytes = lambda array: np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(as_bytes(a), as_bytes(b))
+
+
+# --- Flax to torch ----------------------------------------------------------------------------------------------------
 
 
 def to_torch(table: list[Row], params: Tree) -> dict[str, np.ndarray]:
     """The inverse of `to_flax`: every torch key the table maps, in upstream's order, as contiguous arrays."""
-    state: dict[str, tuple[tuple[int, int, int], np.ndarray]] = {}
-    blocks = _blocks(table)
+    state: dict[str, np.ndarray] = {}
     for path, value in flatten(params).items():
-        place, row, index = _row_of(table, path)
-        layers = enumerate(value) if row.stacked else [(index, value)]
-        for i, layer in layers:
-            state[row.torch.replace("{i}", str(i))] = ((blocks[place], i, place), row.operation.to_torch(layer))
-    ordered = sorted(state.items(), key=lambda item: item[1][0])
-    return {key: np.ascontiguousarray(value) for key, (_, value) in ordered}
+        _, row, index = _row_of(table, path)
+        for i, layer in enumerate(value) if row.stacked else [(index, value)]:
+            state[row.key(i)] = np.ascontiguousarray(row.operation.to_torch(layer))
+    return in_upstream_order(table, state)
+
+
+def in_upstream_order(table: list[Row], state: StateDict) -> dict[str, np.ndarray]:
+    """The same entries in the table's order, where rows that count the same layers are written layer by layer."""
+    blocks = _blocks(table)
+
+    def place(key: str) -> tuple[int, int, int]:
+        found = match(table, key)
+        return blocks[found.place], found.index, found.place
+
+    return {key: state[key] for key in sorted(state, key=place)}
 
 
 def _blocks(table: list[Row]) -> list[int]:
-    """A number for each row, the same for neighbours that count the same layers: those are written layer by layer."""
+    """A number for each row, the same for neighbours that count the same layers."""
     numbers: list[int] = []
     for place, row in enumerate(table):
         stem = row.torch.split("{i}")[0]
@@ -201,16 +302,13 @@ def _blocks(table: list[Row]) -> list[int]:
 def _row_of(table: list[Row], path: str) -> tuple[int, Row, int]:
     """The row that fills a Flax path, its place in the table, and the index in the path (0 where there is none)."""
     for place, row in enumerate(table):
-        found = re.fullmatch(re.escape(row.flax).replace(r"\{i\}", r"(\d+)"), path) if row.flax else None
+        found = row.flax_pattern.fullmatch(path) if row.flax else None
         if found:
             return place, row, int(found.group(1)) if found.groups() else 0
     raise UserError(f"parameter {path} has no place in a torch file")
 
 
-def torch_key(table: list[Row], path: str) -> str:
-    """The torch key of a Flax path (of its first layer, where layers are stacked)."""
-    _, row, index = _row_of(table, path)
-    return row.torch.replace("{i}", str(index))
+# --- trees ------------------------------------------------------------------------------------------------------------
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -231,57 +329,92 @@ def nest(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def _shape(shapes: Shapes, key: str, rank: int, where: str) -> tuple[int, ...]:
+# --- dimensions from shapes -------------------------------------------------------------------------------------------
+
+
+def _shape(shapes: Shapes, key: str, rank: int, where: str) -> Shape:
     if key not in shapes:
-        raise UserError(f"{where}: key {key} is missing")
-    if len(shapes[key]) != rank:
-        raise UserError(f"{where}: {key} has shape {shapes[key]}, expected {rank} axes")
+        raise UserError(f"{where}: key {key} is missing; nothing was converted")
+    if len(shapes[key]) != rank or 0 in shapes[key]:
+        raise UserError(f"{where}: {key} has shape {shapes[key]}, expected {rank} axes, none of them 0")
     return shapes[key]
 
 
-def _indices(shapes: Shapes, pattern: str) -> list[int]:
-    return sorted({int(found.group(1)) for key in shapes if (found := re.fullmatch(pattern, key))})
+def _layers(shapes: Shapes, key: str, where: str, first: int = 0) -> int:
+    """How many layers there are of a key with `{i}`, numbered from `first` without a gap."""
+    pattern = re.compile(re.escape(key).replace(r"\{i\}", r"(0|[1-9]\d*)"))
+    found = {int(match.group(1)) for name in shapes if (match := pattern.fullmatch(name))}
+    for number in range(first, first + len(found)):
+        if number not in found:
+            raise UserError(f"{where}: key {key.replace('{i}', str(number))} is missing; nothing was converted")
+    return len(found)
 
 
 def unified_voice_config(shapes: Shapes, where: str, heads: int | None = None) -> UnifiedVoiceConfig:
     """Dimensions of a UnifiedVoice from its tensors. heads: None assumes width / 64, as in every released model."""
     text_tokens, width = _shape(shapes, "text_embedding.weight", 2, where)
-    layers = _indices(shapes, r"gpt\.h\.(\d+)\..+")
+    mel_tokens = _shape(shapes, "mel_embedding.weight", 2, where)[0]
+    text_positions = _shape(shapes, "text_pos_embedding.emb.weight", 2, where)[0]
+    mel_positions = _shape(shapes, "mel_pos_embedding.emb.weight", 2, where)[0]
+    layers = _layers(shapes, "gpt.h.{i}.ln_1.weight", where)
+    conditioning_layers = _layers(shapes, "conditioning_encoder.attn.{i}.norm.weight", where)
     if not layers:
-        raise UserError(f"{where}: no GPT block (gpt.h.0.…): this is not an autoregressive TorToiSe checkpoint")
+        raise UserError(f"{where}: key gpt.h.0.ln_1.weight is missing; nothing was converted")
+    if min(mel_tokens, text_tokens) < 3 or min(text_positions, mel_positions) < 3:
+        raise UserError(
+            f"{where}: tables of {text_tokens} text tokens and {mel_tokens} codes, {text_positions} and "
+            f"{mel_positions} positions are too small for a start, a stop and anything between them"
+        )
     if heads is None:
         if width < 512:
-            raise UserError(f"{where}: width {width} is below every released model's; say the number of heads: --heads N")
+            raise UserError(
+                f"{where}: width {width} is below every released model's, where heads = width / 64 holds; "
+                "say the number of heads: --heads N"
+            )
         heads = width // 64
-    if width % heads:
-        raise UserError(f"{where}: {heads} heads do not divide the width {width} (text_embedding.weight)")
+    if heads < 1 or width % heads:
+        raise UserError(f"{where}: {heads} heads do not divide the width {width} (text_embedding.weight); --heads N")
     return UnifiedVoiceConfig(
-        layers=layers[-1] + 1,
+        layers=layers,
         width=width,
         heads=heads,
         text_tokens=text_tokens,
-        mel_tokens=_shape(shapes, "mel_embedding.weight", 2, where)[0],
-        text_positions=_shape(shapes, "text_pos_embedding.emb.weight", 2, where)[0],
-        mel_positions=_shape(shapes, "mel_pos_embedding.emb.weight", 2, where)[0],
-        conditioning_layers=len(_indices(shapes, r"conditioning_encoder\.attn\.(\d+)\.norm\.weight")),
+        mel_tokens=mel_tokens,
+        text_positions=text_positions,
+        mel_positions=mel_positions,
+        conditioning_layers=conditioning_layers,
         mel_channels=_shape(shapes, "conditioning_encoder.init.weight", 3, where)[1],
     )
 
 
 def dvae_config(shapes: Shapes, where: str) -> DVAEConfig:
-    """Dimensions of a dVAE from its tensors; the codebook's width is what `codebook.embed` says, whatever configs say."""
-    if any(re.match(r"decoder\.\d+\.0\.(weight|bias)$", key) for key in shapes):
-        raise UserError(f"{where}: this dVAE upsamples by transposed convolutions (decoder.N.0.weight); not supported")
-    if "codebook.weight" in shapes or any(key.startswith("codebook.codebooks") for key in shapes):
-        raise UserError(f"{where}: this dVAE has a learned quantizer, not an EMA codebook; not supported")
+    """Dimensions of a dVAE from its tensors; the codebook's width is what `codebook.embed` says, no config."""
+    for pattern, rank, what in UNSUPPORTED_DVAE:
+        found = [key for key, shape in shapes.items() if re.fullmatch(pattern, key) and len(shape) in rank]
+        if found:
+            raise UserError(f"{where}: this dVAE {what} ({found[0]}), which no released model has; not supported")
     codebook_dim, codes = _shape(shapes, "codebook.embed", 2, where)
     hidden, channels, kernel = _shape(shapes, "encoder.0.0.weight", 3, where)
+    layers = _layers(shapes, "encoder.{i}.0.weight", where)
     return DVAEConfig(
         codebook_dim=codebook_dim,
         codes=codes,
         hidden=hidden,
-        layers=len(_indices(shapes, r"encoder\.(\d+)\.0\.weight")),
-        res_blocks=len(_indices(shapes, r"encoder\.(\d+)\.net\.0\.weight")),
+        layers=layers,
+        res_blocks=_layers(shapes, "encoder.{i}.net.0.weight", where, first=layers),
         channels=channels,
         kernel=kernel,
     )
+
+
+# (key, axes, what it shows)
+UNSUPPORTED_DVAE: list[tuple[str, range, str]] = [
+    (r"decoder\.\d+\.0\.(weight|bias)", range(1, 9), "upsamples by transposed convolutions"),
+    (
+        r"codebook\.(weight|codebooks.*|layers.*)|quantizer\..*",
+        range(9),
+        "has a learned quantizer, no EMA codebook",
+    ),
+    (r"encoder\.\d+\.weight", range(1, 2), "normalises its encoder"),
+    (r"encoder\.0\.0\.weight", range(4, 5), "works on images"),
+]

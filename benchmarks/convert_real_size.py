@@ -1,0 +1,172 @@
+"""Time and memory of converting the real sizes, there and back, against orbax writing the same arrays alone.
+
+  python -m benchmarks.convert_real_size --folder /tmp/real_size
+
+Makes random checkpoints of the released models' sizes in the folder (6 GB at the end, removed unless --keep), runs
+each measurement in a process of its own and prints the ratios. The targets: peak memory at most 2.5 times the float32
+parameters, time at most 3 times orbax alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.torch_reference import DiscreteVAE, UnifiedVoice
+
+GB = 1e9
+PARAMETERS = {"autoregressive.pth": 421_526_786, "dvae.pth": 59_963_984}
+MEMORY_TARGET, TIME_TARGET = 2.5, 3.0
+
+
+def make_files(folder: Path) -> None:
+    """Both files, random, with the released models' names and shapes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        models = {"autoregressive.pth": UnifiedVoice(), "dvae.pth": DiscreteVAE()}
+    for name, model in models.items():
+        state = {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+        count = sum(value.numel() for value in state.values())
+        assert count == PARAMETERS[name], f"{name}: {count} parameters"
+        torch.save(state, folder / name)
+
+
+def measure(job: str, folder: Path) -> dict[str, Any]:
+    """Runs one job of this script in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.convert_real_size", "--folder", str(folder), "--job", job]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def orbax_alone(folder: Path, seconds: dict[str, float]) -> None:
+    """The same arrays, saved with orbax as it comes, and as we call it (uncompressed)."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    from convert.source import AR, DVAE, open_source
+    from tortoise_jax.checkpoint import save_tree
+    from tortoise_jax.state_dict import nest
+
+    rng = np.random.default_rng(0)
+    shapes = {
+        part: open_source(folder / name, part, checksums=False).expected
+        for part, name in ((DVAE, "dvae.pth"), (AR, "autoregressive.pth"))
+    }
+    draw = lambda shape: rng.standard_normal(shape, dtype=np.float32)
+    trees = {part: nest({path: draw(shape) for path, shape in paths.items()}) for part, paths in shapes.items()}
+    jax.devices()
+    for name, save in (("orbax as we call it", save_tree), ("orbax by default", None)):
+        with timed(seconds, name):
+            for part, tree in trees.items():
+                target = folder / f"orbax-{part}"
+                if save:
+                    save(target, tree)
+                else:
+                    with ocp.StandardCheckpointer() as checkpointer:
+                        checkpointer.save(target.absolute(), tree)
+        for part in trees:
+            shutil.rmtree(folder / f"orbax-{part}")
+
+
+def to_flax(folder: Path, seconds: dict[str, float]) -> None:
+    """The command's own function, its steps timed."""
+    from convert import torch_to_flax
+
+    steps = {
+        "opening and checksums": "open_with_bar",
+        "converting and looking for NaN": "convert_part",
+        "digest of the dVAE": "digest",
+        "writing": "save_pretrained",
+    }
+    for label, name in steps.items():
+        setattr(torch_to_flax, name, with_time(getattr(torch_to_flax, name), seconds, label))
+    with timed(seconds, "all"):
+        torch_to_flax.convert(folder / "dvae.pth", folder / "autoregressive.pth", folder / "flax")
+
+
+def to_torch(folder: Path, seconds: dict[str, float]) -> None:
+    from convert import flax_to_torch
+
+    steps = {"reading": "load_pretrained", "writing and reading back": "write_state_dict"}
+    for label, name in steps.items():
+        setattr(flax_to_torch, name, with_time(getattr(flax_to_torch, name), seconds, label))
+    with timed(seconds, "all"):
+        flax_to_torch.export(folder / "flax", folder / "voice.pth")
+
+
+def with_time(function: Callable[..., Any], seconds: dict[str, float], label: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with timed(seconds, label):
+            return function(*args, **kwargs)
+
+    return run
+
+
+JOBS = {"orbax": orbax_alone, "to_flax": to_flax, "to_torch": to_torch}
+
+
+def report(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines a person reads; the two ratios first."""
+    alone, there = results["orbax"]["seconds"], results["to_flax"]
+    parameter_bytes = 4 * sum(PARAMETERS.values())
+    seconds = there["seconds"]
+    ours, default = seconds["all"] / alone["orbax as we call it"], seconds["all"] / alone["orbax by default"]
+    memory = there["peak_gb"] * GB / parameter_bytes
+    rest = seconds["all"] - sum(value for name, value in seconds.items() if name != "all")
+    lines = [
+        f"float32 parameters of both models: {parameter_bytes / GB:.2f} GB",
+        f"torch to Flax: peak {there['peak_gb']:.2f} GB = {memory:.2f} x the parameters (target {MEMORY_TARGET})",
+        f"torch to Flax: {seconds['all']:.1f} s = {ours:.2f} x orbax alone, uncompressed as we call it "
+        f"({alone['orbax as we call it']:.1f} s), {default:.2f} x orbax by default ({alone['orbax by default']:.1f} s) "
+        f"(target {TIME_TARGET})",
+        *(f"  {name}: {value:.1f} s" for name, value in seconds.items() if name != "all"),
+        f"  rest: {rest:.1f} s",
+    ]
+    back = results["to_torch"]
+    return [*lines, f"Flax to torch: {back['seconds']['all']:.1f} s, peak {back['peak_gb']:.2f} GB"] + [
+        f"  {name}: {value:.1f} s" for name, value in back["seconds"].items() if name != "all"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty place with 8 GB of room")
+    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        seconds: dict[str, float] = {}
+        JOBS[args.job](args.folder, seconds)
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+        print(json.dumps({"seconds": seconds, "peak_gb": peak_gb}))
+        return
+    args.folder.mkdir(parents=True)
+    try:
+        make_files(args.folder)
+        for line in report({job: measure(job, args.folder) for job in JOBS}):
+            print(line)
+    finally:
+        if not args.keep:
+            shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Fetches the published checkpoints from the Hugging Face hub, which needs a network and the extra `download`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from tortoise_jax.errors import UserError
+
+DVAE_SHA256 = "a990825371506c16bcf0e8167bf24ccf82f65bb6a1dbcbfcf058d76f9b197e35"
+HUB = "https://huggingface.co"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A file of a repository on the hub."""
+
+    repository: str
+    path: str
+    revision: str = "main"
+
+    def url(self, hub: str = HUB) -> str:
+        return f"{hub}/{self.repository}/resolve/{self.revision}/{self.path}"
+
+
+# The first place that answers is taken.
+PLACES: dict[str, tuple[Place, ...]] = {
+    "autoregressive.pth": (
+        Place("Manmay/tortoise-tts", "autoregressive.pth"),
+        Place("jbetker/tortoise-tts-v2", ".models/autoregressive.pth"),
+    ),
+    "dvae.pth": (
+        Place("Gatozu35/tortoise-tts", "dvae.pth"),
+        Place("jbetker/tortoise-tts-v2", ".models/dvae.pth", "3704aea61678e7e468a06d8eea121dba368a798e"),
+    ),
+}
+CHECKSUMS = {"dvae.pth": DVAE_SHA256}
+
+
+def fetch(names: list[str], folder: Path, hub: str | None = None) -> list[str]:
+    """Puts the named files into `folder`; one that is there is kept. Returns a line a file.
+
+    hub: another address than huggingface.co. Raises UserError where no place answers or a checksum is wrong.
+    """
+    lines = []
+    for name in names:
+        target = folder / name
+        if target.exists():
+            lines.append(f"{target} is there already and kept")
+            continue
+        place = fetch_one(name, target, hub)
+        lines.append(
+            f"{target} fetched from {place.repository}" + (", sha256 as published" if name in CHECKSUMS else "")
+        )
+    return lines
+
+
+def fetch_one(name: str, target: Path, hub: str | None) -> Place:
+    """The first place that gives the file, whole and with the right checksum."""
+    failures = []
+    for place in PLACES[name]:
+        try:
+            cached = cached_file(place, target.parent, hub)
+            check(cached, name, place)
+            cached.replace(target)
+            return place
+        except UserError as error:
+            failures.append(f"{place.repository}: {error}")
+    raise UserError(
+        f"{name} could not be fetched ({'; '.join(failures)}). With a browser it is at {PLACES[name][0].url()}; "
+        f"put it at {target}"
+    )
+
+
+def cached_file(place: Place, folder: Path, hub: str | None) -> Path:
+    """Downloads into a folder of its own beside the target, where an interrupted download goes on the next time."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError:
+        raise UserError("huggingface_hub is not installed: pip install 'tortoise_jax[download]'") from None
+    try:
+        return Path(
+            hf_hub_download(
+                place.repository, place.path, revision=place.revision, local_dir=folder / ".download", endpoint=hub
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        cause = error.__cause__ or error
+        raise UserError(f"the hub cannot be reached, is there a network? ({_first_line(cause)})") from None
+    except Exception as error:  # of the hub, of HTTP, of the disk: each library has its own
+        raise UserError(_first_line(error)) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def check(path: Path, name: str, place: Place) -> None:
+    """Removes a file whose sha256 is not the published one; UserError."""
+    if name not in CHECKSUMS:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != CHECKSUMS[name]:
+        path.unlink()
+        raise UserError(f"what {place.url()} gave has sha256 {found}, published is {CHECKSUMS[name]}; it was removed")

@@ -1,0 +1,143 @@
+"""What a checkpoint file is, by the names in it: a TorToiSe AR model or dVAE in any wrapping, or one to refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convert.torch_files import Loaded, tensors
+from tortoise_jax.errors import UserError
+
+AR, DVAE = "ar", "dvae"
+TITLES = {AR: "TorToiSe AR model (UnifiedVoice)", DVAE: "TorToiSe dVAE (DiscreteVAE)"}
+WRAPPERS = ("state_dict", "model", "model_g")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """marks: patterns of which each matches the beginning of some key. advice: why it is refused; empty: converted."""
+
+    name: str
+    marks: tuple[str, ...]
+    advice: str = ""
+    part: str = ""  # AR or DVAE, of what is converted
+
+
+NOT_FINE_TUNED = "TorToiSe uses it unchanged beside a fine-tuned AR model; give autoregressive.pth or dvae.pth"
+FAMILIES: list[Family] = [
+    Family(
+        "an XTTS checkpoint (Coqui)",
+        (r"xtts\.|gpt\.gpt\.|gpt\.conditioning_perceiver|conditioning_perceiver|hifigan_decoder\.|mel_stats$",),
+        "XTTS is another model with other layers; this project fine-tunes TorToiSe's autoregressive.pth",
+    ),
+    Family(
+        "a UnifiedVoice with StableEmbedding (bitsandbytes)",
+        (r"(text|mel)_embedding\.norm\.",),
+        "its embeddings are normalised, which TorToiSe's model does not do; start from a file with plain embeddings",
+    ),
+    Family(
+        "a UnifiedVoice on raw mels (use_mel_codes_as_input=False)",
+        (r"mel_embedding\.encoder\.",),
+        "it reads mel frames through an encoder instead of codes, another architecture than TorToiSe speaks with",
+    ),
+    Family(
+        "TorToiSe's diffusion decoder", (r"latent_conditioner\.", r"conditioning_timestep_integrator\."), NOT_FINE_TUNED
+    ),
+    Family("TorToiSe's CLVP", (r"to_text_latent\.", r"to_speech_latent\."), NOT_FINE_TUNED),
+    Family("TorToiSe's CVVP", (r"to_conditioning_latent\.", r"to_speech_latent\."), NOT_FINE_TUNED),
+    Family("a vocoder (UnivNet)", (r"res_stack\.", r"conv_pre\."), NOT_FINE_TUNED),
+    Family("a vocoder (HiFi-GAN or BigVGAN)", (r"ups\.", r"conv_pre\."), NOT_FINE_TUNED),
+    Family("TorToiSe's random latent generator", (r"layers\.0\.weight$", r"layers\.5\.weight$"), NOT_FINE_TUNED),
+    Family("TorToiSe's classifier", (r"enc\.", r"head\."), NOT_FINE_TUNED),
+    Family(TITLES[AR], (r"gpt\.h\.\d+\.|mel_embedding\.|mel_pos_embedding\.|text_pos_embedding\.",), part=AR),
+    Family(TITLES[DVAE], (r"codebook\.|encoder\.0\.0\.|decoder\.\d+\.net\.|quantizer\.",), part=DVAE),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A file of a known family, with plain names."""
+
+    path: Path
+    family: Family
+    state: dict[str, np.ndarray]  # canonical keys
+    format: str
+    variant: list[str]  # what was unpacked on the way to the plain names, for people
+
+
+def find(loaded: Loaded, path: Path) -> Found:
+    """Unwraps a file's content and names its family. UserError for what is no checkpoint of tensors."""
+    content, variant = unwrap(loaded.content, path)
+    state, prefixes = strip_prefixes(tensors(content, path))
+    variant += [f'prefix "{prefix}" removed from every key' for prefix in prefixes]
+    return Found(path, family_of(state, path), state, loaded.format, variant)
+
+
+def unwrap(content: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The dictionary of tensors inside {"state_dict": …} and the like, and what else was there."""
+    notes: list[str] = []
+    while True:
+        refuse_other_content(content, path)
+        inner = [name for name in WRAPPERS if isinstance(content.get(name), Mapping)]
+        if not inner:
+            return dict(content), notes
+        if len(inner) > 1:
+            raise UserError(f"{path} holds several models ({', '.join(inner)}); save the one that is meant by itself")
+        ignored = [str(name)[:40] for name in content if name != inner[0]]
+        notes.append(f'inside "{inner[0]}"' + (f", beside {', '.join(ignored[:8])} (ignored)" if ignored else ""))
+        content = content[inner[0]]
+
+
+def refuse_other_content(content: Any, path: Path) -> None:
+    """Raises UserError for what people keep in .pth files that is not a state dict, each by its name."""
+    if isinstance(content, torch.Tensor):
+        norms = " (TorToiSe's mel norms)" if tuple(content.shape) == (80,) else ""
+        raise UserError(f"{path} holds a single tensor of shape {tuple(content.shape)}{norms}, expected a state dict")
+    if isinstance(content, tuple | list) and content and all(isinstance(item, torch.Tensor) for item in content):
+        shapes = ", ".join(str(tuple(item.shape)) for item in content[:4])
+        raise UserError(f"{path} holds {len(content)} tensors without names ({shapes}): a voice's latents, not a model")
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
+    if "optimizers" in content and "schedulers" in content:
+        raise UserError(
+            f"{path} is a DL-Art-School training state: optimiser and schedule, no weights at all; "
+            "the weights lie beside it in the models folder, as STEP_gpt.pth"
+        )
+
+
+def strip_prefixes(state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Removes what data parallelism and torch.compile put before every key."""
+    removed: list[str] = []
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        removed.append(prefix)
+    return state, removed
+
+
+def family_of(keys: Iterable[str], path: Path) -> Family:
+    keys = list(keys)
+    for family in FAMILIES:
+        if all(any(re.match(mark, key) for key in keys) for mark in family.marks):
+            return family
+    shown = ", ".join(key[:60] for key in keys[:3])
+    return Family(
+        "a checkpoint of no known model",
+        (),
+        f"none of its {len(keys)} keys is one of TorToiSe's AR model or dVAE; it begins with {shown}",
+    )
+
+
+def require(found: Found, part: str) -> None:
+    """Raises UserError, naming what the file is and what to do, unless it is the wanted model."""
+    option = f"--{part}"
+    if found.family.advice:
+        raise UserError(f"{option} {found.path} is {found.family.name}: {found.family.advice}")
+    if found.family.part != part:
+        raise UserError(f"{option} {found.path} is a {found.family.name}: give it as --{found.family.part}")

@@ -1,0 +1,127 @@
+"""Says what a checkpoint is: which model, its dimensions, how it was saved, and whether it can be converted.
+
+  python convert/inspect_checkpoint.py autoregressive.pth
+  python convert/inspect_checkpoint.py checkpoints/tortoise        a converted checkpoint or a run
+  python convert/inspect_checkpoint.py ~/.cache/tortoise/models    every checkpoint file in a folder
+
+Nothing is written, and nothing in a file is run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from convert import families
+from convert.command_line import Parser, positive
+from convert.families import AR, DVAE, Found
+from convert.source import Source, card_beside, decide, describe, nonfinite, sha256
+from convert.torch_files import Loaded, load
+from tortoise_jax import state_dict
+from tortoise_jax.checkpoint import CARD, STEPS, RunCheckpoints, load_pretrained, parameter_count
+from tortoise_jax.errors import UserError, exit_with_one_line
+
+SUFFIXES = (".pth", ".pt", ".safetensors", ".state", ".ckpt", ".bin")
+
+
+def inspect(path: Path, heads: int | None = None) -> list[str]:
+    """The lines about a file, a converted checkpoint, a run, or a folder of files.
+
+    Raises UserError for what cannot be read as a checkpoint at all; what can be, but not converted, is described.
+    """
+    if not path.is_dir():
+        return inspect_file(path, heads)
+    if (path / CARD).exists():
+        return inspect_ours(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise UserError(f"{path} holds neither {CARD} nor a file named *{', *'.join(SUFFIXES)}: nothing to inspect")
+    lines: list[str] = []
+    for file in files:
+        try:
+            lines += inspect_file(file, heads)
+        except UserError as error:
+            lines.append(str(error))
+    return lines
+
+
+def inspect_file(path: Path, heads: int | None) -> list[str]:
+    loaded = load(path)
+    found = families.find(loaded, path)
+    lines = [headline(found, loaded)]
+    if found.family.advice:
+        return [*lines, f"  conversion: refused, {found.family.advice}"]
+    try:
+        source = decide(found, found.family.part, heads)
+        state_dict.check_copies(source.plan, found.state, str(path))
+        check_finite(source)
+    except UserError as error:
+        lines += [f"  {note}" for note in found.variant]
+        return [*lines, f"  conversion: would fail, {str(error).removeprefix(f'{path}: ')}"]
+    lines += describe(source, sha256(path) if source.part == DVAE else "")[1:]
+    card = card_beside(path)
+    if card:
+        lines.append(f"  its .json: exported by tortoise_jax {card['tortoise_jax']}{trained(card)}")
+    return [*lines, f"  conversion: would succeed, --{source.part} {path}"]
+
+
+def headline(found: Found, loaded: Loaded) -> str:
+    size = sum(tensor.size for tensor in found.state.values())
+    kinds = ", ".join(sorted({str(tensor.dtype) for tensor in found.state.values()}))
+    return f"{found.path}: {found.family.name}; {loaded.format}, {len(found.state)} tensors, {size:,} numbers, {kinds}"
+
+
+def check_finite(source: Source) -> None:
+    for _, keys in source.plan.filled.values():
+        for key in keys:
+            if count := nonfinite(source.found.state[key]):
+                raise UserError(f"{key} has {count} values that are NaN or infinite (--allow_nonfinite converts it)")
+
+
+def trained(card: dict) -> str:
+    training = card.get("training")
+    return f", step {training['step']} of a run" if isinstance(training, dict) and "step" in training else ""
+
+
+def inspect_ours(path: Path) -> list[str]:
+    """A converted checkpoint or a run, every array read once."""
+    is_run = (path / STEPS).is_dir()
+    lines = [f"{path}: {'a run' if is_run else 'a converted checkpoint'} of tortoise_jax"]
+    card = load_pretrained(path, ())
+    parts = [part for part, config in ((AR, card.config), (DVAE, card.dvae_config)) if config]
+    whole = load_pretrained(path, parts)
+    if whole.config:
+        c = whole.config
+        lines.append(
+            f"  AR model: {c.layers} layers, width {c.width}, {c.heads} heads, {c.codes} codes, {c.text_tokens} text "
+            f"tokens, positions {c.mel_positions} and {c.text_positions}, {parameter_count(whole.params):,} parameters"
+        )
+    if whole.dvae_config:
+        d = whole.dvae_config
+        lines.append(
+            f"  dVAE: {d.layers} strided layers, {d.res_blocks} residual blocks, hidden {d.hidden}, {d.codes} codes, "
+            f"codebook_dim {d.codebook_dim}, {parameter_count(whole.dvae_params):,} parameters and buffers"
+        )
+    if is_run:
+        checkpoints = RunCheckpoints(path)
+        steps = checkpoints.manager.all_steps()
+        lines.append(f"  steps {', '.join(map(str, sorted(steps)))}; the best is {checkpoints.best()}")
+    for part, origin in whole.source.items():
+        lines.append(f"  {part} from {json.dumps(origin.get('file'))}, sha256 {origin.get('sha256')}")
+    command = f"python convert/flax_to_torch.py {path} --out voice.pth"
+    return [*lines, f"  conversion back: would succeed, {command}"]
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "path", type=Path, help="a .pth or .safetensors file, a converted checkpoint, a run, or a folder"
+    )
+    parser.add_argument("--heads", type=positive, help="attention heads, where a file does not tell")
+    args = parser.parse_args()
+    for line in inspect(args.path, args.heads):
+        print(line)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
