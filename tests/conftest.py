@@ -1,0 +1,60 @@
+"""Eight simulated CPU devices, strict dtypes, warnings as errors, and the tiny models that many tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: the suite is about values, not about accelerators
+
+import hypothesis
+import jax
+import pytest
+import torch
+
+from tests import torch_reference
+from tests.parity import Twin, dvae_twin, voice_twin
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # compiles three times as fast; tiny models run alike
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+torch.set_num_threads(1)  # pytest-xdist already runs a process a core
+
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=20)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "error",
+        "default::ResourceWarning",
+        "default::pytest.PytestUnraisableExceptionWarning",
+        # Other packages' deprecations are theirs to mend; ours are raised in our own modules.
+        r"ignore::DeprecationWarning:(?!tortoise_jax|convert|configs|train|tests)",
+        r"ignore::PendingDeprecationWarning:(?!tortoise_jax|convert|configs|train|tests)",
+        r"ignore::FutureWarning:(?!tortoise_jax|convert|configs|train|tests)",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def torch_voice() -> torch_reference.UnifiedVoice:
+    """Not to be changed by a test: parameters without gradients, no dropout."""
+    return torch_reference.tiny_unified_voice(seed=1).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def voice(torch_voice: torch_reference.UnifiedVoice) -> Twin:
+    """`torch_voice` converted to Flax."""
+    return voice_twin(torch_voice)
+
+
+@pytest.fixture(scope="session")
+def torch_dvae() -> torch_reference.DiscreteVAE:
+    """Not to be changed by a test (a training forward moves its codebook)."""
+    return torch_reference.tiny_dvae(seed=1).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
+    """`torch_dvae` converted to Flax."""
+    return dvae_twin(torch_dvae)

@@ -1,0 +1,213 @@
+"""The optimiser: twelve steps beside torch's, the groups, the schedules, freezing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests import small, torch_reference
+from tests.parity import STACK, TRAINED_KEY_BIAS, Tree, Twin, assert_trees_close, voice_tree, voice_twin
+from tests.torch_reference import SAMPLES_PER_CODE, Trainer, random_batch, tiny_unified_voice
+from tests.upstream_layout import upstream_batch
+from tortoise_jax import optimizer as optimizer_module
+from tortoise_jax.errors import UserError
+from tortoise_jax.optimizer import OptimizerConfig, group_labels, group_norms, learning_rate_schedule, make_optimizer
+from tortoise_jax.state_dict import flatten
+from tortoise_jax.step import Recipe, initial_state, train_step
+from tortoise_jax.unified_voice import UnifiedVoice
+
+# Twelve steps of DLAS's recipe, beside torch in float64
+
+STEPS = 12
+EACH_STEP = 1e-5  # relative, of losses, norms and rates
+RECIPE = torch_reference.Recipe(lr=2e-3, clip_per_group=0.5, milestones=(4, 8))
+OURS = OptimizerConfig(learning_rate=2e-3, clip_norm=0.5, milestones=(4, 8))
+COLUMNS = ("loss/text", "loss/mel", "loss/total", "grad_norm/decayed", "grad_norm/undecayed", "learning_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    start: Twin
+    batches: list[dict[str, np.ndarray]]
+    history: np.ndarray  # (steps, 6)
+    final: Tree
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trajectory:
+    model = tiny_unified_voice(seed=5)
+    twin = voice_twin(model)
+    model = model.double()
+    trainer = Trainer(model, RECIPE)
+    batches = []
+    for step in range(STEPS):
+        batch = random_batch(model, seed=100 + step)
+        trainer.step(batch | {"cond_mel": batch["cond_mel"].double()})
+        arrays = {name: value.numpy() for name, value in batch.items()}
+        lengths = arrays["code_lengths"] * SAMPLES_PER_CODE
+        names = ("cond_mel", "text", "text_lengths", "codes")
+        batches.append(upstream_batch(twin.config, *(arrays[name] for name in names), lengths))
+    return Trajectory(twin, batches, np.array(trainer.history), voice_tree(twin.config, model.state_dict()))
+
+
+def train(reference: Trajectory, config: OptimizerConfig) -> tuple[np.ndarray, Tree]:
+    params = reference.start.params
+    recipe = Recipe(
+        model=UnifiedVoice(reference.start.config),
+        optimizer=make_optimizer(config, params),
+        schedule=learning_rate_schedule(config),
+        mel_norms=None,
+        axis=None,
+    )
+    step = jax.jit(functools.partial(train_step, recipe))
+    state, history = initial_state(params, recipe.optimizer), []
+    for batch in reference.batches:
+        state, metrics = step(state, {name: value[None] for name, value in batch.items()})
+        history.append([float(metrics[name]) for name in COLUMNS])
+    return np.array(history), state.params
+
+
+def check_trajectory(reference: Trajectory, config: OptimizerConfig) -> None:
+    history, final = train(reference, config)
+    off = np.abs(history / reference.history - 1)
+    for column, name in enumerate(COLUMNS):
+        assert off[:, column].max() <= EACH_STEP, f"{name}: {off[:, column].max():.1e}"
+    assert_trees_close(final, reference.final, STACK, reference.start.heads, key_bias_tolerance=TRAINED_KEY_BIAS)
+
+
+def test_twelve_steps_follow_torch_in_float64(reference: Trajectory) -> None:
+    history = reference.history
+    assert (history[:, 3] > RECIPE.clip_per_group).all()  # clipping acts in both groups
+    assert (history[:, 4] > RECIPE.clip_per_group).any()
+    check_trajectory(reference, OURS)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(milestones=(5, 8)), "loss/text"),
+        (dict(weight_decay=2e-2), "loss/text"),
+        (dict(beta2=0.95), "loss/text"),
+    ],
+    ids=["a milestone late", "more decay", "another beta"],
+)
+def test_trajectory_fires(reference: Trajectory, change: dict[str, Any], what: str) -> None:
+    with pytest.raises(AssertionError, match=what):
+        check_trajectory(reference, dataclasses.replace(OURS, **change))
+
+
+def test_trajectory_fires_for_one_clip_over_all(reference: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = optimizer_module.optax.clip_by_global_norm
+    monkeypatch.setattr(optimizer_module.optax, "clip_by_global_norm", lambda limit: plain(0.7 * limit))
+    with pytest.raises(AssertionError, match="loss/text"):
+        check_trajectory(reference, OURS)
+
+
+# Groups
+
+
+def test_groups_are_torchs(voice: Twin) -> None:
+    model = tiny_unified_voice(seed=1)
+    decayed, _ = torch_reference.parameter_groups(model)
+    marks = {name: torch.full_like(p, float(name in decayed)) for name, p in model.named_parameters()}
+    want = {path: value.max() for path, value in flatten(voice_tree(voice.config, marks)).items()}
+    labels = flatten(group_labels(voice.params))
+    assert {path: float(label == "decayed") for path, label in labels.items()} == want
+    assert set(labels.values()) == {"decayed", "undecayed"}
+
+
+def test_group_norms_are_of_each_group() -> None:
+    gradients = {"a": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([2.0])}, "b": {"scale": jnp.array([1.0])}}
+    norms = group_norms(gradients, group_labels(gradients))
+    assert norms["grad_norm/decayed"] == pytest.approx(5)
+    assert norms["grad_norm/undecayed"] == pytest.approx(5**0.5)
+    frozen = group_norms(gradients, group_labels(gradients, freeze="a/kernel"))
+    assert (frozen["grad_norm/decayed"], frozen["grad_norm/undecayed"]) == (0, pytest.approx(5**0.5))
+
+
+def one_update(config: OptimizerConfig, params: Tree, gradients: Tree) -> Tree:
+    optimizer = make_optimizer(config, params)
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_frozen_parameters_stay_and_others_move(name: str) -> None:
+    params = small.params()
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates = flatten(one_update(OptimizerConfig(name=name, freeze=r"gpt/h/.*|text_head/kernel"), params, gradients))
+    for path, update in updates.items():
+        frozen = path.startswith("gpt/h/") or path == "text_head/kernel"
+        assert np.any(update) != frozen, path
+
+
+def test_decay_acts_on_weights_alone() -> None:
+    params = small.params()
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates = flatten(one_update(OptimizerConfig(learning_rate=0.5, weight_decay=0.1), params, nothing))
+    for path, update in updates.items():
+        want = -0.05 * flatten(params)[path] if path.endswith("kernel") else np.zeros_like(update)
+        np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=path)
+
+
+def test_each_group_is_clipped_by_its_own_norm() -> None:
+    """With Adam's epsilon far above the gradients an update is proportional to the clipped gradient."""
+    params = {"a": {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}}
+    gradients = {"a": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([0.3, 0.4])}}
+    config = OptimizerConfig(learning_rate=1.0, epsilon=1e6, clip_norm=1.0, weight_decay=0.0)
+    update = one_update(config, params, gradients)["a"]
+    np.testing.assert_allclose(update["kernel"] * 1e6, [-0.6, -0.8], rtol=1e-4)
+    np.testing.assert_allclose(update["bias"] * 1e6, [-0.3, -0.4], rtol=1e-4)
+
+
+# Schedules
+
+
+def rates(steps: int, **options: Any) -> list[float]:
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **options))
+    with jax.numpy_dtype_promotion("standard"):
+        return [float(schedule(jnp.int32(step))) for step in range(steps)]
+
+
+def test_stepped_schedule_halves_at_its_milestones() -> None:
+    assert rates(6, milestones=(2, 4)) == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_warm_up_rises_to_the_rate_and_milestones_keep_their_steps() -> None:
+    assert rates(7, milestones=(2, 5), warmup=4) == pytest.approx([0.25, 0.5, 0.75, 1, 0.5, 0.25, 0.25])
+    assert rates(6, schedule="constant", warmup=3) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+    assert rates(3, schedule="constant", warmup=1) == [1, 1, 1]
+
+
+def test_cosine_schedule_ends_at_zero() -> None:
+    got = rates(11, schedule="cosine", total_steps=10, warmup=2)
+    assert got[:3] == pytest.approx([0.5, 1, 1])
+    assert got[6] == pytest.approx(0.5)
+    assert got[10] == pytest.approx(0, abs=1e-6)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig(name="sgd"), "optimizer.name is 'sgd'; expected one of adamw, adafactor"),
+        (
+            OptimizerConfig(schedule="linear"),
+            "schedule is 'linear'; expected one of stepped, cosine, constant",
+        ),
+        (OptimizerConfig(freeze="gpt("), r"optimizer.freeze: 'gpt\(' is not a regular expression"),
+        (OptimizerConfig(freeze="gpt"), "optimizer.freeze: 'gpt' matches no parameter; their paths look like"),
+    ],
+)
+def test_bad_settings_are_named(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_optimizer(config, small.params())

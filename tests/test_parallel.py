@@ -1,0 +1,154 @@
+"""Devices and hosts: one process with four devices and two with two each do the same; wrong starts are refused."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tortoise_jax import parallel
+from tortoise_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SAME_ON_HOSTS = 1e-6
+SECONDS = 300
+
+
+def start_host(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.one_host", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results(*hosts: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What the hosts printed; all are ended if one fails."""
+    try:
+        outputs = [host.communicate(timeout=SECONDS) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, (_, errors) in zip(hosts, outputs, strict=True):
+        assert host.returncode == 0, errors
+    return [json.loads(printed.splitlines()[-1]) for printed, _ in outputs]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict[str, Any]]:
+    """[one process of four devices, two hosts of two devices]"""
+    coordinator = f"localhost:{free_port()}"
+    hosts = [start_host(2, coordinator, 2, i) for i in range(2)]
+    return [*results(start_host(4)), *results(*hosts)]
+
+
+def test_hosts_and_devices_give_the_same_losses(seen: list[dict[str, Any]]) -> None:
+    one, *hosts = (np.array(host["losses"]) for host in seen)
+    assert len(one) == 5
+    assert np.ptp(one) > 0.1
+    for losses in hosts:
+        np.testing.assert_allclose(losses, one, rtol=SAME_ON_HOSTS, atol=0)
+    assert np.array_equal(hosts[0], hosts[1])
+
+
+def test_hosts_know_where_they_are(seen: list[dict[str, Any]]) -> None:
+    names = ("processes", "devices", "local", "main")
+    assert [[host[name] for name in names] for host in seen] == [
+        [1, 4, 4, True],
+        [2, 4, 2, True],
+        [2, 4, 2, False],
+    ]
+    assert [host["describe"] for host in seen] == ["4 x cpu", "4 x cpu on 2 hosts", "4 x cpu on 2 hosts"]
+
+
+def test_a_flag_of_one_host_reaches_all(seen: list[dict[str, Any]]) -> None:
+    assert [host["any"] for host in seen] == [[False, False], [True, False], [True, False]]
+
+
+def test_hosts_started_differently_are_refused(seen: list[dict[str, Any]]) -> None:
+    assert [host["alike"] for host in seen] == ["", "", ""]
+    assert seen[0]["unlike"] == ""
+    for host in seen[1:]:
+        assert "the configuration differs between hosts: [1] do not have what host 0 has" in host["unlike"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", 0, -1), "must be given together"),
+        (("", 2, -1), "must be given together"),
+        (("", 0, 0), "must be given together"),
+        (("localhost:1", 2, -1), "must be given together"),
+        (("localhost:1", 2, 2), "--process_id 2 must be below --num_processes 2"),
+    ],
+)
+def test_half_given_coordinates_are_refused(arguments: tuple[str, int, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parallel.initialize(*arguments)
+
+
+def test_a_coordinator_that_cannot_be_is_one_line() -> None:
+    """JAX is running in this process already, which is one of the reasons it gives."""
+    jax.local_devices()
+    with pytest.raises(UserError, match=r"--coordinator nowhere:1: could not join the other hosts: .+") as error:
+        parallel.initialize("nowhere:1", 2, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_replicated_trees_come_back_as_they_were() -> None:
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"step": np.int32(7)}}
+    replicated = parallel.replicate(tree)
+    assert replicated["a"].shape == (jax.local_device_count(), 2, 3)
+    assert {shard.device for shard in replicated["a"].addressable_shards} == set(jax.local_devices())
+    back = parallel.first_copy(replicated)
+    assert back["b"]["step"] == 7
+    assert back["b"]["step"].dtype == np.int32
+    assert np.array_equal(back["a"], tree["a"])
+
+
+def test_mapped_sums_over_all_devices_and_donates_its_first_argument() -> None:
+    devices = jax.local_device_count()
+    assert devices == 8
+    step = lambda state, batch: (state + 1, jax.lax.psum(jnp.sum(batch["x"]), parallel.AXIS))
+    batch = parallel.split_rows({"x": np.arange(16.0, dtype=np.float32)}, accumulation=2)
+    assert batch["x"].shape == (8, 2, 1)
+    for donate in (True, False):
+        state = parallel.replicate(np.float32(1))
+        after, total = parallel.mapped(step, donate=donate)(state, batch)
+        assert state.is_deleted() == donate
+        assert parallel.first_copy(after) == 2
+        assert parallel.first_copy(total) == np.arange(16).sum()
+
+
+def test_split_rows_keeps_their_order() -> None:
+    rows = np.arange(48).reshape(24, 2)
+    split = parallel.split_rows({"x": rows}, accumulation=3)["x"]
+    assert split.shape == (8, 3, 1, 2)
+    assert np.array_equal(split.reshape(24, 2), rows)
+
+
+def test_hosts_share_rows_without_gap_or_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    taken = []
+    for index in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        taken += list(range(16))[parallel.host_rows(16)]
+    assert taken == list(range(16))
+
+
+def test_one_process_waits_for_nobody() -> None:
+    parallel.wait_for_all("nothing")
+    parallel.check_same_everywhere("the configuration", {"a": object()})
+    assert parallel.any_host(True) is True
+    assert parallel.any_host(False) is False
