@@ -6,6 +6,7 @@ what follows nor the end of the batch can reach the codes that are kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,18 @@ def padded_samples(samples: int, config: DVAEConfig) -> int:
     return _round_up(samples + zeros_behind(config), LENGTH_BUCKET)
 
 
+@functools.cache
+def _program(config: DVAEConfig) -> Callable[[Tree, np.ndarray], Array]:
+    """((params, mel norms), waveforms (b, samples) int16) -> codes (b, codes), compiled once a length."""
+    model = DiscreteVAE(config)
+
+    def codes(weights: Tree, waveforms: Array) -> Array:
+        params, mel_norms = weights
+        return jnp.asarray(model.apply({"params": params}, log_mel(waveforms, mel_norms), method="encode"))
+
+    return parallel.by_rows(codes, replicated=1, sharded=1)
+
+
 class CodeEncoder:
     """The dVAE of a checkpoint on this host's devices, which share the rows of a batch: `rows` each.
 
@@ -57,13 +70,8 @@ class CodeEncoder:
         if config.codes > 2**16:
             raise UserError(f"the dVAE has {config.codes} codes; a data set keeps them in 16 bits (65536 at most)")
         self._config, self._rows = config, rows * parallel.local_device_count()
-        self._params = parallel.on_every_device(params)
-        model = DiscreteVAE(config)
-
-        def codes(params: Tree, waveforms: Array) -> Array:  # (b, samples) int16 -> (b, codes)
-            return jnp.asarray(model.apply({"params": params}, log_mel(waveforms, mel_norms), method="encode"))
-
-        self._codes = parallel.by_rows(codes, replicated=1, sharded=1)
+        self._params = parallel.on_every_device((params, np.asarray(mel_norms)))
+        self._codes = _program(config)
 
     def encode(
         self, waveforms: Sequence[np.ndarray], progress: Callable[[list[int]], None] = lambda places: None
