@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from tortoise_jax.errors import UserError
 
 DVAE_SHA256 = "a990825371506c16bcf0e8167bf24ccf82f65bb6a1dbcbfcf058d76f9b197e35"
 HUB = "https://huggingface.co"
+CONNECT_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,45 +54,59 @@ def fetch(names: list[str], folder: Path, hub: str | None = None) -> list[str]:
             lines.append(f"{target} is there already and kept")
             continue
         place = fetch_one(name, target, hub)
-        lines.append(
-            f"{target} fetched from {place.repository}" + (", sha256 as published" if name in CHECKSUMS else "")
-        )
+        verified = ", its sha256 the published one" if name in CHECKSUMS else ""
+        lines.append(f"{target} fetched from {place.repository}{verified}")
     return lines
 
 
 def fetch_one(name: str, target: Path, hub: str | None) -> Place:
     """The first place that gives the file, whole and with the right checksum."""
     failures = []
-    for place in PLACES[name]:
-        try:
-            cached = cached_file(place, target.parent, hub)
-            check(cached, name, place)
-            cached.replace(target)
-            return place
-        except UserError as error:
-            failures.append(f"{place.repository}: {error}")
+    try:
+        check_reachable(hub)
+        for place in PLACES[name]:
+            try:
+                downloaded = download(place, target.parent, hub)
+                check(downloaded, name, place)
+                downloaded.replace(target)
+                return place
+            except UserError as error:
+                failures.append(f"{place.repository}: {error}")
+    except UserError as error:
+        failures.append(str(error))
     raise UserError(
         f"{name} could not be fetched ({'; '.join(failures)}). With a browser it is at {PLACES[name][0].url()}; "
         f"put it at {target}"
     )
 
 
-def cached_file(place: Place, folder: Path, hub: str | None) -> Path:
-    """Downloads into a folder of its own beside the target, where an interrupted download goes on the next time."""
+def check_reachable(hub: str | None) -> None:
+    """Raises UserError at once where there is no network; the hub's library would try again for a minute."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        import huggingface_hub.constants
     except ImportError:
         raise UserError("huggingface_hub is not installed: pip install 'tortoise_jax[download]'") from None
+    address = urllib.parse.urlsplit(hub or huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return  # a proxy answers for itself
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"{address.hostname} cannot be reached, is there a network? ({error.strerror or error})"
+        ) from None
+
+
+def download(place: Place, folder: Path, hub: str | None) -> Path:
+    """Downloads into a folder of its own beside the target, where an interrupted download goes on the next time."""
+    from huggingface_hub import hf_hub_download
+
+    beside = folder / ".download"
     try:
         return Path(
-            hf_hub_download(
-                place.repository, place.path, revision=place.revision, local_dir=folder / ".download", endpoint=hub
-            )
+            hf_hub_download(place.repository, place.path, revision=place.revision, local_dir=beside, endpoint=hub)
         )
-    except LocalEntryNotFoundError as error:
-        cause = error.__cause__ or error
-        raise UserError(f"the hub cannot be reached, is there a network? ({_first_line(cause)})") from None
     except Exception as error:  # of the hub, of HTTP, of the disk: each library has its own
         raise UserError(_first_line(error)) from None
 

@@ -121,9 +121,7 @@ def carried_over(state: dict[str, np.ndarray], source: Path, part: str) -> dict[
     for key, match in dropped.items():
         if match.row.flax:
             raise UserError(f"--source {source} is another model: it has {key}, this one has not")
-    return {
-        key: original[key] for key, match in dropped.items() if not match.original and not key.startswith("inference_")
-    }
+    return {key: original[key] for key, match in dropped.items() if not match.original}
 
 
 def is_mask(part: str, key: str) -> bool:

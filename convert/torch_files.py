@@ -94,8 +94,6 @@ def format_of(path: Path) -> str:
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes); download it again")
     if start.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is cut off: it begins like a torch checkpoint, but has no end; get it again")
         return ZIP
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull")
@@ -113,7 +111,13 @@ def _is_text(start: bytes) -> bool:
 
 def check_zip(path: Path, checksums: bool, progress: Progress = silent) -> None:
     """Raises UserError unless the archive is one that torch could have written and its records are undamaged."""
-    with zipfile.ZipFile(path) as archive:
+    try:
+        opened = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise UserError(
+            f"{path} is cut off: it begins like a torch checkpoint, but its end is not there; get it again"
+        ) from None
+    with opened as archive:
         records = archive.infolist()
         if not any(record.filename.endswith("/data.pkl") for record in records):
             raise UserError(f"{path} is a zip archive, but not of torch (no data.pkl); is it to be unpacked first?")

@@ -8,6 +8,7 @@ does not fit, a copy that differs: each is a UserError that names it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -108,9 +109,6 @@ UNIFIED_VOICE: list[Row] = [
     *_weights("mel_head", "mel_head", LINEAR),
     Row("aligned_head.*", reason=ALIGNMENT),
     Row("alignment_head.*", reason=ALIGNMENT),
-    Row("inference_model.transformer.h.{i}.attn.bias", reason=MASK),
-    Row("inference_model.transformer.h.{i}.attn.masked_bias", reason=MASK),
-    Row("inference_model.transformer.wte.weight", reason=ATTACHED, copy_of="mel_embedding.weight"),
     Row("inference_model.transformer.*", reason=ATTACHED, copy_of="gpt.*"),
     Row("inference_model.embeddings.*", reason=ATTACHED, copy_of="mel_embedding.*"),
     Row("inference_model.text_pos_embedding.*", reason=ATTACHED, copy_of="mel_pos_embedding.*"),
@@ -340,14 +338,18 @@ def _shape(shapes: Shapes, key: str, rank: int, where: str) -> Shape:
     return shapes[key]
 
 
-def _layers(shapes: Shapes, key: str, where: str, first: int = 0) -> int:
-    """How many layers there are of a key with `{i}`, numbered from `first` without a gap."""
-    pattern = re.compile(re.escape(key).replace(r"\{i\}", r"(0|[1-9]\d*)"))
-    found = {int(match.group(1)) for name in shapes if (match := pattern.fullmatch(name))}
-    for number in range(first, first + len(found)):
-        if number not in found:
-            raise UserError(f"{where}: key {key.replace('{i}', str(number))} is missing; nothing was converted")
-    return len(found)
+def _layers(shapes: Shapes, block: str, key: str, where: str, first: int = 0, at_least: int = 1) -> int:
+    """How many blocks of keys there are, numbered from `first` without a gap; fewer than `at_least` keys are no block.
+
+    block: the beginning of their keys, with `{i}`. key: which one to name where a whole block is missing.
+    """
+    pattern = re.compile(re.escape(block).replace(r"\{i\}", r"(0|[1-9]\d*)"))
+    keys = collections.Counter(int(found.group(1)) for name in shapes if (found := pattern.match(name)))
+    numbers = {number for number, count in keys.items() if count >= at_least}
+    for number in range(first, first + len(numbers)):
+        if number not in numbers:
+            raise UserError(f"{where}: key {block.replace('{i}', str(number))}{key} is missing; nothing was converted")
+    return len(numbers)
 
 
 def unified_voice_config(shapes: Shapes, where: str, heads: int | None = None) -> UnifiedVoiceConfig:
@@ -356,8 +358,8 @@ def unified_voice_config(shapes: Shapes, where: str, heads: int | None = None) -
     mel_tokens = _shape(shapes, "mel_embedding.weight", 2, where)[0]
     text_positions = _shape(shapes, "text_pos_embedding.emb.weight", 2, where)[0]
     mel_positions = _shape(shapes, "mel_pos_embedding.emb.weight", 2, where)[0]
-    layers = _layers(shapes, "gpt.h.{i}.ln_1.weight", where)
-    conditioning_layers = _layers(shapes, "conditioning_encoder.attn.{i}.norm.weight", where)
+    layers = _layers(shapes, "gpt.h.{i}.", "ln_1.weight", where, at_least=2)
+    conditioning_layers = _layers(shapes, "conditioning_encoder.attn.{i}.", "norm.weight", where, at_least=2)
     if not layers:
         raise UserError(f"{where}: key gpt.h.0.ln_1.weight is missing; nothing was converted")
     if min(mel_tokens, text_tokens) < 3 or min(text_positions, mel_positions) < 3:
@@ -395,13 +397,13 @@ def dvae_config(shapes: Shapes, where: str) -> DVAEConfig:
             raise UserError(f"{where}: this dVAE {what} ({found[0]}), which no released model has; not supported")
     codebook_dim, codes = _shape(shapes, "codebook.embed", 2, where)
     hidden, channels, kernel = _shape(shapes, "encoder.0.0.weight", 3, where)
-    layers = _layers(shapes, "encoder.{i}.0.weight", where)
+    layers = _layers(shapes, "encoder.{i}.0.", "weight", where)
     return DVAEConfig(
         codebook_dim=codebook_dim,
         codes=codes,
         hidden=hidden,
         layers=layers,
-        res_blocks=_layers(shapes, "encoder.{i}.net.0.weight", where, first=layers),
+        res_blocks=_layers(shapes, "encoder.{i}.net.", "0.weight", where, first=layers),
         channels=channels,
         kernel=kernel,
     )
