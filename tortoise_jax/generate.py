@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tortoise_jax import parallel, sampling
+from tortoise_jax.audio import griffin_lim
 from tortoise_jax.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.errors import UserError
 from tortoise_jax.layers import LAYER_NORM_EPSILON, Array, Compute, layer_norm
-from tortoise_jax.unified_voice import CONDITIONING, TEXT, UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.unified_voice import CONDITIONING, MEL, TEXT, UnifiedVoice, UnifiedVoiceConfig
 
 Tree = Any
 
@@ -200,16 +201,16 @@ def read_prompts(
 ) -> list[tuple[Array, Array]]:
     """Runs the prompts -> keys and values (r, h, p, k) of every layer, from what the training forward gives it."""
     r, p, d = *tokens.shape, config.width
-    outputs = UnifiedVoice(config, Compute(dtype=dtype)).apply(
+    outputs: Any = UnifiedVoice(config, Compute(dtype=dtype)).apply(
         {"params": params}, conditioning, tokens, kinds, positions, method=UnifiedVoice.from_conditioning
     )
     inputs = jnp.concatenate([outputs["embedded"][None], outputs["blocks"][:-1]])  # (l, r, p, d)
 
     def keys_and_values(layer: tuple[Tree, Array]) -> Array:
         block, x = layer
-        normed = layer_norm("ln_1", jnp.dtype(dtype)).apply({"params": block["ln_1"]}, x)
+        normed: Any = layer_norm("ln_1", jnp.dtype(dtype)).apply({"params": block["ln_1"]}, x)
         c_attn = nn.Dense(3 * d, dtype=jnp.dtype(dtype))
-        qkv = c_attn.apply({"params": block["attn"]["c_attn"]}, normed.reshape(r * p, d))
+        qkv: Any = c_attn.apply({"params": block["attn"]["c_attn"]}, normed.reshape(r * p, d))
         return qkv[:, d:].reshape(r, p, 2, config.heads, d // config.heads).transpose(2, 0, 3, 1, 4)
 
     cache = jax.lax.map(keys_and_values, (params["gpt"]["h"], inputs))
@@ -375,15 +376,17 @@ def sample(
     seed: int = 0,
     options: SamplingOptions | None = None,
     candidates: int = 1,
+    first_candidate: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Samples:
     """Draws codes for every prompt, `candidates` of each: r * candidates rows, a prompt's candidates together.
 
     conditioning (d,) or (r, d); text_ids without stops, one list for all prompts or one a prompt. The rows are shared
     out over this host's devices. A row depends on the seed, its prompt's number and its own number among the
-    candidates, on nothing else. progress(n) is called now and then, when n codes a row are drawn. For many calls pass
-    what `prepare` returns. Raises UserError for texts and settings the model has no room for, and if the model's
-    outputs are not finite.
+    candidates, which are counted from first_candidate; on nothing else. progress(n) is called now and then, when n
+    codes a row are drawn. For many calls pass what `prepare` returns.
+
+    Raises UserError for texts and settings the model has no room for, and if the model's outputs are not finite.
     """
     options = options or SamplingOptions()
     if candidates < 1:
@@ -395,11 +398,14 @@ def sample(
     prepared = params if isinstance(params, Prepared) else prepare(params, config, options.dtype)
 
     layout = Layout.of(len(texts), candidates, parallel.local_device_count())
+    keys = layout.keys(seed, first_candidate)
     spread = lambda array: parallel.rows_on_devices(array[layout.prompt])
     lengths = spread(prompts.pop("lengths"))
     read = _read_prompts(config, prepared.dtype)
-    prompt_cache = read(prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions")))
-    state = jax.tree.map(parallel.rows_on_devices, start_state(config, layout.keys(seed), options.max_codes))
+    prompt_cache = read(
+        prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions"))
+    )
+    state = jax.tree.map(parallel.rows_on_devices, start_state(config, keys, options.max_codes))
     loop = _decode(config, options.top_k, options.temperature == 0)
 
     cache = None
@@ -407,7 +413,7 @@ def sample(
         end = min(first + CODES_A_CALL, options.max_codes)
         room = next((length for length in CACHE_LENGTHS if length >= end), end)
         if cache is None:
-            cache = empty_cache(config, len(layout.keys(seed)), room, prepared.dtype)
+            cache = empty_cache(config, len(keys), room, prepared.dtype)
         elif cache[0][0].shape[2] < room:
             cache = _lengthen(room)(cache)
         controls = {
@@ -432,7 +438,9 @@ def one_a_prompt(
     voices = np.atleast_2d(np.asarray(conditioning, np.float32))
     texts = [list(map(int, ids)) for ids in text_ids] if len(text_ids) and np.ndim(text_ids[0]) else [list(text_ids)]
     if voices.ndim != 2 or voices.shape[1] != config.width:
-        raise UserError(f"the voice is a vector of {voices.shape[-1]}, the model's width is {config.width}: another model's")
+        raise UserError(
+            f"the voice is a vector of {voices.shape[-1]}, the model's width is {config.width}: another model's"
+        )
     r = max(len(voices), len(texts))
     if {len(voices), len(texts)} - {1, r}:
         raise UserError(f"{len(voices)} voices do not go with {len(texts)} texts; give one of either, or as many")
@@ -466,12 +474,12 @@ class Layout:
         part = np.arange(len(self.prompt)) % self.parts
         return (part[:, None] * self.share + np.arange(self.share)).reshape(-1)
 
-    def keys(self, seed: int) -> np.ndarray:
+    def keys(self, seed: int, first_candidate: int) -> np.ndarray:
         """Each row's key (b, 2) uint32, from the seed, its prompt and its candidate number."""
         fold = jax.vmap(jax.random.fold_in)
-        rows = len(self.candidate())
-        keys = jnp.broadcast_to(jax.random.key(seed), (rows,))
-        keys = fold(fold(keys, jnp.asarray(np.repeat(self.prompt, self.share))), jnp.asarray(self.candidate()))
+        candidate = first_candidate + self.candidate()
+        keys = jnp.broadcast_to(jax.random.key(seed), candidate.shape)
+        keys = fold(fold(keys, jnp.asarray(np.repeat(self.prompt, self.share))), jnp.asarray(candidate))
         return np.asarray(jax.random.key_data(keys))
 
     def rows(self) -> np.ndarray:
@@ -513,12 +521,11 @@ def _dvae_decode(config: DVAEConfig) -> Callable[..., Any]:
 def draft(dvae_params: Tree, config: DVAEConfig, mel_norms: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Codes (c,) -> a draft waveform float32 (1024 c - 256,), whose code count is c: dVAE decoder, then Griffin-Lim.
 
-    No codes give no samples. Raises UserError for codes the dVAE does not have.
+    No codes give no samples. What is no code of the dVAE (a model may draw its own start token) is left out.
     """
+    codes = codes[(codes >= 0) & (codes < config.codes)]
     if not len(codes):
         return np.zeros(0, np.float32)
-    if not 0 <= np.min(codes) <= np.max(codes) < config.codes:
-        raise UserError(f"codes must be 0 to {config.codes - 1}, found {np.min(codes)} to {np.max(codes)}")
     return griffin_lim(decode_mel(dvae_params, config, codes[None])[0], mel_norms)
 
 
@@ -528,7 +535,6 @@ def hand_over(
     conditioning: np.ndarray,
     text_ids: Sequence[int],
     codes: np.ndarray,
-    stopped: bool,
     total: int = HAND_OVER_CODES,
     silence: int = SILENCE_CODE,
     ending: tuple[int, int, int] = ENDING_CODES,
@@ -538,19 +544,15 @@ def hand_over(
     conditioning (d,), text_ids and codes (c,) without stops. As tortoise does it: codes that have not filled `total`
     are filled up with silence from the stop on, the last three of all become `ending`; the text has its extra stop;
     hidden states are those at the start token and the codes but the last, cut before the ninth silence in a row. Codes
-    that fill `total` without a stop are not repaired.
+    that fill `total` never stopped and are not repaired.
     """
     if len(codes) > total:
-        raise UserError(f"{len(codes)} codes, but TorToiSe's decoder is handed at most {total}: sample with max_codes {total}")
-    if max(silence, *ending) >= config.codes:
         raise UserError(
-            f"this model has {config.codes} codes, but TorToiSe's diffusion model was trained with 8192, of which "
-            f"{silence} is silence: its decoder does not fit this model"
+            f"{len(codes)} codes, but TorToiSe's decoder is handed at most {total}: sample with max_codes {total}"
         )
-    if total > max_codes(config):
-        raise UserError(f"the model has room for {max_codes(config)} codes, TorToiSe's decoder is handed {total}")
+    check_hand_over(config, total, max(silence, *ending))
     repaired = np.concatenate([codes, np.full(total - len(codes), silence)]).astype(np.int32)
-    if stopped or len(codes) < total:
+    if len(codes) < total:
         repaired[-3:] = ending
     prompt = prompt_arrays(config, [text_ids], extra_text_stop=True)
     p = int(prompt["lengths"][0])
@@ -566,6 +568,17 @@ def hand_over(
     return repaired, np.asarray(hidden)[0, p : p + silent_from(repaired, silence)]
 
 
+def check_hand_over(config: UnifiedVoiceConfig, total: int = HAND_OVER_CODES, highest: int = max(ENDING_CODES)) -> None:
+    """Raises UserError for a model whose codes or room TorToiSe's decoder cannot have been trained for."""
+    if highest >= config.codes:
+        raise UserError(
+            f"this model has {config.codes} codes, but TorToiSe's decoder was trained with 8192 and is handed code "
+            f"{highest}: it does not fit this model"
+        )
+    if total > max_codes(config):
+        raise UserError(f"the model has room for {max_codes(config)} codes, TorToiSe's decoder is handed {total}")
+
+
 def silent_from(codes: np.ndarray, silence: int) -> int:
     """Where the ninth silent code in a row stands, or the number of codes."""
     run = 0
@@ -577,8 +590,9 @@ def silent_from(codes: np.ndarray, silence: int) -> int:
 
 
 @functools.cache
-def _hidden(config: UnifiedVoiceConfig) -> Callable[..., Any]:
-    model = UnifiedVoice(config)
-    return jax.jit(
-        lambda params, *arrays: model.apply({"params": params}, *arrays, method=UnifiedVoice.from_conditioning)["hidden"]
-    )
+def _hidden(config: UnifiedVoiceConfig) -> Callable[..., Array]:
+    def hidden(params: Tree, *arrays: Array) -> Array:
+        outputs: Any = UnifiedVoice(config).apply({"params": params}, *arrays, method=UnifiedVoice.from_conditioning)
+        return outputs["hidden"]
+
+    return jax.jit(hidden)

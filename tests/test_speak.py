@@ -1,0 +1,287 @@
+"""The command line that says a text, the ranking of candidates, and the splitting of long texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.parity import Twin
+from tortoise_jax import generate, ranking, sentences, speak, voices
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, default_mel_norms
+from tortoise_jax.checkpoint import Pretrained, digest, save_pretrained
+from tortoise_jax.errors import UserError
+from tortoise_jax.ranking import Judged
+from tortoise_jax.text import Tokenizer
+
+NORMS = default_mel_norms()
+
+
+# The command line
+
+
+def pretrained(voice: Twin, dvae: Twin | None) -> Pretrained:
+    made = (dvae.config, dvae.params, digest(dvae.params)) if dvae else (None, None, "")
+    return Pretrained(voice.config, voice.params, *made, Tokenizer.default(), NORMS, {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, voice: Twin, dvae: Twin) -> Path:
+    """A checkpoint, one without a dVAE, and a voice."""
+    folder = tmp_path_factory.mktemp("speak")
+    save_pretrained(pretrained(voice, dvae), folder / "checkpoint")
+    save_pretrained(pretrained(voice, None), folder / "no_dvae")
+    (folder / "clips").mkdir()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(SAMPLE_RATE)
+    soundfile.write(folder / "clips" / "a.wav", noise, SAMPLE_RATE)
+    voices.save_voice(folder / "voice.npz", np.random.default_rng(0).standard_normal(64).astype(np.float32))
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def quick_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tone of the right length: random mels are no work for Griffin-Lim."""
+    tone = lambda mel, norms: np.full((len(mel) - 1) * 256, 0.5, np.float32)
+    monkeypatch.setattr(generate, "griffin_lim", tone)
+
+
+def run(folder: Path, out: Path, *changes: str, text: str = "Hi there.") -> None:
+    given = {"checkpoint": folder / "checkpoint", "text": text, "voice": folder / "voice.npz", "out": out / "draft.wav"}
+    given |= {"n": 3, "max_codes": 6, "dtype": "float32"}
+    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    speak.main([*arguments, *changes])
+
+
+def test_says_a_text_with_a_folder_of_clips(
+    folder: Path, tmp_path: Path, quick_drafts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "saved.npz"
+    options = ["--codes", str(tmp_path / "codes.npy"), "--save_voice", str(saved), "--keep", "2"]
+    run(folder, tmp_path, "--voice", str(folder / "clips"), *options)
+    printed = capsys.readouterr().out
+    for name, codes_name in (("draft.wav", "codes.npy"), ("draft.2.wav", "codes.2.npy")):
+        waveform, rate = soundfile.read(tmp_path / name)
+        codes = np.load(tmp_path / codes_name)
+        assert rate == SAMPLE_RATE
+        assert codes.dtype == np.int32
+        spoken = int((codes < 64).sum())  # a code beyond the dVAE's is left out of the sound
+        assert len(waveform) == max(0, spoken * SAMPLES_PER_CODE - 256)
+        assert np.abs(waveform).max() < 1
+        assert str(tmp_path / name) in printed
+    assert '"Hi there.": of 3 kept candidate' in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "codes.2.npy", "codes.npy", "draft.2.wav", "draft.wav", "saved.npz",
+    ]  # fmt: skip
+    before = np.load(tmp_path / "codes.npy")
+    run(folder, tmp_path, "--voice", str(saved), "--codes", str(tmp_path / "codes.npy"))
+    np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), before)
+
+
+def test_the_batch_does_not_change_what_is_kept(folder: Path, tmp_path: Path, quick_drafts: None) -> None:
+    def codes(*options: str) -> list[int]:
+        run(folder, tmp_path, "--codes", str(tmp_path / "codes.npy"), *options)
+        return np.load(tmp_path / "codes.npy").tolist()
+
+    assert codes("--batch", "2") == codes()
+    assert codes("--seed", "1") != codes()
+
+
+def test_a_long_text_is_said_in_parts(
+    folder: Path, tmp_path: Path, quick_drafts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speak, "COMFORTABLE_TOKENS", 8)
+    run(folder, tmp_path, "--codes", str(tmp_path / "codes.npy"), text="One thing. Another thing. The last.")
+    parts = [np.load(tmp_path / f"codes.part{i}.npy") for i in (1, 2, 3)]
+    spoken = [max(0, int((codes < 64).sum()) * SAMPLES_PER_CODE - 256) for codes in parts]
+    pause = round(0.3 * SAMPLE_RATE)
+    assert soundfile.info(tmp_path / "draft.wav").frames == sum(spoken) + 2 * pause
+    assert not (tmp_path / "codes.npy").exists()
+
+
+def test_latents_are_those_of_the_kept_codes(
+    folder: Path, tmp_path: Path, quick_drafts: None, voice: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"total": 24, "silence": 7, "ending": (5, 5, 8)}
+    real = generate.hand_over
+    monkeypatch.setattr(generate, "hand_over", lambda *arguments: real(*arguments, **small))
+    monkeypatch.setattr(generate, "check_hand_over", lambda *_: None)
+    run(folder, tmp_path, "--codes", str(tmp_path / "codes.npy"), "--latents", str(tmp_path / "latents.npz"))
+    arrays = voices.read_npz(tmp_path / "latents.npz")
+    vector = voices.read_voice(folder / "voice.npz")["conditioning"]
+    ids = Tokenizer.default().encode("Hi there.")
+    codes, latents = real(voice.params, voice.config, vector, ids, np.load(tmp_path / "codes.npy"), **small)
+    np.testing.assert_array_equal(arrays["codes"], codes)
+    np.testing.assert_allclose(arrays["latents"], latents, rtol=1e-5)
+    np.testing.assert_array_equal(arrays["conditioning"], vector)
+
+
+def test_letters_the_cleaner_changes_are_named(
+    folder: Path, tmp_path: Path, quick_drafts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, tmp_path, text="A café.")
+    assert 'note: the cleaner reads é as "e"' in capsys.readouterr().out
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no candidates": (["--n", "0"], r"--n is 0, expected at least 1"),
+    "keep nothing": (["--keep", "0"], r"--keep is 0, expected at least 1"),
+    "keep more than drawn": (["--keep", "4"], r"--keep 4 of --n 3 candidates: there are not so many"),
+    "not a number": (["--n", "many"], r"argument --n: invalid int value: 'many' \(see --help\)"),
+    "unknown flag": (["--candidates", "3"], r"unrecognized arguments: --candidates 3"),
+    "no batch": (["--batch", "-1"], r"--batch is -1, expected at least 1"),
+    "negative seed": (["--seed", "-1"], r"--seed is -1, expected at least 0"),
+    "empty text": (["--text", "  "], r'--text "  " has nothing to say'),
+    "text of marks": (["--text", '"...!"'], r"has nothing to say: no letter or digit is left"),
+    "unknown characters": (["--text", "a {b} = c"], r"characters the tokenizer does not know: \{ \(U\+007B\), "),
+    "sentence too long": (
+        ["--text", "word " * 40 + "."],
+        r'the sentence "word word .*" has \d+ tokens, .* room for 29',
+    ),
+    "unknown cleaner": (["--cleaner", "englsh"], r'unknown cleaner "englsh" \(did you mean "english"\?\)'),
+    "temperature": (["--temperature", "-1"], r"temperature is -1.0, expected at least 0"),
+    "top_p": (["--top_p", "2"], r"top_p is 2.0, expected above 0 up to 1"),
+    "dtype": (["--dtype", "half"], r"dtype is half, expected auto, float32 or bfloat16"),
+    "too many codes": (["--max_codes", "43"], r"--max_codes is 43, the model has room for 42"),
+    "out is no wav": (["--out", "draft.mp3"], r"--out draft.mp3: expected a name ending in .wav"),
+    "codes are no npy": (["--codes", "codes.txt"], r"--codes codes.txt: expected a name ending in .npy"),
+    "latents of a small model": (["--latents", "x.npz"], r"this model has 64 codes, but TorToiSe's decoder"),
+    "no such voice": (["--voice", "nowhere"], r"voice nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(folder, tmp_path, *changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_clips_and_no_dvae_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"empty holds no clips"):
+        run(folder, tmp_path, "--voice", str(folder / "empty"))
+    with pytest.raises(UserError, match=r"no_dvae holds no dVAE; convert one with --dvae"):
+        run(folder, tmp_path, "--checkpoint", str(folder / "no_dvae"))
+    with pytest.raises(UserError, match=r"clips holds no tortoise.json"):
+        run(folder, tmp_path, "--checkpoint", str(folder / "clips"))
+
+
+def test_the_command_ends_with_one_line_and_code_2() -> None:
+    command = [sys.executable, "-m", "tortoise_jax.speak", "--checkpoint", "nowhere", "--text", "hi"]
+    ended = subprocess.run([*command, "--voice", "v", "--out", "x.wav"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: nowhere does not exist; expected a converted checkpoint.*\n", ended.stderr)
+    assert not ended.stdout
+
+
+# Ranking
+
+
+def test_ranked_by_flags_then_likelihood() -> None:
+    judged = [Judged(0, ("never stops",), -1.0), Judged(1, (), -3.0), Judged(2, (), -2.0), Judged(3, ("loops",), -0.5)]
+    assert [one.row for one in ranking.rank(judged)] == [2, 1, 3, 0]
+
+
+def loud(codes: int, silent: int = 0) -> np.ndarray:
+    """A mel of so many codes, the last of them silent."""
+    power = np.full((4 * codes, 80), 0.0)
+    power[4 * (codes - silent) :] = -11.5
+    return (power / NORMS).astype(np.float32)
+
+
+VARIED = np.random.default_rng(0).integers(0, 8192, 80)
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopped", "silent", "expected"),
+    [
+        pytest.param(VARIED, True, 0, (), id="fine"),
+        pytest.param(VARIED, True, 20, (), id="a short silence behind"),
+        pytest.param(VARIED, False, 0, ("never stops",), id="never stops"),
+        pytest.param(VARIED, True, 30, ("1.4 s of silence behind",), id="a long silence behind"),
+        pytest.param(np.tile([1, 2, 3], 20), True, 0, ("loops for 2.8 s",), id="loops"),
+        pytest.param(np.full(60, 5), False, 0, ("never stops", "loops for 2.8 s"), id="one code, without end"),
+        pytest.param(np.tile(VARIED[:14], 3), True, 0, (), id="three times the same, below two seconds"),
+        pytest.param(np.tile(VARIED[:17], 3), True, 0, (), id="a long phrase three times"),
+        pytest.param(VARIED[:0], True, 0, ("says nothing",), id="nothing"),
+    ],
+)
+def test_flags(codes: np.ndarray, stopped: bool, silent: int, expected: tuple[str, ...]) -> None:
+    assert ranking.flags(codes, stopped, loud(len(codes), silent), NORMS) == expected
+
+
+def test_flagged_candidates_are_kept_last(voice: Twin, dvae: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest candidate never stops: the other one is kept."""
+    drawn = generate.Samples(
+        np.array([[1, 2, 3, 4], [5, 6, 7, 65]], np.int32),
+        np.array([4, 3], np.int32),
+        np.array([-0.1, -5.0], np.float32),
+        np.array([False, True]),
+    )
+    monkeypatch.setattr(generate, "sample", lambda *_, **__: drawn)
+    line = "--checkpoint c --text t --voice v --out o.wav --n 2 --keep 2"
+    arguments, options = speak.parse(line.split()), generate.SamplingOptions()
+    part = speak.say(pretrained(voice, dvae), None, np.zeros(64), "Hi.", 0, arguments, options)  # type: ignore[arg-type]
+    assert [one.row for one in part.kept] == [1, 0]
+    assert part.codes[0].tolist() == [5, 6, 7]
+    assert speak.describe(part, 2).endswith("kept candidate 2 (-5.00 a code); candidate 1 (-0.10 a code, never stops)")
+
+
+# Long texts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ('He said "Go." She went.', ['He said "Go."', "She went."]),
+        (
+            "Dr. Smith met Mrs. Jones at 3.5 m. Then J. R. left.",
+            ["Dr. Smith met Mrs. Jones at 3.5 m.", "Then J. R. left."],
+        ),
+        ("First paragraph\n\nsecond one\nwith a break", ["First paragraph", "second one\nwith a break"]),
+        ("Wait... what?", ["Wait...", "what?"]),
+        ("  ", []),
+    ],
+)
+def test_sentences(text: str, expected: list[str]) -> None:
+    assert sentences.sentences(text) == expected
+
+
+def test_splitting_joins_short_sentences_and_loses_nothing() -> None:
+    text = " ".join(f"Sentence number {i}." for i in range(30))
+    parts = sentences.split(text, str.split, comfortable=10, limit=40)
+    assert " ".join(parts) == text
+    assert all(len(part.split()) == 9 for part in parts)
+    long = "word " * 20 + "end."
+    assert sentences.split(f"Short. {long} Short.", str.split, comfortable=10, limit=40) == ["Short.", long, "Short."]
+    with pytest.raises(UserError, match=r'"word word .*…" has 21 tokens, the model has room for 20; split it'):
+        sentences.split(long, str.split, comfortable=10, limit=20)
+
+
+def test_pauses_stand_between_parts_only() -> None:
+    one = np.ones(10, np.float32)
+    joined = speak.join([one, one])
+    assert len(joined) == 20 + round(0.3 * SAMPLE_RATE)
+    assert joined[:10].all()
+    assert joined[-10:].all()
+    assert not joined[10:-10].any()
+
+
+def test_numbered_names() -> None:
+    assert speak.numbered(Path("a/draft.wav"), 0) == Path("a/draft.wav")
+    assert speak.numbered(Path("a/draft.wav"), 2) == Path("a/draft.3.wav")
+    assert speak.numbered(Path("codes.npy"), 1, 0) == Path("codes.part1.2.npy")
+
+
+def test_defaults_are_tortoises() -> None:
+    """temperature 0.8, top-k 50, top-p 0.8, repetition penalty 2, 500 codes, an extra text stop."""
+    options = speak.check(speak.parse(["--checkpoint", "c", "--text", "t", "--voice", "v", "--out", "o.wav"]))
+    want = {"temperature": 0.8, "top_k": 50, "top_p": 0.8, "repetition_penalty": 2.0, "max_codes": 500}
+    assert dataclasses.asdict(options) == want | {"extra_text_stop": True, "dtype": "auto"}
