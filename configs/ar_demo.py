@@ -14,14 +14,15 @@ from configs import ar
 
 def get_config() -> ConfigDict:
     config = ar.get_config()
-    config.steps = 60
-    config.batch_size = 16
+    config.steps = 50
+    config.batch_size = 8
+    config.conditioning_clips = 1  # encoding six seconds of conditioning is most of a tiny model's work
     config.accumulation = 1
-    config.optimizer.learning_rate = 2e-3  # random weights, not fine-tuning
+    config.optimizer.learning_rate = 5e-3  # random weights, not fine-tuning
     config.optimizer.milestones = (40,)
     config.remat = False
-    config.eval_every = 20
+    config.eval_every = 25
     config.log_every = 5
-    config.sample_every = 60
+    config.sample_every = 50
     config.prompts = ("Yes.",)
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -50,11 +51,13 @@ flags.DEFINE_integer("process_id", -1, "this host's number, with --coordinator")
 
 def parse(argv: list[str]) -> ConfigDict:
     """The command line's configuration. Raises UserError for anything unknown or of a wrong type."""
+    check_overrides(argv)
     try:
         rest = FLAGS(argv)
+        if FLAGS.config is not None:
+            getattr(FLAGS.config, "checkpoint", None)  # a file that could not be loaded says so on first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        text = str(error.args[0] if error.args else error).splitlines()[0]
-        raise UserError(f"command line: {text}") from None
+        raise UserError(f"command line: {root_cause(error)}") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --, see --help")
     if FLAGS.config is None:
@@ -63,6 +66,35 @@ def parse(argv: list[str]) -> ConfigDict:
         raise UserError("--config: get_config() must return an ml_collections ConfigDict, as configs/ar.py does")
     check(FLAGS.config)
     return FLAGS.config
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Names and numbers of --config.field=value, and the file, before ml_collections reads them: its messages are bare."""
+    known = types(ar.get_config())
+    for place, argument in enumerate(argv):
+        name, given, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            file = value if given else next(iter(argv[place + 1 :]), "")
+            if not Path(file.partition(":")[0]).is_file():
+                raise UserError(f"--config {file}: there is no such file; configs/ar.py is the one to start from")
+        if not name.startswith("config."):
+            continue
+        field = name.removeprefix("config.")
+        if field not in known:
+            raise UserError(f"--{name}: unknown field{did_you_mean(field, known)}; --help lists all")
+        if given and known[field] in (int, float) and value != "None":
+            try:
+                known[field](value)
+            except ValueError:
+                raise UserError(f"--{name}: {value!r} is not a number ({known[field].__name__})") from None
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of what went wrong first: a config file's own error comes wrapped several times."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    text = str(error.args[0] if len(error.args) == 1 else error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def show_help_and_exit(argv: list[str]) -> None:

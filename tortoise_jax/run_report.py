@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from tortoise_jax.atomic import write_atomically
 from tortoise_jax.run import History, overfitting_remark
 
@@ -79,6 +77,8 @@ def table(values: dict[str, Any]) -> str:
 
 def curves(history: History) -> str:
     """Training and held-out losses over steps, as an inline SVG; one panel a stream, since their scales differ."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
     for axes, (name, title) in zip(panels, PANELS.items(), strict=True):

@@ -14,8 +14,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import inflect
 import text_unidecode
 import tokenizers
 
@@ -134,6 +134,14 @@ def _spell_numbers(text: str) -> str:
     return _NUMBER.sub(lambda match: _number_in_words(match[0]), text)
 
 
+@functools.cache
+def _words() -> Any:
+    """inflect's engine, loaded on first use: it takes seconds."""
+    import inflect
+
+    return inflect.engine()
+
+
 def _dollars_in_words(amount: str) -> str:
     """ "3.50" to "3 dollars, 50 cents"; the numbers themselves are spelled out later."""
     if amount.count(".") > 1:
@@ -144,7 +152,7 @@ def _dollars_in_words(amount: str) -> str:
 
 
 def _ordinal_in_words(ordinal: str, digits: str) -> str:
-    return _digits_in_words(digits) if len(digits) > _MAX_DIGITS else str(inflect.engine().number_to_words(ordinal))
+    return _digits_in_words(digits) if len(digits) > _MAX_DIGITS else str(_words().number_to_words(ordinal))
 
 
 def _number_in_words(digits: str) -> str:
@@ -161,13 +169,13 @@ def _year_in_words(year: int) -> str:
         return f"two thousand {_in_words(year % 100)}"
     if year % 100 == 0:
         return f"{_in_words(year // 100)} hundred"
-    pairs = inflect.engine().number_to_words(str(year), andword="", zero="oh", group=2)
+    pairs = _words().number_to_words(str(year), andword="", zero="oh", group=2)
     return str(pairs).replace(", ", " ")
 
 
 def _in_words(number: int) -> str:
     # A fresh engine each time costs a microsecond; a shared one keeps state between calls and is not thread-safe.
-    return str(inflect.engine().number_to_words(str(number), andword=""))
+    return str(_words().number_to_words(str(number), andword=""))
 
 
 def _digits_in_words(digits: str) -> str:

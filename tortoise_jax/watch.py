@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
@@ -20,6 +19,8 @@ class Watch:
     """Writes for the main host; silent on the others."""
 
     def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
+        from tensorboardX import SummaryWriter  # imports torch where that is installed, which takes seconds
+
         self.active = active
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None) if active else None
         self.bar = tqdm(

@@ -1,0 +1,242 @@
+"""Whole runs through the command line: learning, stopping, going on bit for bit, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import runs
+from tortoise_jax.checkpoint import load_pretrained
+
+STEPS = runs.FIELDS["steps"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project: Path) -> Path:
+    """A run from start to end, with drafts and an export."""
+    run = project / "undisturbed"
+    done = runs.train(project, run, sample_every=6, export="voice.pth", prompts="('Yes.',)")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Equal final weights, optimiser state and loss curves, bit for bit."""
+    ours, theirs = (load_pretrained(path, ("ar",), STEPS).params for path in (run, other))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    checksums = [
+        json.loads(next((path / "steps" / str(STEPS)).glob("progress/*")).read_text()) for path in (run, other)
+    ]
+    assert checksums[0] == checksums[1]
+    curves = [[entry for entry in runs.history(path) if entry["kind"] != "sample"] for path in (run, other)]
+    assert curves[0] == curves[1]
+
+
+def test_a_run_leaves_what_the_readme_promises(undisturbed: Path) -> None:
+    made = {path.name for path in undisturbed.iterdir()}
+    assert made >= {"config.json", "history.jsonl", "report.html", "summary.json", "steps", "tensorboard", "voice.pth"}
+    assert made >= {"voice.json", "tortoise.json", "tokenizer.json", "mel_norms.txt", "dvae", "samples"}
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["ended"] == "finished"
+    assert summary["steps"] == STEPS
+    assert [step for step, _ in summary["validation_mel"]] == [0, 3, 6]
+    assert summary["validation_mel"][-1][1] < summary["validation_mel"][0][1]
+    assert [sample["step"] for sample in summary["samples"]] == [0, 6]
+    assert all((undisturbed / sample["file"]).stat().st_size > 44 for sample in summary["samples"])
+
+
+def test_tensorboards_own_reader_finds_the_curves(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"loss/mel", "loss/text", "loss/stop", "loss/codes_from_0", "learning_rate", "padding_share"}
+    assert tags >= {"grad_norm/decayed", "grad_norm/undecayed", "grad_norm/gpt", "rate/clips_per_second"}
+    assert tags >= {"validation/mel", "validation/stop", "sample/share_that_stops", "sample/trailing_silence"}
+    losses = {entry.step: entry.value for entry in events.Scalars("loss/mel")}
+    curve = {entry["step"]: entry["mel"] for entry in runs.history(undisturbed) if entry["kind"] == "train"}
+    assert losses == pytest.approx(curve)
+    assert events.Tags()["audio"]
+
+
+def test_the_report_is_whole_in_itself(undisturbed: Path) -> None:
+    page = (undisturbed / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert page.count("<audio") == 2
+    assert "data:audio/wav;base64,UklGR" in page  # "RIFF": the drafts are inside
+    assert not [word for word in ('src="http', 'href="http', "<script", "<link") if word in page]
+
+
+def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) -> None:
+    before = runs.history(undisturbed)
+    again = runs.train(project, undisturbed, sample_every=6, prompts="('Yes.',)")
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step {STEPS}" in again.stdout
+    assert runs.history(undisturbed) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(project: Path, undisturbed: Path, number: signal.Signals) -> None:
+    run = project / f"stopped-by-{number}"
+    process = runs.start(project, run)
+    wait_for_steps(run, 2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "stopped and saved at step" in output
+    done = runs.train(project, run)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
+    assert_same_run(run, undisturbed)
+
+
+def wait_for_steps(run: Path, steps: int, limit: float = 300) -> None:
+    until = time.monotonic() + limit
+    while sum(entry["kind"] == "train" for entry in runs.history(run)) < steps:
+        assert time.monotonic() < until, "the run never came so far"
+        time.sleep(0.02)
+
+
+def kill_and_finish(project: Path, run: Path, moments: list[float]) -> None:
+    """SIGKILL at each moment (seconds after the first step is there, or after the start where that comes later)."""
+    for moment in moments:
+        process = runs.start(project, run, save_every=1)
+        try:
+            process.wait(timeout=moment)
+            break  # done before the moment came
+        except Exception:
+            process.kill()
+            process.communicate()
+    done = runs.train(project, run, save_every=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_ends_the_same(project: Path, undisturbed: Path) -> None:
+    run = project / "killed"
+    moments = random.Random(0)
+    kill_and_finish(project, run, [moments.uniform(4, 25) for _ in range(20)])
+    assert_same_run(run, undisturbed)
+
+
+def test_killed_while_saving_it_ends_the_same(project: Path, undisturbed: Path) -> None:
+    run = project / "killed-once"
+    process = runs.start(project, run, save_every=1)
+    until = time.monotonic() + 300
+    while not list(run.glob("steps/2*")) and time.monotonic() < until:  # being written, under whatever name
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    done = runs.train(project, run, save_every=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(run, undisturbed)
+
+
+def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undisturbed: Path) -> None:
+    run = project / "damaged"
+    assert runs.train(project, run, keep_last=3).returncode == 0
+    for file in (run / "steps" / str(STEPS)).rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        for place in range(0, len(content), 97):
+            content[place] ^= 0x55
+        file.write_bytes(content)
+    done = runs.train(project, run, keep_last=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"steps/{STEPS} cannot be resumed from" in done.stdout
+    assert "going on from step 3" in done.stdout
+    assert (run / "steps" / f"{STEPS}.damaged").exists()
+    assert_same_run(run, undisturbed)
+
+
+def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path) -> None:
+    listed = runs.train(project, undisturbed, text_weight=0.02, sample_every=6, prompts="('Yes.',)")
+    assert listed.returncode == 0, listed.stderr
+    assert "changed since the run began: text_weight: 0.01 -> 0.02" in listed.stdout
+    refused = runs.train(project, undisturbed, batch_size=3, optimizer__name="adafactor")
+    assert_one_line(refused, "batch_size: 4 -> 3", "optimizer.name: 'adamw' -> 'adafactor'", "--workdir")
+
+
+def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    recordings = runs.write_recordings(tmp_path / "recordings", clips=8)
+    done = runs.train(project, undisturbed, data=recordings)
+    assert_one_line(done, "data_digest", "--workdir")
+    assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
+
+
+def test_a_data_set_of_another_dvae_is_refused(project: Path, tmp_path: Path) -> None:
+    other = runs.write_checkpoint(tmp_path / "other", seed=5)
+    assert_one_line(runs.train(project, tmp_path / "run", checkpoint=other), "another dvae", "prepare it again")
+
+
+def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
+    done = runs.train(
+        project,
+        tmp_path / "run",
+        steps=2,
+        eval_every=2,
+        optimizer__learning_rate="None",
+        optimizer__name="adafactor",
+        optimizer__freeze="conditioning_encoder/.*",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recipe for tens of clips (11), optimizer.learning_rate=2e-06" in done.stdout
+    before = load_pretrained(project / "checkpoint", ("ar",)).params
+    after = load_pretrained(tmp_path / "run", ("ar",), 2).params
+    jax.tree.map(np.testing.assert_array_equal, after["conditioning_encoder"], before["conditioning_encoder"])
+    assert not np.array_equal(after["mel_head"]["kernel"], before["mel_head"]["kernel"])
+
+
+def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) -> None:
+    done = runs.train(project, tmp_path / "run", steps=20, eval_every=1, patience=2, optimizer__learning_rate=1e-12)
+    assert done.returncode == 0, done.stderr
+    assert "stopped early" in done.stdout
+    assert sum(entry["kind"] == "train" for entry in runs.history(tmp_path / "run")) < 20
+
+
+def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Path) -> None:
+    for data in (project / "data", tmp_path / "none"):
+        done = runs.train(project, tmp_path / "run", "--plan", data=data)
+        assert done.returncode == 0, done.stderr
+        for part in (
+            "parameters: ",
+            "shapes to compile",
+            "optimiser: ",
+            "activations: ",
+            "it fits",
+            "the run: 6 steps",
+        ):
+            assert part in done.stdout, done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def assert_one_line(done: object, *parts: str) -> None:
+    """Exit code 2 and one line on stderr, with all of these in it."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # type: ignore[attr-defined]
+    assert done.returncode == 2, done.stdout + done.stderr  # type: ignore[attr-defined]
+    assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
+    assert len(errors) == 1
+    assert not [part for part in parts if part not in errors[0]], errors[0]
+
+
+def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert_one_line(runs.train(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
+    assert_one_line(runs.train(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
+    assert_one_line(runs.train(project, run, "--config.stepps=3"), "stepps")
+    assert_one_line(runs.train(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
+    (tmp_path / "file").write_text("")
+    assert_one_line(runs.train(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
+    assert not run.exists()
