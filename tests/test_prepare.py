@@ -329,6 +329,15 @@ def test_a_second_run_encodes_only_what_is_new(growing, checkpoint, tmp_path, en
     assert sum(encoded_clips) == 0, "texts, splits and limits need no new codes"
 
 
+def test_a_lower_limit_rejects_what_was_encoded(growing, checkpoint, tmp_path):
+    prepare(growing, checkpoint, tmp_path / "set", SMALL)
+    low = Options(workers=0, group=3, max_seconds=1.9, max_rejected=1.0)
+    report = prepare(growing, checkpoint, tmp_path / "set", low)
+    assert report["reasons"]["too long"]["lines"] > 0
+    prepare(growing, checkpoint, tmp_path / "fresh", low)
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "fresh")
+
+
 def test_another_dvae_encodes_anew(growing, checkpoint, tmp_path, encoded_clips, dvae, voice):
     params = jax.tree.map(np.array, dvae.params)
     params["codebook"]["embed"][:] *= 1.01
@@ -362,6 +371,11 @@ def test_a_damaged_shard_is_made_again(growing, checkpoint, tmp_path, encoded_cl
     prepare(growing, checkpoint, out, SMALL)
     assert snapshot(out) == before
     assert sum(encoded_clips) == 1, "the other records of the shard are whole"
+
+
+def test_a_checkpoint_that_is_not_there_is_said(growing, tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        prepare(growing, tmp_path / "nowhere", tmp_path / "set", QUICK)
 
 
 def test_what_is_not_ours_is_left_alone(growing, checkpoint, tmp_path):

@@ -22,7 +22,7 @@ from tortoise_jax.dataset import SHARDS
 from tortoise_jax.recordings import Recording, Sound
 
 FINISHED = "finished"
-LAYOUT = 1  # raise it when the content of a record or of a group's file changes
+LAYOUT = 1  # raise it when a record, a group's file or what a sound is rejected for changes
 
 
 @dataclasses.dataclass(frozen=True)

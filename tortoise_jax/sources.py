@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tortoise_jax import parallel, shards
-from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.audio import HOP, N_FFT, SAMPLE_RATE
 from tortoise_jax.checkpoint import Pretrained, mel_norms_digest
 from tortoise_jax.encoding import CodeEncoder
 from tortoise_jax.errors import UserError
@@ -81,7 +81,8 @@ def encode_all(
 
     Each host does its share of what is missing; all of them return the same.
     """
-    codes_key = shards.digest_of([pretrained.dvae_digest, mel_norms_digest(pretrained.mel_norms), SAMPLE_RATE])
+    audio = [SAMPLE_RATE, N_FFT, HOP, mel_norms_digest(pretrained.mel_norms)]
+    codes_key = shards.digest_of([shards.LAYOUT, pretrained.dvae_digest, audio])
     groups = grouped(sources, group_size)
     keys = [shards.group_key(group, {"codes": codes_key, "max_seconds": max_seconds}) for group in groups]
     parallel.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)
@@ -110,7 +111,8 @@ def encode_groups(
     """Decodes, encodes and writes groups, by their number with their key."""
     assert pretrained.dvae_config is not None
     encoder = CodeEncoder(pretrained.dvae_config, pretrained.dvae_params, pretrained.mel_norms)
-    known = shards.reusable(out, codes_key)
+    found = shards.reusable(out, codes_key)
+    known = {key: one for key, one in found.items() if one.sound.seconds <= max_seconds}
     recordings = [group for _, group in groups.values()]
     heard_groups = listen_ahead(recordings, max_seconds, frozenset(known), workers_for(recordings, workers))
     with Progress(sum(len(r.spans) for group in recordings for r in group), "encoding") as progress:

@@ -1,0 +1,150 @@
+"""Preparing survives being killed, is shared by hosts, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kill_prepare import snapshot
+from tests.parity import Twin
+from tests.voices import VOICE, checkpoint_at, write_speech
+from tortoise_jax.errors import exit_with_one_line
+from tortoise_jax.prepare import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """One CPU device, compiled programs kept between processes."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, **cache, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture
+def voice_folder(tmp_path: Path) -> Path:
+    """Twelve good clips and three bad lines."""
+    (tmp_path / "ann" / "wavs").mkdir(parents=True)
+    for i in range(12):
+        write_speech(tmp_path / "ann" / "wavs" / f"{i}.wav", i)
+    lines = [f"{i}|Sentence {'abcdefghijkl'[i]} of a dozen.\n" for i in range(12)]
+    (tmp_path / "ann" / "metadata.csv").write_text("".join([*lines, "x|missing\n", "0|a copy of it\n", "1\n"]))
+    return tmp_path / "ann"
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(voice_folder, tmp_path, dvae: Twin, voice: Twin, kills):
+    checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
+    command = [sys.executable, "-m", "tests.kill_prepare", voice_folder, checkpoint, tmp_path / "out", str(kills)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"(\d+) killed, (\d+) of them with work done, (\d+) finished alike, \d+ files\n", done.stdout)
+    assert found, done.stdout
+    assert int(found[1]) == kills
+    assert int(found[3]) >= 1
+
+
+def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
+    checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = (
+        "import sys; from pathlib import Path; from tortoise_jax import parallel, shards, prepare\n"
+        "written = []; write = shards.write_group\n"
+        "shards.write_group = lambda out, number, *rest: (written.append(number), write(out, number, *rest))[1]\n"
+        "data, checkpoint, out, address, rank = sys.argv[1:]\n"
+        "hosts = int(address != 'alone') + 1\n"
+        "parallel.initialize(address, hosts, int(rank)) if hosts > 1 else None\n"
+        "prepare.prepare(data, checkpoint, out, prepare.Options(workers=0, group=3, max_rejected=1.0))\n"
+        "print('groups', written)"
+    )
+
+    def start(out: str, address: str, rank: int) -> subprocess.Popen[str]:
+        arguments = [str(a) for a in (voice_folder, checkpoint, tmp_path / out, address, rank)]
+        command = [sys.executable, "-c", code, *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True)
+
+    running = [start("alone", "alone", 0), *(start("shared", f"localhost:{port}", rank) for rank in (0, 1))]
+    results = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], results
+    groups = [re.findall(r"groups (\[.*\])", out)[0] for out, _ in results]
+    assert groups == ["[0, 1, 2, 3, 4]", "[0, 2, 4]", "[1, 3]"]
+    assert "kept" in results[1][0]
+    assert "kept" not in results[2][0], "one host reports"
+    assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "shared")
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    code = (
+        "import multiprocessing, time\n"
+        "from pathlib import Path\n"
+        "from tortoise_jax.recordings import Recording, listen_ahead\n"
+        "if __name__ == '__main__':\n"
+        "    groups = ([Recording(Path('nowhere.wav'), (None,))] for _ in range(1000))\n"
+        "    heard = listen_ahead(groups, 10.0, frozenset(), 2); next(heard)\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) >= 1
+        assert all(alive(pid) for pid in workers)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.communicate()
+    end = time.monotonic() + 60
+    while any(alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", VOICE, "--chekc"), "unrecognized arguments: --chekc; python -m tortoise_jax.prepare --help lists"),
+        (("--data", VOICE, "--out", "x"), "--checkpoint must be given, unless with --check"),
+        (("--data", VOICE), "--checkpoint and --out must be given"),
+        (("--check",), "the following arguments are required: --data"),
+        (("--data", VOICE, "--check", "--max_text", "many"), "argument --max_text: invalid int value: 'many'"),
+        (("--data", "nowhere", "--check"), "nowhere: there is no such file or folder"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        exit_with_one_line(main)
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}")
+    assert shown.count("\n") == 1
+
+
+def test_check_from_the_command_line():
+    command = [sys.executable, "-m", "tortoise_jax.prepare", "--data", VOICE, "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^kept +48 +0:01:36$", done.stdout, re.MULTILINE)
+    assert "h of audio a minute" in done.stderr
