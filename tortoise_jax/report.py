@@ -203,13 +203,17 @@ def picture(verdict: Verdict, limits: dict[str, float]) -> bytes:
         "text_tokens": ("text (tokens)", [len(one.text_ids) for one in kept], (0.0, 1.25 * limits["text_tokens"])),
         "loudness_db": ("loudness (dB of full scale)", [one.sound.loudness_db for one in kept], (-72.0, 0.0)),
     }
-    rejected = [one.seconds for one in verdict.rejected if one.seconds]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    durations = [one.seconds for one in verdict.rejected if one.seconds]
+    figure = Figure(figsize=(12, 3.5))
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.97, wspace=0.2)
     for axes, (key, (label, numbers, (low, high))) in zip(figure.subplots(1, 3), values.items(), strict=True):
-        # Outliers are counted at the edge.
-        shown = [np.clip(numbers, low, high), np.clip(rejected if key == "seconds" else [], low, high)]
-        axes.hist(shown, np.linspace(low, high, 51), stacked=True, color=(KEPT, GONE), label=("kept", "rejected"))
+        edges = np.linspace(low, high, 51)
+        count = lambda found, edges=edges: np.histogram(np.clip(found, edges[0], edges[-1]), edges)[0]  # outliers: edge
+        axes.stairs(count(numbers), edges, fill=True, color=KEPT, label="kept")
+        if key == "seconds" and durations:
+            both = count(numbers) + count(durations)
+            axes.stairs(both, edges, baseline=count(numbers), fill=True, color=GONE, label="rejected")
         axes.axvline(limits[key], color="black", linestyle="--", linewidth=1, label=f"limit {limits[key]:g}")
         axes.legend(frameon=False, fontsize=8)
         axes.set(xlabel=label, ylabel="clips")
