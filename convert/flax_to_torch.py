@@ -221,10 +221,12 @@ def how_to_use(config: UnifiedVoiceConfig, pretrained: Pretrained, out: Path) ->
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a converted checkpoint or a run")
-    parser.add_argument("--out", type=Path, required=True, help="the .pth to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the .pth to write")
     parser.add_argument("--part", choices=sorted(TABLES), help="which model (default: ar where there is one)")
-    parser.add_argument("--step", type=int, help="which step of a run (default: the best)")
-    parser.add_argument("--source", type=Path, help="the original file, to carry over what conversion dropped")
+    parser.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the best)")
+    parser.add_argument(
+        "--source", type=Path, metavar="FILE", help="the original file, to carry over what conversion dropped"
+    )
     parser.add_argument("--dtype", choices=list(OUT_DTYPES), default="float32", help="of the weights (%(default)s)")
     parser.add_argument(
         "--attn_masks",

@@ -23,7 +23,7 @@ def growing(folder: Path, what: str, total: int) -> Iterator[None]:
 
     def follow(bar: tqdm) -> None:
         while not done.wait(POLL_SECONDS):
-            bar.update(size_of(folder) - bar.n)
+            bar.update(max(0, size_of(folder) - bar.n))  # in the end the folder is renamed
 
     with byte_bar(what, total) as bar:
         watcher = threading.Thread(target=follow, args=(bar,), daemon=True)
@@ -40,7 +40,7 @@ def growing(folder: Path, what: str, total: int) -> Iterator[None]:
 def size_of(folder: Path) -> int:
     """Bytes of the files under a folder; what vanishes meanwhile counts as nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
             total += path.stat().st_size
     return total

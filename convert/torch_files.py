@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from tortoise_jax.checkpoint import CARD
 from tortoise_jax.errors import UserError
 from tortoise_jax.state_dict import same_bits
 
@@ -83,7 +84,8 @@ def format_of(path: Path) -> str:
     """Which format a file's first bytes show; UserError for what cannot be a checkpoint."""
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a directory, expected a checkpoint file (.pth or .safetensors)")
+            ours = f", converted already (it holds {CARD})" if (path / CARD).exists() else ""
+            raise UserError(f"{path} is a directory{ours}, expected a checkpoint file (.pth or .safetensors)")
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def convert(
         raise UserError("nothing to convert: give --dvae, --ar, or both")
     check_codebook_dim(sources.get(DVAE), codebook_dim)
     check_fit(sources)
+    check_room(out, 4 * sum(source.parameters for source in sources.values()))
     norms = choose_mel_norms(sources, mel_norms)
     bpe = choose_tokenizer(sources.get(AR), tokenizer)
 
@@ -104,6 +106,14 @@ def convert(
 def check_new(out: Path) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists already; remove it or give another --out")
+
+
+def check_room(out: Path, size: int) -> None:
+    """Raises UserError where the disk has no room for `size` bytes: better said before than found out while writing."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"--out {out} will take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB left; make room")
 
 
 def open_with_bar(path: Path, part: str, heads: int | None, checksums: bool) -> Source:
@@ -263,13 +273,27 @@ def find_inputs(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--dvae", type=Path, help="the dVAE, .pth or .safetensors (default: checkpoints/dvae.pth)")
-    parser.add_argument("--ar", type=Path, help="the AR model, likewise (default: checkpoints/autoregressive.pth)")
-    parser.add_argument("--out", type=Path, default=LOOK_IN / "tortoise", help="what to write (default: %(default)s)")
-    parser.add_argument("--heads", type=positive, help="attention heads, where the file's .json or width / 64 is wrong")
-    parser.add_argument("--codebook_dim", type=positive, help="only to check: what the dVAE is expected to have")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a model with its own text table")
-    parser.add_argument("--mel_norms", type=Path, help="a number a line, where they are not the released ones")
+    parser.add_argument(
+        "--dvae", type=Path, metavar="FILE", help="the dVAE, .pth or .safetensors (default: checkpoints/dvae.pth)"
+    )
+    parser.add_argument(
+        "--ar", type=Path, metavar="FILE", help="the AR model, likewise (default: checkpoints/autoregressive.pth)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=LOOK_IN / "tortoise", help="what to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--heads", type=positive, metavar="N", help="attention heads, where the file's .json or width / 64 is wrong"
+    )
+    parser.add_argument(
+        "--codebook_dim", type=positive, metavar="N", help="only to check: what the dVAE is expected to have"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json of a model with its own text table"
+    )
+    parser.add_argument(
+        "--mel_norms", type=Path, metavar="FILE", help="a number a line, where they are not the released ones"
+    )
     parser.add_argument("--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite")
     parser.add_argument("--ignore_checksums", action="store_true", help="of .pth files that were saved without them")
     parser.add_argument("--download", action="store_true", help=f"fetch what is missing into {LOOK_IN}/ (1.9 GB)")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import flax_to_torch, torch_to_flax
+from convert import flax_to_torch, progress, torch_to_flax
 from convert.families import AR
 from convert.flax_to_torch import export
 from convert.source import TABLES, open_source
@@ -29,6 +34,7 @@ from tortoise_jax.text import Tokenizer
 from tortoise_jax.unified_voice import MEL, TEXT
 from tortoise_jax.unified_voice import UnifiedVoice as FlaxVoice
 
+ROOT = Path(__file__).parents[1]
 HEADS = 4
 TOLERANCE = 1e-4  # of max|a - b| / max|b|, the whole stack
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -581,7 +587,72 @@ def test_a_missing_package_for_safetensors_is_named(voice, tmp_path, monkeypatch
         open_source(path, AR, HEADS)
 
 
+def test_a_converted_checkpoint_given_as_a_file(converted, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"is a directory, converted already \(it holds tortoise.json\)"):
+        convert(None, converted, tmp_path / "out")
+
+
+def test_a_flipped_bit_in_a_converted_checkpoint(converted, tmp_path) -> None:
+    shutil.copytree(converted, tmp_path / "tortoise")
+    data = max((tmp_path / "tortoise" / "ar").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    files.flip(data, data.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"ar is damaged: its checksum is not what tortoise.json says"):
+        export(tmp_path / "tortoise", tmp_path / "voice.pth")
+    assert not (tmp_path / "voice.pth").exists()
+    export(tmp_path / "tortoise", tmp_path / "dvae.pth", part="dvae")
+
+
+def test_a_disk_without_room_is_noticed_before_writing(voice, tmp_path, monkeypatch) -> None:
+    path = files.save(tmp_path / "a.pth", files.state_of(voice))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=r"out will take 0.00 GB, .* has 0.00 GB left; make room"):
+        convert(None, path, tmp_path / "deep" / "out", HEADS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 10**6))
+    convert(None, path, tmp_path / "deep" / "out", HEADS)
+
+
+@pytest.mark.parametrize("command", ["torch_to_flax", "flax_to_torch"])
+def test_a_full_disk_leaves_nothing(converted, command: str, tmp_path) -> None:
+    """In a process that may write no file larger than 200 kB."""
+    given = converted.parent / "autoregressive.pth"
+    arguments = {
+        "torch_to_flax": ["--ar", str(given), "--heads", str(HEADS), "--out", str(tmp_path / "out")],
+        "flax_to_torch": [str(converted), "--out", str(tmp_path / "voice.pth")],
+    }
+    limited = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(ROOT / "convert" / f"{command}.py")
+    done = subprocess.run([sys.executable, "-c", limited, script, *arguments[command]], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    # orbax's threads may complain beside it.
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "cannot be written" in line]
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_bars_end_where_they_should(voice, tmp_path, monkeypatch) -> None:
+    bars: list[Any] = []
+
+    class Terminal(progress.tqdm):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(progress, "tqdm", Terminal)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.001)
+    path = files.save(tmp_path / "a.pth", files.state_of(voice))
+    convert(None, path, tmp_path / "out", HEADS)
+    size = sum(value.numel() * 4 for value in voice.state_dict().values())
+    assert [bar.desc.strip(": ") for bar in bars] == ["checking a.pth", "converting a.pth", "writing out"]
+    assert 0.9 * path.stat().st_size < bars[0].n <= bars[0].total == path.stat().st_size
+    assert bars[1].n == bars[1].total == size
+    assert bars[2].n > 0
+    assert bars[2].total == size
+
+
 def test_a_folder_that_cannot_be_written(voice, tmp_path) -> None:
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
-    with pytest.raises(UserError, match="cannot be written"):
-        convert(None, path, Path("/proc/tortoise/out"), HEADS)
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        convert(None, path, path / "out", HEADS)

@@ -40,8 +40,8 @@ MEL_NORMS = "mel_norms.txt"
 STEPS = "steps"
 Tree = Any
 
-# orbax narrates every save through absl's logger; what a user should know is said by us.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax narrates every save through absl's logger, and failures by tracebacks; what users should know is said by us.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,11 @@ def read_json(path: Path) -> Any:
 
 def save_tree(path: Path, tree: Tree) -> None:
     """Uncompressed: float32 weights hardly compress, and it would double both the time and the memory."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+    except Exception as error:  # orbax and tensorstore raise many kinds where a disk is full or not writable
+        raise UserError(f"{path}: cannot be written: {first_line(error)}") from None
 
 
 def restore_tree(path: Path, shapes: Tree) -> Tree:
@@ -157,8 +160,16 @@ def restore_tree(path: Path, shapes: Tree) -> Tree:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
 
+def undamaged(path: Path, tree: Tree, card: dict[str, Any]) -> Tree:
+    """The tree, if it is what the card was written with; else a UserError."""
+    stated = card.get("checksums", {}).get(path.name)
+    if stated not in (None, checksum(tree)):
+        raise UserError(f"{path} is damaged: its checksum is not what {CARD} says; convert again")
+    return tree
+
+
 def checksum(tree: Tree) -> int:
-    """crc32 over the bytes of all arrays in order: what is written compressed is not checked by the file format."""
+    """crc32 over the bytes of all arrays in order, which the file format does not check."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), total)
@@ -170,7 +181,8 @@ def first_line(error: BaseException) -> str:
 
 
 def write_card(folder: Path, pretrained: Pretrained) -> None:
-    """Everything of a checkpoint but its weights."""
+    """Everything of a checkpoint but its weights, of which it holds the checksums."""
+    trees = {"ar": pretrained.params, "dvae": pretrained.dvae_params}
     card = {
         "format": FORMAT,
         "ar": pretrained.config and dataclasses.asdict(pretrained.config),
@@ -178,6 +190,7 @@ def write_card(folder: Path, pretrained: Pretrained) -> None:
         "dvae_digest": pretrained.dvae_digest,
         "tokenizer_digest": pretrained.tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
+        "checksums": {part: checksum(tree) for part, tree in trees.items() if tree is not None},
         "source": pretrained.source,
     }
     (folder / TOKENIZER).write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
@@ -237,10 +250,11 @@ def load_pretrained(path: str | Path, parts: Sequence[str] = ("ar", "dvae"), ste
         assert config is not None
         shapes = unified_voice_shapes(config)
         is_run = (path / STEPS).is_dir()
-        params = RunCheckpoints(path).restore_params(shapes, step) if is_run else restore_tree(path / "ar", shapes)
+        restored = RunCheckpoints(path).restore_params(shapes, step) if is_run else restore_tree(path / "ar", shapes)
+        params = restored if is_run else undamaged(path / "ar", restored, card)
     if "dvae" in parts:
         assert dvae_config is not None
-        dvae_params = restore_tree(path / "dvae", dvae_shapes(dvae_config))
+        dvae_params = undamaged(path / "dvae", restore_tree(path / "dvae", dvae_shapes(dvae_config)), card)
     source = card.get("source", {})
     return Pretrained(config, params, dvae_config, dvae_params, stated[0], tokenizer, mel_norms, source)
 
