@@ -40,7 +40,6 @@ STACK = 1e-4  # the whole model: logits, losses, gradients; weights after traini
 # Of max|a - b|:
 MEL_ABSOLUTE = 1e-4  # a log-mel
 ZERO_GRADIENT = 1e-5  # arrays whose true gradient is zero: all there is to see is rounding (others are around 1)
-TRAINED_KEY_BIAS = 5e-4  # the same arrays after training, because Adam blows that rounding up to the learning rate
 
 
 def error(got: Any, want: Any) -> float:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import small, torch_reference
-from tests.parity import STACK, TRAINED_KEY_BIAS, Tree, Twin, assert_trees_close, voice_tree, voice_twin
+from tests.parity import STACK, Tree, Twin, absolute_error, apart, assert_trees_close, voice_tree, voice_twin
 from tests.torch_reference import SAMPLES_PER_CODE, Trainer, random_batch, tiny_unified_voice
 from tests.upstream_layout import upstream_batch
 from tortoise_jax.errors import UserError
@@ -22,7 +22,7 @@ from tortoise_jax.state_dict import flatten
 from tortoise_jax.step import Recipe, initial_state, train_step
 from tortoise_jax.unified_voice import UnifiedVoice
 
-# Twelve steps of DLAS's recipe, beside torch in float64
+# Twelve steps of DLAS's recipe, beside torch
 
 STEPS = 12
 EACH_STEP = 1e-5  # relative, of losses, norms and rates
@@ -33,27 +33,39 @@ COLUMNS = ("loss/text", "loss/mel", "loss/total", "grad_norm/decayed", "grad_nor
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
+    """Torch in float64, and the final weights of the same run in float32, to see how far rounding alone goes."""
+
     start: Twin
     batches: list[dict[str, np.ndarray]]
     history: np.ndarray  # (steps, 6)
     final: Tree
+    final_float32: Tree
+
+    def key_bias_drift(self) -> float:
+        """How far torch's own float32 run ends from float64 in the key biases.
+
+        They have no true gradient, so Adam follows rounding: how far is chance, of the order of the rates' sum.
+        """
+        ours, exact = (apart(tree, self.start.heads)[1] for tree in (self.final_float32, self.final))
+        return max(absolute_error(ours[path], value) for path, value in exact.items())
 
 
 @pytest.fixture(scope="module")
 def reference() -> Trajectory:
-    model = tiny_unified_voice(seed=5)
-    twin = voice_twin(model)
-    model = model.double()
-    trainer = Trainer(model, RECIPE)
+    single, double = tiny_unified_voice(seed=5), tiny_unified_voice(seed=5).double()
+    twin = voice_twin(single)
+    trainer, plain = Trainer(double, RECIPE), Trainer(single, RECIPE)
     batches = []
     for step in range(STEPS):
-        batch = random_batch(model, seed=100 + step)
+        batch = random_batch(single, seed=100 + step)
         trainer.step(batch | {"cond_mel": batch["cond_mel"].double()})
+        plain.step(batch)
         arrays = {name: value.numpy() for name, value in batch.items()}
         lengths = arrays["code_lengths"] * SAMPLES_PER_CODE
         names = ("cond_mel", "text", "text_lengths", "codes")
         batches.append(upstream_batch(twin.config, *(arrays[name] for name in names), lengths))
-    return Trajectory(twin, batches, np.array(trainer.history), voice_tree(twin.config, model.state_dict()))
+    finals = [voice_tree(twin.config, model.state_dict()) for model in (double, single)]
+    return Trajectory(twin, batches, np.array(trainer.history), *finals)
 
 
 def train(reference: Trajectory, config: OptimizerConfig) -> tuple[np.ndarray, Tree]:
@@ -78,10 +90,11 @@ def check_trajectory(reference: Trajectory, config: OptimizerConfig) -> None:
     off = np.abs(history / reference.history - 1)
     for column, name in enumerate(COLUMNS):
         assert off[:, column].max() <= EACH_STEP, f"{name}: {off[:, column].max():.1e}"
-    assert_trees_close(final, reference.final, STACK, reference.start.heads, key_bias_tolerance=TRAINED_KEY_BIAS)
+    keys = 2 * reference.key_bias_drift()
+    assert_trees_close(final, reference.final, STACK, reference.start.heads, key_bias_tolerance=keys)
 
 
-def test_twelve_steps_follow_torch_in_float64(reference: Trajectory) -> None:
+def test_twelve_steps_follow_torch(reference: Trajectory) -> None:
     history = reference.history
     assert (history[:, 3] > RECIPE.clip_per_group).all()  # clipping acts in both groups
     assert (history[:, 4] > RECIPE.clip_per_group).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ def save(run: Path, step: int, batch: Batch, params: Any) -> Path:
 def load(path: Path) -> tuple[int, Batch, Any]:
     """(step, batch, params) of a file that `save` wrote."""
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             arrays = {name: file[name] for name in file.files}
         step = int(json.loads(str(arrays["about"]))["step"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"--replay {path}: not a file a non-finite step left: {first_line(error)}") from None
     part = lambda prefix: {
         name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)

@@ -1,0 +1,113 @@
+"""Every command of the README, run as it stands there (after `pip install`), at the tests' size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import runs
+from tests.torch_reference import tiny_dvae, tiny_unified_voice
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# What makes the commands quick; none changes what they do.
+QUICK = "--config.steps=2 --config.eval_every=2 --config.batch_size=2 --config.accumulation=1 --config.sample_every=0"
+FAST = shlex.split(QUICK + " --config.conditioning_clips=1")
+RUN_ELSEWHERE = {
+    "make demo": "by CI",
+    "make test": "by CI",
+    "make test-slow": "by hand: minutes long, gigabytes large",
+    "pip install": "by the Makefile, with other extras",
+    "gcloud": "needs a pod; the same train.py command is run by tests/test_parallel.py's two processes",
+    "srun": "needs SLURM; likewise",
+    "whisper": "another program",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    joined = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [" ".join(line.split("#")[0].split()) for line in joined.splitlines() if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: the project, two .pth files, recordings."""
+    folder = tmp_path_factory.mktemp("user")
+    for name in ("convert", "configs", "tortoise_jax", "train.py"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "checkpoints").mkdir()
+    ar = tiny_unified_voice(seed=1, max_text_tokens=60, max_mel_tokens=70)
+    torch.save(ar.state_dict(), folder / "checkpoints" / "autoregressive.pth")
+    torch.save(tiny_dvae(seed=1).state_dict(), folder / "checkpoints" / "dvae.pth")
+    card = {"heads": 4}  # what our exporter writes beside a .pth; the released size needs none
+    (folder / "checkpoints" / "autoregressive.json").write_text(json.dumps(card))
+    runs.write_recordings(folder / "data", clips=8)
+    (folder / "clips").symlink_to(folder / "data" / "wavs")
+    return folder
+
+
+def run(user: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    python = [sys.executable, *words[1:]]
+    environment = runs.environment(user) | {"PYTHONPATH": os.pathsep.join([str(user), str(ROOT)])}
+    return subprocess.run(python, cwd=user, env=environment, capture_output=True, text=True)
+
+
+def test_the_five_commands_of_real_use(user: Path) -> None:
+    (block,) = re.findall(r"<!-- tested: real use -->\n```sh\n(.*?)```", README, re.DOTALL)
+    lines = block.strip().splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "convert/torch_to_flax.py",
+        "-m",
+        "train.py",
+        "convert/flax_to_torch.py",
+    ]
+    for line in lines:
+        words = shlex.split(line) + (FAST if "train.py" in line else [])
+        done = run(user, words)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    exported = torch.load(user / "voice.pth", weights_only=True)
+    tiny_unified_voice(seed=2, max_text_tokens=60, max_mel_tokens=70).load_state_dict(exported, strict=True)
+
+
+def test_the_python_half_page(user: Path) -> None:
+    test_needs = user / "checkpoints" / "tortoise"
+    if not test_needs.exists():
+        assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
+    clip = next((user / "data" / "wavs").iterdir())
+    (code,) = re.findall(r"<!-- tested: python -->\n```python\n(.*?)```", README, re.DOTALL)
+    done = run(user, ["python", "-c", code.replace("data/wavs/clip.wav", f"data/wavs/{clip.name}")])
+    assert done.returncode == 0, done.stderr
+    assert "'mel': " in done.stdout
+
+
+def test_inspect_and_speak_commands_of_the_text(user: Path) -> None:
+    if not (user / "checkpoints" / "tortoise").exists():
+        assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
+    inline = [" ".join(found.split()) for found in re.findall(r"`(python [^`]+)`", README)]
+    assert len(inline) == 3
+    for line in inline:
+        line = line.replace("FILE", "checkpoints/dvae.pth").replace("runs/voice", "checkpoints/tortoise")
+        words = shlex.split(line) + (["--max_codes", "12"] if "speak" in line else [])
+        done = run(user, words)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (user / "draft.wav").stat().st_size > 44
+
+
+def test_every_other_command_is_run_somewhere() -> None:
+    (real_use,) = re.findall(r"<!-- tested: real use -->\n```sh\n(.*?)```", README, re.DOTALL)
+    tested = [" ".join(line.split()) for line in real_use.splitlines()]
+    for line in commands():
+        known = line in tested or "--coordinator HOST0:1234" in line or line.startswith(tuple(RUN_ELSEWHERE))
+        assert known or line.startswith('"cd tortoise_jax'), line
