@@ -18,7 +18,7 @@ import numpy as np
 from convert import families
 from convert.command_line import Parser
 from convert.families import AR, DVAE
-from convert.source import RELEASED_TEXT_TOKENS, TABLES
+from convert.source import RELEASED_TEXT_TOKENS, TABLES, card_beside
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__, state_dict
 from tortoise_jax.checkpoint import (
@@ -54,7 +54,7 @@ def export(
     attn_masks: with the constant masks that transformers up to 4.29 saved; None: if `source` has them.
     Raises UserError.
     """
-    check_names(checkpoint, out, source)
+    check_names(out, source)
     present = read_card(checkpoint)
     part = part or (AR if present.get(AR) else DVAE)
     step = chosen_step(checkpoint, part, step)
@@ -85,13 +85,18 @@ def export(
     return lines + (how_to_use(config, pretrained, out) if isinstance(config, UnifiedVoiceConfig) else [])
 
 
-def check_names(checkpoint: Path, out: Path, source: Path | None) -> None:
+def check_names(out: Path, source: Path | None) -> None:
+    """Raises UserError for a name that is no .pth, or one under which somebody else's file would be written over."""
     if out.suffix not in (".pth", ".pt"):
         raise UserError(f"--out {out}: expected a name ending in .pth")
     if out.is_dir():
         raise UserError(f"--out {out} is a directory, expected the name of a file")
     if source and out.exists() and out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the --source itself; keep the original and choose another name")
+    beside = out.with_suffix(".json")
+    if (out.exists() or beside.exists()) and not card_beside(out):
+        taken = out if out.exists() else beside
+        raise UserError(f"--out {out}: {taken} is there and is no export of ours, so it is kept; choose another name")
 
 
 def chosen_step(checkpoint: Path, part: str, step: int | None) -> int | None:

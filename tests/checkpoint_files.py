@@ -77,6 +77,12 @@ def with_alignment_head(state: State, name: str = "alignment_head") -> State:
     return state | {f"{name}.weight": torch.randn(32, width), f"{name}.bias": torch.randn(32)}
 
 
+def with_statistics(state: State) -> State:
+    """A dVAE as XTTS's training saves it."""
+    sizes = {"accumulator_index": 1, "accumulator_filled": 1, "accumulator": 4}
+    return state | {f"discrete_loss.{name}": torch.zeros(size) for name, size in sizes.items()}
+
+
 def with_prefix(state: Mapping[str, Any], prefix: str = "module.") -> State:
     return OrderedDict((prefix + key, value) for key, value in state.items())
 

@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert import flax_to_torch, progress, torch_to_flax
-from convert.families import AR
+from convert.families import AR, DVAE
 from convert.flax_to_torch import export
 from convert.source import TABLES, open_source
 from convert.torch_files import OUT_DTYPES, as_torch, read_state_dict
 from convert.torch_to_flax import convert, convert_part
 from tests import checkpoint_files as files
+from tests.test_state_dict import check_values
 from tests.torch_reference import DiscreteVAE, UnifiedVoice, random_batch, tiny_dvae, tiny_unified_voice
 from tortoise_jax import state_dict
 from tortoise_jax.checkpoint import load_pretrained
@@ -99,7 +100,7 @@ def test_commands_there_and_back_are_bit_exact_and_load_strictly(voice, dvae, tm
     ):
         assert words in said
     for part, model in (("ar", voice), ("dvae", dvae)):
-        pth = tmp_path / f"{part}.pth"
+        pth = tmp_path / f"{part}-back.pth"
         code, said, err = run(monkeypatch, capsys, flax_to_torch.main, out, "--part", part, "--out", pth)
         assert (code, err) == (0, "")
         assert f"{len(model.state_dict())} tensors, float32, read back and equal bit for bit" in said
@@ -192,37 +193,44 @@ def test_other_formats_and_dtypes(voice, write: Any, dtype: str, tmp_path) -> No
 
 
 @st.composite
+def voice_dims(draw: st.DrawFn) -> dict[str, Any]:
+    heads, codes, text = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 20)), draw(st.integers(2, 30))
+    return dict(
+        layers=draw(st.integers(1, 3)),
+        heads=heads,
+        model_dim=heads * 4 * draw(st.integers(1, 4)),
+        max_text_tokens=draw(st.integers(1, 20)),
+        max_mel_tokens=draw(st.integers(1, 20)),
+        number_text_tokens=text,
+        start_text_token=text,
+        number_mel_codes=codes + 2,
+        start_mel_token=codes,
+        stop_mel_token=codes + 1,
+    )
+
+
+@st.composite
+def dvae_dims(draw: st.DrawFn) -> dict[str, Any]:
+    return dict(
+        hidden_dim=draw(st.integers(1, 12)),
+        num_layers=draw(st.integers(1, 3)),
+        num_resnet_blocks=draw(st.integers(0, 3)),
+        codebook_dim=draw(st.integers(1, 20)),
+        num_tokens=draw(st.integers(1, 20)),
+        channels=draw(st.integers(1, 20)),
+    )
+
+
+@st.composite
 def saved_models(draw: st.DrawFn) -> dict[str, Any]:
     """Dimensions, what is added, dtype, key order, prefixes, wrappers, file format."""
-    heads = draw(st.sampled_from([1, 2, 4]))
-    codes = draw(st.integers(1, 20))
-    text = draw(st.integers(2, 30))
+    dims = draw(st.one_of(voice_dims(), dvae_dims()))
+    additions = [files.with_masks, files.with_solo_embeddings, files.with_alignment_head, files.with_inference_model]
+    if "hidden_dim" in dims:
+        additions = [files.with_statistics]
     return {
-        "dims": dict(
-            layers=draw(st.integers(1, 3)),
-            heads=heads,
-            model_dim=heads * 4 * draw(st.integers(1, 4)),
-            max_text_tokens=draw(st.integers(1, 20)),
-            max_mel_tokens=draw(st.integers(1, 20)),
-            number_text_tokens=text,
-            start_text_token=text,
-            number_mel_codes=codes + 2,
-            start_mel_token=codes,
-            stop_mel_token=codes + 1,
-        ),
-        "extras": draw(
-            st.lists(
-                st.sampled_from(
-                    [
-                        files.with_masks,
-                        files.with_solo_embeddings,
-                        files.with_alignment_head,
-                        files.with_inference_model,
-                    ]
-                ),
-                unique=True,
-            )
-        ),
+        "dims": dims,
+        "extras": draw(st.lists(st.sampled_from(additions), unique=True)),
         "dtype": draw(st.sampled_from(list(TORCH_DTYPES))),
         "order": draw(st.randoms(use_true_random=False)),
         "prefixes": draw(st.lists(st.sampled_from(["module.", "_orig_mod."]), max_size=2)),
@@ -234,7 +242,9 @@ def saved_models(draw: st.DrawFn) -> dict[str, Any]:
 @given(saved_models())
 def test_any_model_saved_in_any_way_comes_back_bit_for_bit(saved: dict[str, Any]) -> None:
     dtype = TORCH_DTYPES[saved["dtype"]]
-    model = tiny_unified_voice(**saved["dims"]).to(dtype)
+    is_dvae = "hidden_dim" in saved["dims"]
+    part = DVAE if is_dvae else AR
+    model = (tiny_dvae if is_dvae else tiny_unified_voice)(**saved["dims"]).to(dtype).requires_grad_(False)
     want = files.state_of(model)
     state = files.state_of(model)
     for add in saved["extras"]:
@@ -251,13 +261,14 @@ def test_any_model_saved_in_any_way_comes_back_bit_for_bit(saved: dict[str, Any]
 
     with tempfile.TemporaryDirectory() as folder:
         path = saved["write"](Path(folder) / "a.pth", content)
-        source = open_source(path, AR, saved["dims"]["heads"])
+        source = open_source(path, part, saved["dims"].get("heads"))
         params, _ = convert_part(source, allow_nonfinite=False)
+        check_values(model.float(), params)
         mapped = [key for _, keys in source.plan.filled.values() for key in keys]
         assert sorted([*mapped, *source.plan.dropped]) == sorted(keys)
         assert sorted(mapped) == sorted(want)
-        assert sum(leaf.size for leaf in state_dict.flatten(params).values()) == sum(v.numel() for v in want.values())
-        back = state_dict.to_torch(TABLES[AR], params)
+        assert {path: leaf.shape for path, leaf in state_dict.flatten(params).items()} == source.expected
+        back = state_dict.to_torch(TABLES[part], params)
         assert list(back) == list(want)
         for key, value in want.items():
             assert torch.equal(as_torch(back[key]).to(dtype), value), key
@@ -320,8 +331,7 @@ def test_a_stated_codebook_dimension_is_only_compared(dvae, voice, tmp_path, mon
 def test_any_codebook_dimension(dim: int, tmp_path) -> None:
     model = tiny_dvae(codebook_dim=dim, num_tokens=1024)
     state = files.state_of(model)
-    for name, size in (("accumulator_index", 1), ("accumulator_filled", 1), ("accumulator", 4)):  # as XTTS saves it
-        state[f"discrete_loss.{name}"] = torch.zeros(size)
+    state = files.with_statistics(state)
     lines = convert(files.save(tmp_path / "dvae.pth", state), None, tmp_path / "out")
     assert any(f"codebook_dim {dim}, read from codebook.embed" in line for line in lines)
     assert any("does not apply" in line for line in lines) == (dim != 256)
@@ -507,15 +517,29 @@ def test_a_write_that_goes_wrong_is_noticed(converted, tmp_path, monkeypatch) ->
         state["mel_head.bias"] = state["mel_head.bias"] + 1
         return state
 
-    (tmp_path / "voice.pth").write_text("an earlier file")
+    export(converted, tmp_path / "voice.pth")
+    earlier = (tmp_path / "voice.pth").read_bytes()
     monkeypatch.setattr("convert.torch_files.read_state_dict", failing_disk)
     with pytest.raises(UserError, match=r"mel_head.bias read back differs"):
         export(converted, tmp_path / "voice.pth")
     monkeypatch.setattr("convert.torch_files.read_state_dict", lambda path: {})
     with pytest.raises(UserError, match="the keys read back are not those written"):
         export(converted, tmp_path / "voice.pth")
-    assert (tmp_path / "voice.pth").read_text() == "an earlier file"
-    assert [path.name for path in tmp_path.iterdir()] == ["voice.pth"]
+    assert (tmp_path / "voice.pth").read_bytes() == earlier
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["voice.json", "voice.pth"]
+
+
+def test_nobody_elses_file_is_written_over(converted, tmp_path) -> None:
+    (tmp_path / "autoregressive.pth").write_text("the original")
+    (tmp_path / "tortoise.json").write_text("{}")
+    for name, kept in (("autoregressive.pth", "autoregressive.pth"), ("tortoise.pth", "tortoise.json")):
+        with pytest.raises(UserError, match=f"{kept} is there and is no export of ours"):
+            export(converted, tmp_path / name)
+    assert (tmp_path / "autoregressive.pth").read_text() == "the original"
+    assert (tmp_path / "tortoise.json").read_text() == "{}"
+    export(converted, tmp_path / "voice.pth")
+    export(converted, tmp_path / "voice.pth", dtype="float16")
+    assert json.loads((tmp_path / "voice.json").read_text())["dtype"] == "float16"
 
 
 # --- mistakes on the command line -------------------------------------------------------------------------------------
