@@ -30,10 +30,11 @@ from tortoise_jax.layers import LAYER_NORM_EPSILON, Array, Compute, layer_norm
 from tortoise_jax.unified_voice import CONDITIONING, MEL, TEXT, UnifiedVoice, UnifiedVoiceConfig
 
 Tree = Any
+KeysAndValues = tuple[Array, Array]
 
 PROMPT_LENGTHS = (64, 128, 256, 512)
 CACHE_LENGTHS = (64, 128, 192, 256, 384, 512, 640)
-CODES_A_CALL = 64  # how often the host looks whether all rows have stopped, and can show progress
+CODES_A_CALL = 16  # drawn by one run of the compiled loop; after each the host looks whether all rows have stopped
 PROMPT_CODE = 1  # tortoise fills the prompt of its sampler with it, so the repetition penalty covers it
 
 # tortoise's hand-over to its diffusion model (fix_autoregressive_output and the cut before diffusion).
@@ -198,7 +199,7 @@ def read_prompts(
     *,
     config: UnifiedVoiceConfig,
     dtype: str,
-) -> list[tuple[Array, Array]]:
+) -> list[KeysAndValues]:
     """Runs the prompts -> keys and values (r, h, p, k) of every layer, from what the training forward gives it."""
     r, p, d = *tokens.shape, config.width
     outputs: Any = UnifiedVoice(config, Compute(dtype=dtype)).apply(
@@ -234,77 +235,100 @@ def product(weights: Tree, x: Array) -> Array:
 
 
 def attend_cached(
-    q: Array, prompt: tuple[Array, Array], cache: tuple[Array, Array], prompt_lengths: Array, step: Array
+    q: Array,
+    prompt: KeysAndValues,
+    cache: KeysAndValues,
+    recent: KeysAndValues,
+    prompt_lengths: Array,
+    first: Array,
+    step: Array,
 ) -> Array:
-    """q (b, h, k) over prompt keys and values (r, h, p, k) and codes' (b, h, s, k), those of this step included.
+    """q (b, h, k) over keys and values of prompts (r, h, p, k) and of codes: (b, h, s, k) before `first`, then recent
+    ones (b, h, n, k) up to this step's own. -> (b, h, k).
 
-    Candidates of a prompt read its keys once, as one matrix product. -> (b, h, k).
+    Candidates of a prompt read its keys once, as one matrix product.
     """
-    (prompt_k, prompt_v), (cache_k, cache_v) = prompt, cache
-    r, h, p, k = prompt_k.shape
-    b, _, s, _ = cache_k.shape
+    r, h, p, k = prompt[0].shape
+    b, _, s, _ = cache[0].shape
+    n = recent[0].shape[2]
     shared = lambda x: x.reshape(r, b // r, h, x.shape[-1])
-    float32 = {"preferred_element_type": jnp.float32}
+    scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q = q * q.shape[-1] ** -0.5
-    to_prompt = jnp.einsum("rchk,rhpk->rchp", shared(q), prompt_k, **float32)
-    to_codes = jnp.einsum("bhk,bhsk->bhs", q, cache_k, **float32)
+    to_prompt = scores("rchk,rhpk->rchp", shared(q), prompt[0]).reshape(b, h, p)
+    to_codes = [scores("bhk,bhsk->bhs", q, keys) for keys in (cache[0], recent[0])]
+    in_prompt = jnp.repeat(jnp.arange(p) < prompt_lengths[:, None], b // r, axis=0)
+    in_codes = jnp.concatenate([jnp.arange(s) < first, jnp.arange(n) <= step - first])
+    allowed = jnp.concatenate([in_prompt, jnp.broadcast_to(in_codes, (b, s + n))], axis=1)[:, None]
     lowest = jnp.finfo(jnp.float32).min
-    to_prompt = jnp.where(jnp.arange(p) < prompt_lengths[:, None, None, None], to_prompt, lowest)
-    to_codes = jnp.where(jnp.arange(s) <= step, to_codes, lowest)
-    weights = jax.nn.softmax(jnp.concatenate([to_prompt.reshape(b, h, p), to_codes], axis=-1)).astype(q.dtype)
-    from_prompt = jnp.einsum("rchp,rhpk->rchk", shared(weights[..., :p]), prompt_v)
-    return from_prompt.reshape(b, h, k) + jnp.einsum("bhs,bhsk->bhk", weights[..., p:], cache_v)
+    weights = jax.nn.softmax(jnp.where(allowed, jnp.concatenate([to_prompt, *to_codes], axis=-1), lowest))
+    weights = weights.astype(q.dtype)
+    mixed = jnp.einsum("rchp,rhpk->rchk", shared(weights[..., :p]), prompt[1]).reshape(b, h, k)
+    for share, values in ((weights[..., p : p + s], cache[1]), (weights[..., p + s :], recent[1])):
+        mixed = mixed + jnp.einsum("bhs,bhsk->bhk", share, values)
+    return mixed
 
 
 def block(
     weights: Tree,
     x: Array,
-    prompt: tuple[Array, Array],
-    cache: tuple[Array, Array],
+    prompt: KeysAndValues,
+    cache: KeysAndValues,
+    recent: KeysAndValues,
     prompt_lengths: Array,
+    first: Array,
     step: Array,
     heads: int,
-) -> tuple[Array, tuple[Array, Array]]:
-    """One GPT-2 block for one new position a row: x (d, b) -> (d, b), and the cache with it."""
+) -> tuple[Array, KeysAndValues]:
+    """One GPT-2 block for one new position a row: x (d, b) -> (d, b), and `recent` with its key and value."""
     d, b = x.shape
     qkv = product(weights["c_attn"], normalise(x, weights["ln_1"]))
     q, k, v = qkv.reshape(3, heads, d // heads, b).transpose(0, 3, 1, 2)  # three of (b, h, k)
-    zero = jnp.zeros_like(step)
-    write = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, :, None], (zero, zero, step, zero))
-    cache = write(cache[0], k), write(cache[1], v)
-    mixed = attend_cached(q, prompt, cache, prompt_lengths, step)
+    recent = jax.tree.map(lambda old, new: write_codes(old, new[:, :, None], step - first), recent, (k, v))
+    mixed = attend_cached(q, prompt, cache, recent, prompt_lengths, first, step)
     x = x + product(weights["attn_proj"], mixed.reshape(b, d).T)
     wide = nn.gelu(product(weights["c_fc"], normalise(x, weights["ln_2"])), approximate=True)
-    return x + product(weights["mlp_proj"], wide), cache
+    return x + product(weights["mlp_proj"], wide), recent
+
+
+def write_codes(old: Array, new: Array, place: Array) -> Array:
+    """Keys or values (b, h, s, k) with newer ones (b, h, n, k) from a place on."""
+    zero = jnp.zeros_like(place)
+    return jax.lax.dynamic_update_slice(old, new, (zero, zero, place, zero))
 
 
 def decode(
     layers: list[Tree],
     ends: Tree,
     controls: Tree,
-    prompts: list[tuple[Array, Array]],
+    prompts: list[KeysAndValues],
     prompt_lengths: Array,
     state: Tree,
-    cache: list[tuple[Array, Array]],
+    cache: list[KeysAndValues],
     *,
     config: UnifiedVoiceConfig,
     top_k: int,
     greedy: bool,
-) -> tuple[Tree, list[tuple[Array, Array]]]:
-    """Draws codes from step controls["first"] to controls["end"], or until all rows have stopped."""
+) -> tuple[Tree, list[KeysAndValues]]:
+    """Draws codes from step controls["first"] to controls["end"], or until all rows have stopped.
+
+    Returns the state and the keys and values of these codes (b, h, n, k), for `remember`. They are apart from the
+    cache because what a compiled loop changes it may copy at every step; the cache stays as it is.
+    """
     keys = jax.random.wrap_key_data(state["keys"].reshape(-1, state["keys"].shape[-1]))
+    first = controls["first"]
+    blank = lambda x: jnp.zeros((*x.shape[:2], CODES_A_CALL, x.shape[3]), x.dtype)
 
     def unfinished(carry: tuple[Array, Tree, Any]) -> Array:
         step, state, _ = carry
         return (step < controls["end"]) & ~jnp.all(state["stopped"])
 
     def one_code(carry: tuple[Array, Tree, Any]) -> tuple[Array, Tree, Any]:
-        step, state, cache = carry
+        step, state, recent = carry
         x = (ends["mel_embedding"][state["token"]] + ends["mel_pos_embedding"][step]).T
         grown = []
-        for weights, prompt, room in zip(layers, prompts, cache, strict=True):
-            x, room = block(weights, x, prompt, room, prompt_lengths, step, config.heads)
-            grown.append(room)
+        for weights, prompt, old, new in zip(layers, prompts, cache, recent, strict=True):
+            x, new = block(weights, x, prompt, old, new, prompt_lengths, first, step, config.heads)
+            grown.append(new)
         hidden = normalise(normalise(x, ends["ln_f"]), ends["final_norm"])
         logits = product(ends["mel_head"], hidden).astype(jnp.float32).T
         penalised = sampling.penalise(logits, state["seen"], controls["repetition_penalty"])
@@ -325,8 +349,13 @@ def decode(
         }
         return step + 1, state, grown
 
-    _, state, cache = jax.lax.while_loop(unfinished, one_code, (controls["first"], state, cache))
-    return state, cache
+    _, state, recent = jax.lax.while_loop(unfinished, one_code, (first, state, jax.tree.map(blank, cache)))
+    return state, recent
+
+
+def remember(place: Array, cache: list[KeysAndValues], recent: list[KeysAndValues]) -> list[KeysAndValues]:
+    """The cache with the keys and values of a finished call."""
+    return jax.tree.map(lambda old, new: write_codes(old, new, place), cache, recent)
 
 
 def start_state(config: UnifiedVoiceConfig, keys: np.ndarray, codes: int) -> Tree:
@@ -344,7 +373,7 @@ def start_state(config: UnifiedVoiceConfig, keys: np.ndarray, codes: int) -> Tre
     }
 
 
-def lengthen(cache: list[tuple[Array, Array]], *, room: int) -> list[tuple[Array, Array]]:
+def lengthen(cache: list[KeysAndValues], *, room: int) -> list[KeysAndValues]:
     """The cache with room for more codes (b, h, room, k)."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0))), cache)
 
@@ -357,7 +386,12 @@ def _read_prompts(config: UnifiedVoiceConfig, dtype: str) -> Callable[..., Any]:
 @functools.cache
 def _decode(config: UnifiedVoiceConfig, top_k: int, greedy: bool) -> Callable[..., Any]:
     loop = functools.partial(decode, config=config, top_k=top_k, greedy=greedy)
-    return parallel.by_rows(loop, replicated=3, sharded=4, donate=(5, 6))
+    return parallel.by_rows(loop, replicated=3, sharded=4, donate=(5,))
+
+
+@functools.cache
+def _remember() -> Callable[..., Any]:
+    return parallel.by_rows(remember, replicated=1, sharded=2, donate=(1,))
 
 
 @functools.cache
@@ -411,7 +445,7 @@ def sample(
     cache = None
     for first in range(0, options.max_codes, CODES_A_CALL):
         end = min(first + CODES_A_CALL, options.max_codes)
-        room = next((length for length in CACHE_LENGTHS if length >= end), end)
+        room = next((length for length in CACHE_LENGTHS if length >= first + CODES_A_CALL), first + CODES_A_CALL)
         if cache is None:
             cache = empty_cache(config, len(keys), room, prepared.dtype)
         elif cache[0][0].shape[2] < room:
@@ -423,11 +457,13 @@ def sample(
             "tail": np.float32(1 - options.top_p),
             "repetition_penalty": np.float32(options.repetition_penalty),
         }
-        state, cache = loop(prepared.layers, prepared.ends, controls, prompt_cache, lengths, state, cache)
+        state, recent = loop(prepared.layers, prepared.ends, controls, prompt_cache, lengths, state, cache)
         if progress:
             progress(end)
         if np.all(np.asarray(state["stopped"])):
             break
+        if end < options.max_codes:
+            cache = _remember()(np.int32(first), cache, recent)
     return collect(config, jax.tree.map(lambda leaf: np.asarray(leaf)[layout.rows()], state))
 
 
@@ -488,7 +524,7 @@ class Layout:
         return np.flatnonzero(candidate < self.candidates)
 
 
-def empty_cache(config: UnifiedVoiceConfig, rows: int, room: int, dtype: str) -> list[tuple[Array, Array]]:
+def empty_cache(config: UnifiedVoiceConfig, rows: int, room: int, dtype: str) -> list[KeysAndValues]:
     """Keys and values (b, h, room, k) of every layer."""
     shape = (rows, config.heads, room, config.width // config.heads)
     return parallel.rows_on_devices([(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)])

@@ -1,0 +1,109 @@
+"""Codes a second of cached sampling, here and by the torch reference, alternately in one process.
+
+  python -m benchmarks.generate                      the real size, random weights, batches 1 and 16
+  python -m benchmarks.generate --size tiny
+
+torch: transformers' GPT2Model with its cache and logits processors (tests/torch_reference), float32, all cores. Both
+draw the same number of codes for one text with tortoise's settings; the stop token is made impossible. Also measured:
+compile time, and the streaming bandwidth of memory, which bounds batch 1: every code reads all weights once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+
+from tests.parity import voice_twin
+from tests.torch_reference import UnifiedVoice, tiny_unified_voice
+from tortoise_jax import generate, parallel
+from tortoise_jax.generate import Prepared, SamplingOptions
+from tortoise_jax.unified_voice import UnifiedVoiceConfig
+
+IMPOSSIBLE = -1e4
+
+
+def torch_model(size: str) -> tuple[UnifiedVoice, int]:
+    """A model of random weights that never stops, and its heads."""
+    model = (
+        UnifiedVoice(attention="sdpa")
+        if size == "real"
+        else tiny_unified_voice(max_mel_tokens=604, max_text_tokens=402)
+    )
+    with torch.no_grad():
+        model.mel_head.bias[model.stop_mel_token] = IMPOSSIBLE
+        model.mel_head.bias[model.start_mel_token] = IMPOSSIBLE
+    return model.eval().requires_grad_(False), 16 if size == "real" else 4
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def streaming_bandwidth() -> float:
+    """GB/s of reading a gigabyte with all cores: the best of ten."""
+    block = torch.ones(2**28)
+    return block.numel() * 4 / 1e9 / min(seconds(block.sum) for _ in range(10))
+
+
+def decoding_bytes(prepared: Prepared) -> int:
+    """Bytes of the weights that each code reads."""
+    read = [prepared.layers, prepared.ends["mel_head"]]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+
+
+def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, text: int, rounds: int) -> list[str]:
+    """A row of the table for each batch; rounds alternate between torch and us, the median counts."""
+    config: UnifiedVoiceConfig = (twin := voice_twin(model, heads)).config
+    prepared = generate.prepare(twin.params, config, "float32")
+    ids = np.random.default_rng(0).integers(1, 255, text).tolist()
+    vector = np.random.default_rng(0).standard_normal(config.width).astype(np.float32)
+    options = SamplingOptions(max_codes=codes, dtype="float32")
+    stopped_text = torch.tensor([*ids, 0])
+    rows = []
+    for batch in batches:
+        ours = lambda batch=batch: generate.sample(prepared, config, vector, ids, 0, options, batch)
+        theirs = lambda batch=batch: model.sample(torch.from_numpy(vector), stopped_text, batch, max_codes=codes)
+        first = seconds(ours)
+        times = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
+        torch_rate, our_rate = (batch * codes / statistics.median(column) for column in zip(*times, strict=True))
+        compiled = first - statistics.median(ours_took for _, ours_took in times)
+        read = decoding_bytes(prepared) * our_rate / batch / 1e9
+        bandwidth = streaming_bandwidth()
+        rows.append(
+            f"| {batch} | {torch_rate:.1f} | {our_rate:.1f} | {our_rate / torch_rate:.2f} | {compiled:.0f} s "
+            f"| {read:.1f} of {bandwidth:.1f} GB/s ({read / bandwidth:.0%}) |"
+        )
+        print(rows[-1], f"torch, ours (s): {[(round(a, 1), round(b, 1)) for a, b in times]}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("real", "tiny"), default="real", help="(default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], metavar="N")
+    parser.add_argument("--codes", type=int, default=200)
+    parser.add_argument("--text", type=int, default=60, metavar="TOKENS")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    load = os.getloadavg()[0]
+    rows = compare(*torch_model(arguments.size), arguments.batches, arguments.codes, arguments.text, arguments.rounds)
+    print(
+        f"\n{arguments.size} size, {arguments.text} text tokens, {arguments.codes} codes, {parallel.describe()}, "
+        f"{os.cpu_count()} cores, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
+    )
+    print("| batch | torch codes/s | ours codes/s | ratio | compile | weights read |\n|---|---|---|---|---|---|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
