@@ -18,7 +18,7 @@ import numpy as np
 from convert import families
 from convert.download import DVAE_SHA256
 from convert.families import AR, DVAE, Found
-from convert.torch_files import Progress, load, silent
+from convert.torch_files import ZIP, Progress, load, silent
 from tortoise_jax import state_dict
 from tortoise_jax.checkpoint import dvae_shapes, unified_voice_shapes
 from tortoise_jax.dvae import DVAEConfig
@@ -78,7 +78,7 @@ def decide(found: Found, part: str, heads: int | None = None) -> Source:
     heads_from = ""
     config: Config
     if part == AR:
-        stated = heads_beside(found.path)
+        stated = number_beside(found.path, "heads")
         heads_from = "--heads" if heads else "its .json" if stated else "assumed: width / 64"
         config = state_dict.unified_voice_config(shapes, where, heads or stated)
     else:
@@ -117,11 +117,12 @@ def card_beside(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and "tortoise_jax" in content else {}
 
 
-def heads_beside(path: Path) -> int | None:
-    heads = card_beside(path).get("heads")
-    if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
-        raise UserError(f'{path.with_suffix(".json")}: "heads" is {heads!r}, expected a number of attention heads')
-    return heads
+def number_beside(path: Path, name: str) -> int | None:
+    """A whole number that the .json states ("heads", "conditioning_inputs"), or None."""
+    number = card_beside(path).get(name)
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+        raise UserError(f'{path.with_suffix(".json")}: "{name}" is {number!r}, expected a number of at least 1')
+    return number
 
 
 # --- the numbers in it ------------------------------------------------------------------------------------------------
@@ -165,5 +166,7 @@ def describe(source: Source, checksum: str = "") -> list[str]:
             f"{config.codes} codes, {config.text_tokens} text tokens",
             f"  positions: {config.mel_positions} for codes, {config.text_positions} for text{early}",
         ]
+    if source.found.format != ZIP:
+        lines.append(f"  a {source.found.format} file has no checksums: damage to its numbers cannot be seen")
     lines += [f"  {note}" for note in source.found.variant]
     return lines + [f"  dropped {count} tensors: {reason}" for reason, count in source.dropped.items()]

@@ -28,6 +28,7 @@ from convert.source import (
     card_beside,
     describe,
     nonfinite,
+    number_beside,
     open_source,
     sha256,
 )
@@ -148,7 +149,7 @@ def where_from(source: Source, checksum: str) -> dict[str, Any]:
     card = card_beside(source.path)
     origin: dict[str, Any] = {"file": source.path.name, "sha256": checksum}
     if source.part == AR:
-        origin["conditioning_inputs"] = card.get("conditioning_inputs", CONDITIONING_INPUTS)
+        origin["conditioning_inputs"] = number_beside(source.path, "conditioning_inputs") or CONDITIONING_INPUTS
     return origin | ({"training": card["training"]} if "training" in card else {})
 
 

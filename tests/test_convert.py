@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from convert import flax_to_torch, progress, torch_to_flax
 from convert.families import AR, DVAE
 from convert.flax_to_torch import export
-from convert.source import TABLES, open_source
+from convert.source import TABLES, describe, open_source
 from convert.torch_files import OUT_DTYPES, as_torch, read_state_dict
 from convert.torch_to_flax import convert, convert_part
 from tests import checkpoint_files as files
@@ -186,6 +186,7 @@ def test_other_formats_and_dtypes(voice, write: Any, dtype: str, tmp_path) -> No
     path = write(tmp_path / "voice", state)
     source = open_source(path, AR, HEADS)
     assert source.dtypes == dtype
+    assert any("has no checksums" in line for line in describe(source))
     params, _ = convert_part(source, allow_nonfinite=False)
     back = state_dict.to_torch(TABLES[AR], params)
     for key, value in state.items():
@@ -383,6 +384,14 @@ def test_heads_come_from_the_json_beside_an_exported_file(converted, tmp_path) -
         files.write_json(tmp_path / "voice.json", card | {"heads": wrong})
         with pytest.raises(UserError, match=r'voice.json: "heads" is .* expected a number'):
             open_source(tmp_path / "voice.pth", AR)
+    files.write_json(tmp_path / "voice.json", card | {"conditioning_inputs": "two"})
+    with pytest.raises(UserError, match=r'"conditioning_inputs" is .two., expected a number'):
+        convert(None, tmp_path / "voice.pth", tmp_path / "out")
+    files.write_json(tmp_path / "voice.json", card | {"conditioning_inputs": 1})
+    convert(None, tmp_path / "voice.pth", tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "again.pth")
+    constructor = files_arguments(tmp_path / "again.pth")
+    assert (constructor["max_conditioning_inputs"], constructor["max_mel_tokens"]) == (1, 41)
     files.write_json(tmp_path / "voice.json", {"heads": 2})  # not ours
     with pytest.raises(UserError, match="--heads N"):
         open_source(tmp_path / "voice.pth", AR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ def test_torch_itself_does_not_see_a_flipped_bit(state, tmp_path) -> None:
     with pytest.raises(UserError, match="--ignore_checksums"):
         open_source(path, AR, HEADS)
     open_source(path, AR, HEADS, checksums=False)
+
+
+def test_a_training_state_that_torch_refuses_to_read_is_named_by_its_ending(tmp_path) -> None:
+    path = files.save(tmp_path / "500.state", {"schedulers": defaultdict(list), "optimizers": []})
+    with pytest.raises(UserError, match=r'collections.defaultdict.* A ".state" file holds an optimiser, no weights'):
+        load(path)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch) -> None:
