@@ -51,7 +51,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ar = tiny_unified_voice(seed=1, max_text_tokens=60, max_mel_tokens=70)
     torch.save(ar.state_dict(), folder / "checkpoints" / "autoregressive.pth")
     torch.save(tiny_dvae(seed=1).state_dict(), folder / "checkpoints" / "dvae.pth")
-    card = {"heads": 4}  # what our exporter writes beside a .pth; the released size needs none
+    card = {"tortoise_jax": "0.1.0", "heads": 4}  # what our exporter writes beside a .pth; the released size needs none
     (folder / "checkpoints" / "autoregressive.json").write_text(json.dumps(card))
     runs.write_recordings(folder / "data", clips=8)
     (folder / "clips").symlink_to(folder / "data" / "wavs")

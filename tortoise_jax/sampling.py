@@ -50,13 +50,14 @@ def draw(keys: Array, logits: Array, temperature: Array | float, top_k: int, tai
     scaled = logits / temperature
     table, few = logits.shape[1], top_k + TIES
 
-    def among(count: int) -> Array:
-        ranked, codes = rank(scaled, count)
+    def among(ranked: Array, codes: Array) -> Array:
         drawn = jax.vmap(jax.random.categorical)(keys, keep(ranked, top_k, tail))
         return jnp.take_along_axis(codes, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
 
     if top_k == 0 or few >= table:
-        return among(table)
-    kth = jax.lax.top_k(scaled, top_k)[0][:, -1:]
-    few_enough = jnp.all(jnp.sum(scaled >= kth, axis=1) <= few)
-    return jax.lax.cond(few_enough, lambda: among(few), lambda: among(table))
+        return among(*rank(scaled, table))
+    # The barrier keeps XLA from merging the slices below into the top-k, which it would then no longer recognise and
+    # replace by a sort of the whole table.
+    ranked, codes = jax.lax.optimization_barrier(rank(scaled, few))
+    few_enough = jnp.all(jnp.sum(scaled >= ranked[:, top_k - 1, None], axis=1) <= few)
+    return jax.lax.cond(few_enough, lambda: among(ranked, codes), lambda: among(*rank(scaled, table)))
