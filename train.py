@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tortoise_jax.samples import make_sampler
 
 from tortoise_jax import batches, config, parallel, planning, presets, replay, run, run_report, stopping
 from tortoise_jax.batches import Plan
@@ -29,6 +28,7 @@ from tortoise_jax.loop import INTERRUPTED, Loop
 from tortoise_jax.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.prepare import prepare
 from tortoise_jax.run import History
+from tortoise_jax.samples import make_sampler
 from tortoise_jax.step import Recipe, TrainState, initial_state
 from tortoise_jax.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.watch import Watch
@@ -119,6 +119,7 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
                 f"{source} was prepared with another {part} than {settings.checkpoint} has; "
                 f"prepare it again: python -m tortoise_jax.prepare --checkpoint {settings.checkpoint} …"
             )
+    assert pretrained.config is not None
     check_room(dataset, pretrained.config)
     return dataset
 
@@ -231,8 +232,8 @@ def resume_or_start(checkpoints: RunCheckpoints, recipe: Recipe, params: Any) ->
         return parallel.replicate(initial_state(params, recipe.optimizer))
     restored, opt_state, progress = found
     say(f"going on from step {progress['step']}")
-    counters = {name: np.asarray(progress[name], np.int32) for name in ("step", "skipped")}
-    return parallel.replicate(TrainState(params=restored, opt_state=opt_state, **counters))
+    step, skipped = (np.asarray(progress[name], np.int32) for name in ("step", "skipped"))
+    return parallel.replicate(TrainState(step, restored, opt_state, skipped))
 
 
 def export(folder: Path, name: str) -> None:

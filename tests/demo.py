@@ -1,6 +1,6 @@
 """`make demo`: the whole way once, with tiny random checkpoints and the bundled voice, through the real commands.
 
-torch checkpoints -> Flax -> prepared data -> fine-tuning -> a torch checkpoint that loads strictly into the torch model.
+torch checkpoints -> Flax -> prepared data -> fine-tuning -> a torch checkpoint that loads strictly into torch's model.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def make_checkpoints() -> tuple[Path, Path]:
 def spread_codes(dvae: DiscreteVAE) -> None:
     """Puts the codes where the random encoder puts the voice's frames; anywhere else one code would stand for all."""
     clips = sorted((ROOT / VOICE / "wavs").iterdir())
-    mel = torch.cat([log_mel(torch.tensor(read_audio(clip)), torch.tensor(default_mel_norms())) for clip in clips], dim=1)
+    norms = torch.tensor(default_mel_norms())
+    mel = torch.cat([log_mel(torch.tensor(read_audio(clip)), norms) for clip in clips], dim=1)
     features = dvae.encode(mel[None])[0][0]
     picked = torch.randperm(len(features))[: DVAE["num_tokens"]]
     for name in ("embed", "embed_avg"):

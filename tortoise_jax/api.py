@@ -88,7 +88,7 @@ class Tortoise:
         return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
     def outputs(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """conditioning (b, d) and a batch's tokens, kinds, positions (b, s) -> the model's dict: text_logits, mel_logits, …"""
+        """conditioning (b, d), a batch's tokens, kinds, positions (b, s) -> the model's dict, text_logits and so on."""
         return _outputs(self.model, self.params, conditioning, batch["tokens"], batch["kinds"], batch["positions"])
 
     def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -108,17 +108,17 @@ def load(path: str | Path, step: int | None = None) -> Tortoise:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_dvae(dvae: DiscreteVAE, method: str, params: Any, x: Array) -> Array:
+def _apply_dvae(dvae: DiscreteVAE, method: str, params: Any, x: Array) -> Any:
     return dvae.apply({"params": params}, x, method=method)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _condition(model: UnifiedVoice, params: Any, mel: Array) -> Array:
+def _condition(model: UnifiedVoice, params: Any, mel: Array) -> Any:
     return model.apply({"params": params}, mel, method="condition")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(
     model: UnifiedVoice, params: Any, conditioning: Array, tokens: Array, kinds: Array, positions: Array
-) -> dict[str, Array]:
+) -> Any:
     return model.apply({"params": params}, conditioning, tokens, kinds, positions, method="from_conditioning")

@@ -64,7 +64,7 @@ def digest(tree: Tree) -> str:
     for path, value in sorted(flatten(tree).items()):
         array = np.ascontiguousarray(value, np.float32)
         total.update(f"{path} {array.shape}\n".encode())
-        total.update(memoryview(array).cast("B"))
+        total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 
@@ -172,7 +172,7 @@ def checksum(tree: Tree) -> int:
     """crc32 over the bytes of all arrays in order, which the file format does not check."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), total)
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
     return total
 
 
@@ -220,8 +220,8 @@ def read_card(path: Path) -> dict[str, Any]:
         )
     card = read_json(path / CARD)
     if not isinstance(card, dict) or card.get("format") != FORMAT:
-        found = card.get("format") if isinstance(card, dict) else "none"
-        raise UserError(f"{path / CARD}: format {found}, this version reads {FORMAT}")
+        stated = card.get("format") if isinstance(card, dict) else "none"
+        raise UserError(f"{path / CARD}: format {stated}, this version reads {FORMAT}")
     return card
 
 

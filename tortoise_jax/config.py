@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> ConfigDict:
 
 
 def check_overrides(argv: list[str]) -> None:
-    """Names and numbers of --config.field=value, and the file, before ml_collections reads them: its messages are bare."""
+    """Names and numbers of --config.field=value, and the file, before ml_collections, whose messages are bare."""
     known = types(ar.get_config())
     for place, argument in enumerate(argv):
         name, given, value = argument.lstrip("-").partition("=")
@@ -135,7 +135,7 @@ def check(config: ConfigDict) -> None:
     for name, value in given.items():
         if name not in known:
             raise UserError(f"config: unknown field {name}{did_you_mean(name, known)}")
-        accepted = (float, int) if known[name] is float else known[name]
+        accepted: tuple[type, ...] = (float, int) if known[name] is float else (known[name],)
         if isinstance(value, bool) and known[name] is not bool:
             accepted = ()
         if not isinstance(value, accepted) and not (value is None and name in optional):

@@ -8,6 +8,7 @@ recent NVIDIA cards (TF32) would change codes.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -126,7 +127,7 @@ class DiscreteVAE(nn.Module):
         """codes (b, c) -> mel (b, 4 c, m), mel norms still applied."""
         return self.decoder(self.codebook.lookup(codes))
 
-    def __call__(self, mel: Array) -> dict[str, Array]:
+    def __call__(self, mel: Array) -> dict[str, Any]:
         """One training forward of mel (b, t, m), t a multiple of 4.
 
         Returns features, codes, out (b, t, m), recon_loss and commit_loss (mean squared errors), and the codebook

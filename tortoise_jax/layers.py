@@ -3,7 +3,8 @@
 Axis letters, everywhere in this package:
   b rows of a batch   s positions of the joined sequence   t mel frames   m mel bands
   d model width       h heads   k width of a head          n clips of one row
-Matrix products run on (rows, features): a 3-D product makes XLA transpose its output gradient on CPU, a reshape is free.
+Matrix products run on (rows, features): a 3-D product makes XLA transpose its output gradient on CPU, a reshape costs
+nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Arr
 def attend(q: Array, k: Array, v: Array, *, causal: bool, drop: Any = None, implementation: str = "plain") -> Array:
     """Softmax attention of q, k, v (b, s, h, k) -> (b, s, h, k); drop(weights (b, h, s, s)) -> weights."""
     if implementation != "plain" and drop is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+        kernel: Any = implementation
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
     scores = jnp.einsum("bqhk,bshk->bhqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if causal:
         allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tortoise_jax.layers import Array
 from tortoise_jax.unified_voice import MEL, TEXT
 
 Sums = dict[str, Array]
+Arrays = Mapping[str, Any]  # jax or numpy
 STREAMS = ("text", "mel", "stop")
 POSITION_BUCKETS = 6
 CODES_PER_BUCKET = 50  # 2.3 s of speech
@@ -37,12 +39,12 @@ def stream_weights(kinds: Array, weights: Array, targets: Array, stop_mel: int) 
 
 
 def by_position(values: Array, positions: Array) -> Array:
-    """values, positions (b, s) -> sums (POSITION_BUCKETS,) over runs of 50 positions; the last bucket takes the rest."""
+    """values, positions (b, s) -> sums (POSITION_BUCKETS,) over runs of 50 positions; the last takes the rest."""
     bucket = jnp.minimum(positions // CODES_PER_BUCKET, POSITION_BUCKETS - 1)
     return jnp.sum(jax.nn.one_hot(bucket, POSITION_BUCKETS) * values[..., None], axis=(0, 1))
 
 
-def counts(batch: Mapping[str, Array], stop_mel: int) -> Sums:
+def counts(batch: Arrays, stop_mel: int) -> Sums:
     """How much weight each stream's targets carry: known before any forward, so gradients can be scaled first.
 
     batch: kinds, weights, targets, positions, each (b, s).
@@ -52,7 +54,7 @@ def counts(batch: Mapping[str, Array], stop_mel: int) -> Sums:
     return total | {"position_count": by_position(streams["mel"], batch["positions"])}
 
 
-def loss_sums(outputs: Mapping[str, Array], batch: Mapping[str, Array], stop_mel: int) -> Sums:
+def loss_sums(outputs: Arrays, batch: Arrays, stop_mel: int) -> Sums:
     """Summed losses of a batch: text_sum, mel_sum, stop_sum (the stop targets' part of mel_sum), and position_sum
     (POSITION_BUCKETS,), mel_sum by where in the codes the target stands.
 
@@ -67,12 +69,12 @@ def loss_sums(outputs: Mapping[str, Array], batch: Mapping[str, Array], stop_mel
     return total | {"position_sum": by_position(mel * streams["mel"], batch["positions"])}
 
 
-def total_loss(sums: Sums, counts: Sums, text_weight: float) -> Array:
+def total_loss(sums: Arrays, counts: Arrays, text_weight: float) -> Array:
     """text_weight x mean text loss + mean mel loss; upstream's text_weight is 0.01."""
     return text_weight * sums["text_sum"] / counts["text_count"] + sums["mel_sum"] / counts["mel_count"]
 
 
-def means(sums: Sums, counts: Sums) -> Sums:
+def means(sums: Arrays, counts: Arrays) -> Sums:
     """Mean losses: text, mel, stop, and position (POSITION_BUCKETS,); 0 where nothing was counted."""
     names = (*STREAMS, "position")
     return {name: sums[f"{name}_sum"] / jnp.maximum(counts[f"{name}_count"], 1.0) for name in names}

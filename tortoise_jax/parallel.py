@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,9 +28,9 @@ def prepare_process(deterministic: bool = True) -> None:
     flag = "--xla_gpu_deterministic_ops=true"
     if deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR chooses another place
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tortoise_jax", "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -101,7 +102,7 @@ def best_dtype() -> str:
     return "bfloat16" if device.platform in ("gpu", "cuda") and capability >= 8.0 else "float32"
 
 
-def mapped(step: Callable[..., Any], *, donate: bool) -> Callable[..., Any]:
+def mapped(step: Callable[..., Any], *, donate: bool) -> Any:
     """A per-device function of (replicated state, device's batch) as one pmapped program."""
     return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else ())
 
@@ -187,7 +188,9 @@ def rows_on_devices(tree: Tree) -> Tree:
     return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS)))
 
 
-def by_rows(function: Callable[..., Any], replicated: int, sharded: int, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+def by_rows(
+    function: Callable[..., Any], replicated: int, sharded: int, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
     """One program a device for its own rows: first `replicated` arguments all devices have alike, then `sharded` ones.
 
     What it returns has rows too. Devices do not wait for each other inside.

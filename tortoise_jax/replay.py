@@ -27,7 +27,7 @@ def save(run: Path, step: int, batch: Batch, params: Any) -> Path:
     """Writes this host's batch and the parameters it was computed with; returns the file."""
     path = run / FOLDER / f"step-{step}-host-{parallel.process_index()}.npz"
     partial = path.with_suffix(".partial")
-    arrays = {BATCH + name: value for name, value in batch.items()}
+    arrays: dict[str, Any] = {BATCH + name: value for name, value in batch.items()}
     arrays |= {PARAMS + name: value for name, value in flatten(params).items()}
     try:
         path.parent.mkdir(exist_ok=True)

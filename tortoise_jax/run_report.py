@@ -55,8 +55,14 @@ def page(run: Path, history: History, facts: dict[str, Any]) -> str:
         "Data": table(facts["data"]),
         "Settings": table(facts["settings"]),
     }
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"
-    return head + table(headline(facts)) + remark + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items()) + "\n"
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
+    return (
+        f"{head}<h1>{name}</h1>"
+        + table(headline(facts))
+        + remark
+        + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items())
+        + "\n"
+    )
 
 
 def headline(facts: dict[str, Any]) -> dict[str, Any]:

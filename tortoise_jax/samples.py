@@ -54,7 +54,7 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
             return
         (run / FOLDER).mkdir(exist_ok=True)
         ready = generate.prepare(params, config, options.dtype)
-        entries = []
+        entries: list[dict[str, Any]] = []
         for voice, clips in voices.items():
             vector = np.asarray(condition(params, clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)

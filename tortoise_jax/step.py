@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tortoise_jax.audio import log_mel, waveform_from_int16
@@ -30,10 +31,10 @@ ROW_ARRAYS = ("tokens", "kinds", "positions", "targets", "weights")
 class TrainState:
     """Everything a step changes: the step to come (int32), parameters, optimiser state, steps skipped in a row."""
 
-    step: Array
+    step: Array | np.ndarray
     params: Tree
     opt_state: Tree
-    skipped: Array
+    skipped: Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +70,13 @@ def conditioning_mel(batch: Batch, mel_norms: Any) -> Array:
 def forward_sums(recipe: Recipe, params: Tree, batch: Batch, dropout_keys: Array | None) -> Sums:
     """Loss sums of one micro-batch."""
     mel = jax.lax.stop_gradient(conditioning_mel(batch, recipe.mel_norms))
-    outputs = recipe.model.apply(
+    outputs: Any = recipe.model.apply(
         {"params": params}, mel, batch["tokens"], batch["kinds"], batch["positions"], dropout_keys
     )
     return loss_sums(outputs, batch, recipe.model.config.stop_mel)
 
 
-def dropout_keys(seed: int, step: Array, example: Array) -> Array:
+def dropout_keys(seed: int, step: Array | np.ndarray, example: Array) -> Array:
     """One key a row from (seed, step, example): the same wherever and beside whatever the row is computed."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(example)
@@ -92,7 +93,7 @@ def global_counts(recipe: Recipe, batch: Batch) -> Sums:
     return sum_over_devices(counts(joined, recipe.model.config.stop_mel), recipe.axis)
 
 
-def gradients(recipe: Recipe, params: Tree, batch: Batch, step: Array) -> tuple[Tree, Sums, Sums]:
+def gradients(recipe: Recipe, params: Tree, batch: Batch, step: Array | np.ndarray) -> tuple[Tree, Sums, Sums]:
     """Gradient of the global loss, global loss sums and counts; each device's share is summed at the end."""
     total = global_counts(recipe, batch)
 
