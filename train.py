@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tortoise_jax import batches, config, parallel, planning, presets, replay, run, run_report, stopping
+from tortoise_jax import batches, config, parallel, planning, presets, replay, run, run_report, stopping, voices
 from tortoise_jax.batches import Plan
 from tortoise_jax.checkpoint import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
 from tortoise_jax.dataset import Dataset, is_dataset
@@ -28,7 +29,7 @@ from tortoise_jax.loop import INTERRUPTED, Loop
 from tortoise_jax.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.prepare import prepare
 from tortoise_jax.run import History
-from tortoise_jax.samples import make_sampler
+from tortoise_jax.samples import fixed_voices, make_sampler
 from tortoise_jax.step import Recipe, TrainState, initial_state
 from tortoise_jax.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.watch import Watch
@@ -86,7 +87,7 @@ def main() -> None:
     elif parallel.is_main():
         run_report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
         say(f"{ended}; report: {folder / 'report.html'}")
-        export(folder, settings.export)
+        export(folder, settings.export, dataset)
     parallel.wait_for_all("the end of the run")
 
 
@@ -236,8 +237,15 @@ def resume_or_start(checkpoints: RunCheckpoints, recipe: Recipe, params: Any) ->
     return parallel.replicate(TrainState(step, restored, opt_state, skipped))
 
 
-def export(folder: Path, name: str) -> None:
-    """Writes the best checkpoint for TorToiSe where torch is installed, else says how."""
+def export(folder: Path, name: str, dataset: Dataset) -> None:
+    """Writes the best checkpoint for TorToiSe where torch is installed, else says how; and the voice's vector."""
+    best = load_pretrained(folder, ("ar",))
+    assert best.config is not None
+    for speaker, clips in fixed_voices(dataset).items():
+        file = folder / "voices" / f"{re.sub(r'[^A-Za-z0-9_-]', '_', speaker)}.npz"
+        file.parent.mkdir(exist_ok=True)
+        voices.save_voice(file, voices.condition(best.params, best.config, best.mel_norms, list(clips)))
+        say(f"{file}: the conditioning vector of {speaker}; vectors made with other weights are stale")
     if not name:
         return
     command = f"python convert/flax_to_torch.py {folder} --out {folder / name}"

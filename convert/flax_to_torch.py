@@ -177,6 +177,10 @@ def card(pretrained: Pretrained, part: str, checkpoint: Path, step: int | None, 
         content["training"] = {"step": step} | (
             {"config": read_json(checkpoint / "config.json")} if (checkpoint / "config.json").exists() else {}
         )
+        if (checkpoint / "summary.json").exists():
+            summary = read_json(checkpoint / "summary.json")
+            kept = ("ended", "best_validation", "validation_mel", "data")
+            content["training"] |= {name: summary[name] for name in kept}
     return content
 
 

@@ -46,8 +46,8 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 def test_a_run_leaves_what_the_readme_promises(undisturbed: Path) -> None:
     made = {path.name for path in undisturbed.iterdir()}
-    assert made >= {"config.json", "history.jsonl", "report.html", "summary.json", "steps", "tensorboard", "voice.pth"}
-    assert made >= {"voice.json", "tortoise.json", "tokenizer.json", "mel_norms.txt", "dvae", "samples"}
+    assert made >= {"config.json", "history.jsonl", "report.html", "summary.json", "steps", "tensorboard", "voices"}
+    assert made >= {"voice.pth", "voice.json", "tortoise.json", "tokenizer.json", "mel_norms.txt", "dvae", "samples"}
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["ended"] == "finished"
     assert summary["steps"] == STEPS

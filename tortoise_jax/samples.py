@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import soundfile
 from ml_collections import ConfigDict
 
-from tortoise_jax import generate
-from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, griffin_lim, log_mel, waveform_from_int16
+from tortoise_jax import generate, voices
+from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, griffin_lim, waveform_from_int16
 from tortoise_jax.checkpoint import Pretrained
 from tortoise_jax.dataset import Dataset
 from tortoise_jax.errors import UserError
 from tortoise_jax.run import History
-from tortoise_jax.unified_voice import UnifiedVoice
 from tortoise_jax.watch import Watch
 
 FOLDER = "samples"
@@ -41,13 +39,8 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
             raise UserError(
                 f"config: prompts: {prompt!r} has {len(ids)} text tokens, the model has room for 1 to {room}"
             )
-    voices = fixed_voices(dataset)
+    speakers = fixed_voices(dataset)
     options = generate.SamplingOptions(max_codes=min(500, generate.max_codes(config)))
-    condition = jax.jit(
-        lambda params, clips: UnifiedVoice(config).apply(
-            {"params": params}, log_mel(clips, pretrained.mel_norms)[None], method="condition"
-        )[0]
-    )
 
     def sample(step: int, params: Any, watch: Watch, history: History) -> None:
         if not watch.active or history.has("sample", step):
@@ -55,8 +48,8 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
         (run / FOLDER).mkdir(exist_ok=True)
         ready = generate.prepare(params, config, options.dtype)
         entries: list[dict[str, Any]] = []
-        for voice, clips in voices.items():
-            vector = np.asarray(condition(params, clips))
+        for voice, clips in speakers.items():
+            vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)
             drawn = generate.sample(ready, config, vectors, text_ids, SEED, options)
             for i, prompt in enumerate(settings.prompts):
