@@ -262,7 +262,10 @@ def test_a_new_text_of_similar_length_compiles_nothing(voice: Twin) -> None:
     options = SamplingOptions(max_codes=20, dtype="float32")
     ready = generate.prepare(voice.params, voice.config, "float32")
     generate.sample(ready, voice.config, voice_vector(), TEXT, 0, options)
-    read, decode = generate._read_prompts(voice.config, "float32"), generate._decode(voice.config, 50, False)
+    read, decode = (
+        generate._read_prompts(voice.config, "float32"),
+        generate._decode(voice.config, 50, False, generate.CODES_A_CALL),
+    )
     before = read._cache_size(), decode._cache_size()
     other = dataclasses.replace(options, temperature=0.7, top_p=0.5, repetition_penalty=1.5)
     generate.sample(ready, voice.config, voice_vector(1), list(range(3, 20)), 9, other)

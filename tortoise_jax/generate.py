@@ -308,15 +308,16 @@ def decode(
     config: UnifiedVoiceConfig,
     top_k: int,
     greedy: bool,
+    longest: int,
 ) -> tuple[Tree, list[KeysAndValues]]:
-    """Draws codes from step controls["first"] to controls["end"], or until all rows have stopped.
+    """Draws codes, at most `longest`, from step controls["first"] to controls["end"], or until all rows have stopped.
 
     Returns the state and the keys and values of these codes (b, h, n, k), for `remember`. They are apart from the
     cache because what a compiled loop changes it may copy at every step; the cache stays as it is.
     """
     keys = jax.random.wrap_key_data(state["keys"].reshape(-1, state["keys"].shape[-1]))
     first = controls["first"]
-    blank = lambda x: jnp.zeros((*x.shape[:2], CODES_A_CALL, x.shape[3]), x.dtype)
+    blank = lambda x: jnp.zeros((*x.shape[:2], longest, x.shape[3]), x.dtype)
 
     def unfinished(carry: tuple[Array, Tree, Any]) -> Array:
         step, state, _ = carry
@@ -384,8 +385,8 @@ def _read_prompts(config: UnifiedVoiceConfig, dtype: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _decode(config: UnifiedVoiceConfig, top_k: int, greedy: bool) -> Callable[..., Any]:
-    loop = functools.partial(decode, config=config, top_k=top_k, greedy=greedy)
+def _decode(config: UnifiedVoiceConfig, top_k: int, greedy: bool, longest: int) -> Callable[..., Any]:
+    loop = functools.partial(decode, config=config, top_k=top_k, greedy=greedy, longest=longest)
     return parallel.by_rows(loop, replicated=3, sharded=4, donate=(5,))
 
 
@@ -440,7 +441,7 @@ def sample(
         prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions"))
     )
     state = jax.tree.map(parallel.rows_on_devices, start_state(config, keys, options.max_codes))
-    loop = _decode(config, options.top_k, options.temperature == 0)
+    loop = _decode(config, options.top_k, options.temperature == 0, CODES_A_CALL)
 
     cache = None
     for first in range(0, options.max_codes, CODES_A_CALL):
