@@ -78,7 +78,7 @@ def write_project(folder: Path) -> Path:
 def command(project: Path, run: Path, *more: str, **fields: Any) -> list[str]:
     chosen = {"checkpoint": project / "checkpoint", "data": project / "data"} | FIELDS
     chosen |= {name.replace("__", "."): value for name, value in fields.items()}
-    flags = [f"--config.{name}={value}" for name, value in chosen.items()]
+    flags = [f"--config.{name}={value}" for name, value in chosen.items() if value is not None]
     return [sys.executable, "train.py", "--config", "configs/ar.py", *flags, f"--workdir={run}", *more]
 
 

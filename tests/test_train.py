@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def kill_and_finish(project: Path, run: Path, moments: list[float]) -> None:
         try:
             process.wait(timeout=moment)
             break  # done before the moment came
-        except Exception:
+        except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
     done = runs.train(project, run, save_every=1)
@@ -187,7 +188,7 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
         tmp_path / "run",
         steps=2,
         eval_every=2,
-        optimizer__learning_rate="None",
+        optimizer__learning_rate=None,
         optimizer__name="adafactor",
         optimizer__freeze="conditioning_encoder/.*",
     )
@@ -222,11 +223,11 @@ def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def assert_one_line(done: object, *parts: str) -> None:
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     """Exit code 2 and one line on stderr, with all of these in it."""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # type: ignore[attr-defined]
-    assert done.returncode == 2, done.stdout + done.stderr  # type: ignore[attr-defined]
-    assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
     assert len(errors) == 1
     assert not [part for part in parts if part not in errors[0]], errors[0]
 

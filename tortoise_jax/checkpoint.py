@@ -211,8 +211,9 @@ def save_pretrained(pretrained: Pretrained, target: Path) -> None:
 def read_card(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        hint = "convert it first: python convert/torch_to_flax.py" if path.suffix in (".pth", ".pt") else ""
-        raise UserError(f"{path} {found}; expected a converted checkpoint directory or a run. {hint}".strip())
+        raise UserError(
+            f"{path} {found}; expected a converted checkpoint (made by python convert/torch_to_flax.py) or a run"
+        )
     if not (path / CARD).exists():
         raise UserError(
             f"{path} holds no {CARD}: it is neither a converted checkpoint nor a run; "

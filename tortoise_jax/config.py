@@ -82,7 +82,7 @@ def check_overrides(argv: list[str]) -> None:
         field = name.removeprefix("config.")
         if field not in known:
             raise UserError(f"--{name}: unknown field{did_you_mean(field, known)}; --help lists all")
-        if given and known[field] in (int, float) and value != "None":
+        if given and known[field] in (int, float):
             try:
                 known[field](value)
             except ValueError:

@@ -52,8 +52,8 @@ class Recipe:
 
 
 def initial_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
+    zero = lambda: jnp.zeros((), jnp.int32)  # one each: a buffer cannot be donated twice
+    return TrainState(step=zero(), params=params, opt_state=optimizer.init(params), skipped=zero())
 
 
 def sum_over_devices(tree: Tree, axis: str | None) -> Tree:
