@@ -57,6 +57,7 @@ def main() -> None:
         show_plan(settings, pretrained)
         return
     dataset = find_data(settings, pretrained)
+    pretrained = with_text_of(dataset, pretrained)
 
     # 4. Recipe, where the configuration leaves it open by the size of the data set.
     fill_recipe(settings, len(dataset.split("train")))
@@ -113,6 +114,8 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
         "tokenizer_digest": pretrained.tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
     }
+    if dataset.header["own_tokenizer"]:
+        del ours["tokenizer_digest"]  # chosen by --tokenizer, on purpose
     for name, value in ours.items():
         if dataset.header[name] != value:
             part = name.removesuffix("_digest").replace("_", " ")
@@ -123,6 +126,14 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     assert pretrained.config is not None
     check_room(dataset, pretrained.config)
     return dataset
+
+
+def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
+    """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
+    if dataset.header["own_tokenizer"]:
+        say("tokenizer: the data set's own, saved with the run")
+    source = pretrained.source | {"cleaner": dataset.header["cleaner"]}
+    return dataclasses.replace(pretrained, tokenizer=dataset.tokenizer(), source=source)
 
 
 def check_room(dataset: Dataset, model: UnifiedVoiceConfig) -> None:

@@ -226,7 +226,8 @@ def write_dataset(
         "tokenizer_digest": tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
     }
-    about = digests | {"cleaner": options.cleaner, "seed": options.seed}
+    own = options.tokenizer is not None
+    about = digests | {"cleaner": options.cleaner, "seed": options.seed, "own_tokenizer": own}
     text_ids = [np.array(kept.text_ids, np.uint16) for kept in made.verdict.kept]
     dataset.write_index(out, clips_of(made, encoded), text_ids, tokenizer, about)
 
