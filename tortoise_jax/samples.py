@@ -11,7 +11,7 @@ import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import generate, voices
-from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, griffin_lim, waveform_from_int16
+from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, waveform_from_int16
 from tortoise_jax.checkpoint import Pretrained
 from tortoise_jax.dataset import Dataset
 from tortoise_jax.errors import UserError
@@ -31,7 +31,9 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
     if not settings.sample_every or not settings.prompts:
         return None
     config = pretrained.config
+    dvae_config = pretrained.dvae_config
     assert config is not None
+    assert dvae_config is not None
     text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
     room = generate.max_text_ids(config)
     for prompt, ids in zip(settings.prompts, text_ids, strict=True):
@@ -54,7 +56,7 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
             drawn = generate.sample(ready, config, vectors, text_ids, SEED, options)
             for i, prompt in enumerate(settings.prompts):
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
-                waveform = draft(pretrained, drawn.row(i))
+                waveform = generate.draft(pretrained.dvae_params, dvae_config, pretrained.mel_norms, drawn.row(i))
                 soundfile.write(run / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
                 watch.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(
@@ -91,15 +93,6 @@ def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:
 def fitted(dataset: Dataset, indices: Sequence[int]) -> np.ndarray:
     waveforms = [waveform_from_int16(dataset.waveform(i)[:CONDITIONING_SAMPLES]) for i in indices]
     return np.stack([np.pad(waveform, (0, CONDITIONING_SAMPLES - len(waveform))) for waveform in waveforms])
-
-
-def draft(pretrained: Pretrained, codes: np.ndarray) -> np.ndarray:
-    """Codes (c,) -> waveform (samples,); nothing for no codes."""
-    if not len(codes):
-        return np.zeros(0, np.float32)
-    assert pretrained.dvae_config is not None
-    mel = generate.decode_mel(pretrained.dvae_params, pretrained.dvae_config, codes[None])[0]
-    return griffin_lim(mel, pretrained.mel_norms)
 
 
 def trailing_silence(waveform: np.ndarray) -> float:

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. The text, before anything large is read.
     card = load_pretrained(arguments.checkpoint, ())
+    arguments.cleaner = arguments.cleaner or card.source.get("cleaner", "english")
     texts = read_text(arguments.text, arguments.cleaner, card)
     options = within_the_model(options, card, arguments)
 
@@ -107,7 +108,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keep", type=int, default=1, help="how many of the best to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed draws the same (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="candidates drawn at once (default: %(default)s)")
-    add("--cleaner", default="english", help=f"how text is cleaned: {', '.join(CLEANERS)} (default: %(default)s)")
+    add("--cleaner", help=f"how text is cleaned: {', '.join(CLEANERS)} (default: as the run's data, else english)")
     add("--codes", type=Path, metavar="NPY", help="also write the codes, int32 (c,)")
     add("--latents", type=Path, metavar="NPZ", help="also write what TorToiSe's own decoder takes (convert/voices.py)")
     add("--save_voice", type=Path, metavar="NPZ", help="also write the voice's vector, to be given as --voice")
