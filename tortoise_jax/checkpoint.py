@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tortoise_jax import parallel
+from tortoise_jax.atomic import write_atomically
 from tortoise_jax.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.errors import UserError
 from tortoise_jax.state_dict import flatten
@@ -121,13 +122,7 @@ def sync(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: written beside, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
