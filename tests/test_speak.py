@@ -225,7 +225,7 @@ def test_flagged_candidates_are_kept_last(voice: Twin, dvae: Twin, monkeypatch: 
         np.array([False, True]),
     )
     monkeypatch.setattr(generate, "sample", lambda *_, **__: drawn)
-    line = "--checkpoint c --text t --voice v --out o.wav --n 2 --keep 2"
+    line = "--checkpoint c --text t --voice v --out o.wav --n 2 --keep 2 --cleaner english"
     arguments, options = speak.parse(line.split()), generate.SamplingOptions()
     part = speak.say(pretrained(voice, dvae), None, np.zeros(64), "Hi.", 0, arguments, options)  # type: ignore[arg-type]
     assert [one.row for one in part.kept] == [1, 0]
