@@ -99,12 +99,17 @@ def reference() -> tuple[Any, np.ndarray]:
 # Micro-batches and devices, with dropout
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: f"{layout[0]} devices, {layout[1]} micro-batches")
+@pytest.mark.parametrize(
+    "layout",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS[1:3]), *LAYOUTS[3:]],
+    ids=lambda layout: f"{layout[0]} devices, {layout[1]} micro-batches",
+)
 def test_micro_batches_and_devices_change_nothing(layout: Layout) -> None:
     assert_same_gradient(one_step(clips(0), layout)[0], reference()[0])
     assert_same_losses(losses((clips(s) for s in range(STEPS)), layout), reference()[1])
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_no_split_changes_the_gradient(data: st.DataObject) -> None:
     """Any number of clips in any order, padding rows among them, in any layout."""

@@ -89,7 +89,7 @@ def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) ->
     assert runs.history(undisturbed) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(project: Path, undisturbed: Path, number: signal.Signals) -> None:
     run = project / f"stopped-by-{number}"
     process = runs.start(project, run)
