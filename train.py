@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import batches, config, parallel, planning, presets, replay, run, run_report, stopping, voices
+from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.batches import Plan
 from tortoise_jax.checkpoint import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
 from tortoise_jax.dataset import Dataset, is_dataset
@@ -157,7 +158,7 @@ def data_digest(dataset: Dataset) -> str:
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
     clips = {split: [dataset.clips[i] for i in dataset.split(split)] for split in ("train", "validation")}
-    hours = {split: sum(clip.samples for clip in part) / 22050 / 3600 for split, part in clips.items()}
+    hours = {split: sum(clip.samples for clip in part) / SAMPLE_RATE / 3600 for split, part in clips.items()}
     return {
         "data set": str(dataset.path),
         **{f"{split} clips": len(part) for split, part in clips.items()},

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tortoise_jax import audio, batches, loss
-from tortoise_jax.audio import CONDITIONING_SAMPLES
 from tortoise_jax.checkpoint import Pretrained, load_pretrained
 from tortoise_jax.dvae import DiscreteVAE
 from tortoise_jax.errors import UserError
@@ -74,8 +73,7 @@ class Tortoise:
         """
         if not waveforms:
             raise UserError("conditioning needs at least one clip")
-        fit = lambda clip: np.pad(clip[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(clip))))
-        clips = np.stack([fit(np.asarray(clip, np.float32)) for clip in waveforms])
+        clips = np.stack([audio.fit_conditioning(np.asarray(clip, np.float32)) for clip in waveforms])
         return _condition(self.model, self.params, self.log_mel(clips)[None])[0]
 
     def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:

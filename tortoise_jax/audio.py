@@ -48,6 +48,12 @@ CONDITIONING_FRAMES = mel_frames(CONDITIONING_SAMPLES)
 assert CONDITIONING_SAMPLES == 6 * SAMPLE_RATE
 assert CONDITIONING_FRAMES == 517
 
+
+def fit_conditioning(waveform: np.ndarray) -> np.ndarray:
+    """The first six seconds of a clip (samples,), zero-padded where it is shorter: (132300,)."""
+    return np.pad(waveform[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(waveform))))
+
+
 # Peak of a draft waveform, and the loudest log-mel (full scale stays below 8) it is made from: a model that has
 # learnt nothing yet may ask for more than any recording holds.
 DRAFT_PEAK = 0.95

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import generate, voices
-from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, waveform_from_int16
+from tortoise_jax.audio import SAMPLE_RATE, fit_conditioning, waveform_from_int16
 from tortoise_jax.checkpoint import Pretrained
 from tortoise_jax.dataset import Dataset
 from tortoise_jax.errors import UserError
@@ -87,12 +87,8 @@ def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:
     for i in dataset.split("train"):
         clips.setdefault(dataset.clips[i].speaker, []).append(int(i))
     speakers = sorted(clips, key=lambda speaker: (-len(clips[speaker]), speaker))[:VOICES]
-    return {speaker or "voice": fitted(dataset, clips[speaker][:CLIPS_A_VOICE]) for speaker in speakers}
-
-
-def fitted(dataset: Dataset, indices: Sequence[int]) -> np.ndarray:
-    waveforms = [waveform_from_int16(dataset.waveform(i)[:CONDITIONING_SAMPLES]) for i in indices]
-    return np.stack([np.pad(waveform, (0, CONDITIONING_SAMPLES - len(waveform))) for waveform in waveforms])
+    fitted = lambda i: np.asarray(waveform_from_int16(fit_conditioning(dataset.waveform(i))))
+    return {speaker or "voice": np.stack([fitted(i) for i in clips[speaker][:CLIPS_A_VOICE]]) for speaker in speakers}
 
 
 def trailing_silence(waveform: np.ndarray) -> float:
