@@ -660,8 +660,8 @@ def test_a_full_disk_leaves_nothing(converted, command: str, tmp_path) -> None:
     script = str(ROOT / "convert" / f"{command}.py")
     done = subprocess.run([sys.executable, "-c", limited, script, *arguments[command]], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    # orbax's threads may complain beside it.
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "cannot be written" in line]
+    # tensorstore's threads may print tracebacks beside it, some without an end of line.
+    assert [line for line in done.stderr.splitlines() if "error: " in line and "cannot be written" in line], done.stderr
     assert not list(tmp_path.iterdir())
 
 

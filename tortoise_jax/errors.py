@@ -16,7 +16,7 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")  # in one piece, whatever threads print
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
