@@ -140,7 +140,7 @@ def test_group_norms_are_of_each_group() -> None:
 def one_update(config: OptimizerConfig, params: Tree, gradients: Tree) -> Tree:
     optimizer = make_optimizer(config, params)
     with jax.numpy_dtype_promotion("standard"):
-        return optimizer.update(gradients, optimizer.init(params), params)[0]
+        return jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params)[0])()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
