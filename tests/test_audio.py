@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +12,13 @@ import pytest
 import soundfile
 import torch
 
+from benchmarks import copy_synthesis
+from benchmarks.copy_synthesis import distance
 from tests import torch_reference
 from tortoise_jax import audio
 from tortoise_jax.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 NORMS = audio.default_mel_norms()
 
 
@@ -248,6 +252,29 @@ def test_draft_audio_has_the_mel_it_was_made_from():
     assert np.abs((again - mel) * NORMS)[loud].mean() < 0.5  # nepers of power, about 2 dB
     silence = np.full_like(mel, 0) + math.log(1e-5) / NORMS
     assert np.abs((silence - mel) * NORMS)[loud].mean() > 5
+
+
+def test_a_draft_of_speech_is_near_its_mel_and_the_updates_bring_it_there(monkeypatch):
+    waveform = audio.read_audio(sorted((ROOT / "examples/voice/wavs").iterdir())[0])
+    mel = np.asarray(audio.log_mel(waveform, NORMS))
+    decibels = lambda: distance(mel, np.asarray(audio.log_mel(audio.griffin_lim(mel, NORMS), NORMS)), NORMS)
+    assert (near := decibels()) < 1.5
+    power = audio.linear_power
+    monkeypatch.setattr(audio, "linear_power", lambda mel_power: power(mel_power, iterations=0))
+    assert decibels() > near + 0.2
+
+
+@pytest.mark.slow
+def test_copy_synthesis_comes_near_the_recording():
+    """Recording -> codes -> waveform, through a small dVAE trained on other clips."""
+    clips = [audio.read_audio(path) for path in sorted((ROOT / "examples/voice/wavs").iterdir())]
+    mel = np.concatenate([audio.log_mel(clip, NORMS) for clip in clips[:-1]])
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix dtypes
+        params = copy_synthesis.train(mel, copy_synthesis.SMALL, 1000)
+    found = copy_synthesis.compare(params, copy_synthesis.SMALL, NORMS, clips[-1:])
+    assert found["mel -> waveform"] < 1.5
+    assert found["codes -> waveform"] < 7
+    assert found["random codes -> mel"] > 2 * found["codes -> waveform"]
 
 
 def test_draft_audio_is_the_same_every_time():

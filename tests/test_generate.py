@@ -297,6 +297,22 @@ def test_hand_over_is_torchs(torch_voice: torch_reference.UnifiedVoice, voice: T
     assert_close(got_latents, want_latents, STACK)
 
 
+def test_hand_over_with_tortoises_own_figures_is_torchs() -> None:
+    """500 codes of 8192, silence 83, the ending 45, 45, 248; a voice that falls silent and one that never stops."""
+    model = torch_reference.tiny_unified_voice(
+        max_mel_tokens=604, number_mel_codes=8194, start_mel_token=8192, stop_mel_token=8193
+    )
+    twin, vector, text = voice_twin(model), voice_vector(5), torch.tensor([*TEXT, 0])
+    said = np.random.default_rng(0).integers(0, 8192, 500).astype(np.int32)
+    for codes in (said[:180], said):
+        stop = [model.stop_mel_token] if len(codes) < 500 else []
+        want = model.hand_over(torch.from_numpy(vector), text, torch.tensor([*codes.tolist(), *stop]))
+        got = generate.hand_over(twin.params, twin.config, vector, TEXT, codes)
+        np.testing.assert_array_equal(got[0], want[0].numpy())
+        assert_close(got[1], want[1], STACK)
+        assert len(got[1]) == (188 if stop else 500)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
