@@ -181,9 +181,11 @@ def test_killed_while_saving_it_ends_the_same(project: Path, undisturbed: Path) 
         time.sleep(0.005)
     process.kill()
     process.communicate()
+    (run / ".history.jsonl.1.partial").write_text("half")
     done = runs.train(project, run, save_every=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(run, undisturbed)
+    assert not list(run.glob(".*.partial"))
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturbed: Path) -> None:

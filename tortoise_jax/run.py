@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tortoise_jax import config, parallel
-from tortoise_jax.atomic import write_atomically
+from tortoise_jax.atomic import remove_partials, write_atomically
 from tortoise_jax.checkpoint import CARD, Pretrained, read_json, save_tree, write_card
 from tortoise_jax.errors import UserError
 
@@ -42,6 +42,7 @@ def begin(run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: 
     if parallel.is_main():
         try:
             run.mkdir(parents=True, exist_ok=True)
+            remove_partials(run)
             if not (run / CARD).exists():
                 if not (run / "dvae").exists():
                     save_tree(run / "dvae", pretrained.dvae_params)

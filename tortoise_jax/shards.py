@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tortoise_jax.atomic import write_atomically
+from tortoise_jax.atomic import remove_partials, write_atomically
 from tortoise_jax.dataset import SHARDS
 from tortoise_jax.recordings import Recording, Sound
 
@@ -134,12 +134,15 @@ def read_content(out: Path, one: Encoded) -> Content | None:
 
 def remove_others(out: Path, keys: set[str], shards: set[str]) -> None:
     """Removes what no group of a finished data set needs, and what killed runs left half-written."""
-    for path in [*(out / FINISHED).glob("*"), *(out / FINISHED).glob(".*")]:
-        if path.stem not in keys:
-            path.unlink(missing_ok=True)
-    for path in [*(out / SHARDS).glob("*"), *(out / SHARDS).glob(".*")]:
-        if path.name not in shards:
-            path.unlink(missing_ok=True)
+    remove_partials(out)
+    for folder, names, needed in (
+        (FINISHED, "[0-9a-f]" * 32 + ".json", {f"{key}.json" for key in keys}),
+        (SHARDS, "[0-9]" * 5 + "-" + "[0-9a-f]" * 16 + ".bin", shards),
+    ):
+        remove_partials(out / folder)
+        for path in (out / folder).glob(names):
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
 
 
 def _content_digest(content: bytes) -> str:
