@@ -66,16 +66,14 @@ def assert_close(got: Any, want: Any, tolerance: float, name: str = "", measure:
     assert found <= tolerance, f"{name or 'error'}: {found:.2e} > {tolerance:.0e}"
 
 
-def assert_trees_close(
-    got: Tree, want: Tree, tolerance: float, heads: int, key_bias_tolerance: float = ZERO_GRADIENT
-) -> None:
+def assert_trees_close(got: Tree, want: Tree, tolerance: float, heads: int) -> None:
     """Compares each array of two trees of parameters or gradients; key biases in absolute terms."""
     (got_rest, got_keys), (want_rest, want_keys) = apart(got, heads), apart(want, heads)
     assert got_rest.keys() == want_rest.keys()
     for path, value in want_rest.items():
         assert_close(got_rest[path], value, tolerance, path)
     for path, value in want_keys.items():
-        assert_close(got_keys[path], value, key_bias_tolerance, f"{path} (keys)", absolute_error)
+        assert_close(got_keys[path], value, ZERO_GRADIENT, f"{path} (keys)", absolute_error)
 
 
 def apart(tree: Tree, heads: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
