@@ -180,7 +180,7 @@ def card(pretrained: Pretrained, part: str, checkpoint: Path, step: int | None, 
         if (checkpoint / "summary.json").exists():
             summary = read_json(checkpoint / "summary.json")
             kept = ("ended", "best_validation", "validation_mel", "data")
-            content["training"] |= {name: summary[name] for name in kept}
+            content["training"] |= {name: summary[name] for name in kept if name in summary}
     return content
 
 
