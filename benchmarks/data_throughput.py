@@ -28,6 +28,7 @@ from tortoise_jax import batches
 from tortoise_jax.audio import SAMPLE_RATE, code_count, default_mel_norms, int16_from_waveform, read_audio
 from tortoise_jax.checkpoint import Pretrained, digest
 from tortoise_jax.encoding import CodeEncoder
+from tortoise_jax.recordings import Hearing
 from tortoise_jax.sources import encode_all, listen_to_all
 from tortoise_jax.text import Tokenizer
 
@@ -84,9 +85,11 @@ def throughput(clips: int, rounds: int, folder: Path) -> None:
     outs = iter(range(1000))
     works: dict[str, Callable[[], object]] = {
         "torch, one clip at a time": lambda: encode_by_torch(model, sources, torch.from_numpy(norms)),
-        "ours, recordings to shards": lambda: encode_all(folder / f"out{next(outs)}", sources, pretrained, 11.6),
+        "ours, recordings to shards": lambda: encode_all(
+            folder / f"out{next(outs)}", sources, pretrained, Hearing(11.6)
+        ),
         "  of this: mel and codes": lambda: encoder.encode(waveforms),
-        "  of this: decoding": lambda: listen_to_all(sources, 11.6, 0),
+        "  of this: decoding": lambda: listen_to_all(sources, Hearing(11.6), 0),
     }
     compiling = timed(works["ours, recordings to shards"])
     encode_by_torch(model, sources[:4], torch.from_numpy(norms))

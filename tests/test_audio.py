@@ -37,6 +37,25 @@ def _torch_mel(waveform: np.ndarray, norms: np.ndarray = NORMS) -> np.ndarray:
     return np.moveaxis(mel.numpy(), -2, -1)
 
 
+# --- silence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 2.0), (0.0, 0.5), (0.05, 0.05)])
+def test_silence_at_the_ends_is_cut_but_a_tenth_of_a_second(before, after):
+    spoken = np.full(22050, 0.3, np.float32) * np.sin(np.arange(22050) / 5).astype(np.float32)
+    noise = lambda seconds: np.random.default_rng(0).normal(0, 1e-4, round(seconds * 22050)).astype(np.float32)
+    trimmed = audio.trim_silence(np.concatenate([noise(before), spoken, noise(after)]))
+    assert len(trimmed) / 22050 - 1 == pytest.approx(min(before, 0.1) + min(after, 0.1), abs=0.05)
+    assert np.abs(trimmed).sum() >= np.abs(spoken).sum(), "nothing that is spoken is lost"
+
+
+def test_a_pause_and_a_silent_clip_are_left_alone():
+    spoken = 0.3 * np.sin(np.arange(8192) / 5).astype(np.float32)
+    pause = np.concatenate([spoken, np.zeros(22050, np.float32), spoken])
+    for clip in (pause, np.zeros(22050, np.float32)):
+        np.testing.assert_array_equal(audio.trim_silence(clip), clip)
+
+
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 

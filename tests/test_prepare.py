@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.parity import Twin
 from tests.voices import VOICE, checkpoint_at, write_speech
 from tortoise_jax import prepare as preparing
 from tortoise_jax import shards, sources
-from tortoise_jax.audio import default_mel_norms, int16_from_waveform, read_audio
+from tortoise_jax.audio import default_mel_norms, int16_from_waveform, read_audio, trim_silence
 from tortoise_jax.dataset import Dataset
 from tortoise_jax.encoding import CodeEncoder
 from tortoise_jax.errors import UserError
@@ -235,6 +236,30 @@ def test_long_recordings_are_cut_at_whispers_segments(checkpoint, tmp_path, monk
     assert len(read) == 1, "a long recording is decoded once"
 
 
+def test_silence_at_the_ends_is_cut_off_where_asked(growing, checkpoint, tmp_path, encoded_clips, capsys):
+    wav = growing / "wavs" / "0.wav"
+    spoken, _ = soundfile.read(wav)
+    quiet = lambda seconds: np.zeros(round(seconds * 22050))
+    soundfile.write(wav, np.concatenate([quiet(1), spoken, quiet(2)]), 22050, subtype="PCM_16")
+    soundfile.write(growing / "wavs" / "1.wav", np.concatenate([spoken[:4000], quiet(2)]), 22050, subtype="PCM_16")
+    trimming = dataclasses.replace(SMALL, trim_silence=True, max_rejected=0.2)
+    prepare(growing, checkpoint, tmp_path / "set", SMALL)
+    encoded_clips.clear()
+    report = prepare(growing, checkpoint, tmp_path / "set", trimming)
+    assert sum(encoded_clips) == 7, "a clip's codes are those of what is left of it"
+    assert report["trimmed"]["lines"] >= 1
+    assert report["trimmed"]["hours"] * 3600 == pytest.approx(2.8, abs=0.3)
+    assert "silence cut off their ends" in capsys.readouterr().out
+    made, whole = Dataset.open(tmp_path / "set"), int16_from_waveform(read_audio(wav))
+    np.testing.assert_array_equal(made.waveform(0), int16_from_waveform(trim_silence(read_audio(wav))))
+    assert len(whole) - made.clips[0].samples == pytest.approx(2.8 * 22050, abs=0.2 * 22050)
+    (rejected,) = csv.DictReader((tmp_path / "set" / "rejected.tsv").read_text().splitlines(), delimiter="\t")
+    assert rejected["reason"] == "too short"
+    assert "before trimming" in rejected["detail"]
+    prepare(growing, checkpoint, tmp_path / "fresh", trimming)
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "fresh")
+
+
 def test_several_inputs_and_speakers_in_one_set(checkpoint, tmp_path):
     for name in ("ann", "bob"):
         (tmp_path / name / "wavs").mkdir(parents=True)
@@ -336,6 +361,21 @@ def test_a_lower_limit_rejects_what_was_encoded(growing, checkpoint, tmp_path):
     assert report["reasons"]["too long"]["lines"] > 0
     prepare(growing, checkpoint, tmp_path / "fresh", low)
     assert snapshot(tmp_path / "set") == snapshot(tmp_path / "fresh")
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(growing, checkpoint, tmp_path):
+    prepare(growing, checkpoint, tmp_path / "set", SMALL)
+    before = snapshot(tmp_path / "set")
+    leftovers = (".report.json.123.partial", "shards/.00000-00.bin.9.partial", f"finished/{'0' * 32}.json")
+    for name in leftovers:
+        (tmp_path / "set" / name).write_text("half")
+    for name in ("notes.txt", "shards/notes.txt", "finished/notes.json"):
+        (tmp_path / "set" / name).write_text("somebody's")
+    prepare(growing, checkpoint, tmp_path / "set", SMALL)
+    others = {"notes.txt", "shards/notes.txt", "finished/notes.json"}
+    after = snapshot(tmp_path / "set")
+    assert {name: after.pop(name) for name in others} == dict.fromkeys(others, b"somebody's")
+    assert after == before
 
 
 def test_another_dvae_encodes_anew(growing, checkpoint, tmp_path, encoded_clips, dvae, voice):
@@ -457,6 +497,8 @@ def test_a_full_disk_is_said(growing, checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"shards/00000-\w+\.bin: cannot be written \(No space left on device\)"):
         prepare(growing, checkpoint, tmp_path / "set", SMALL)
     assert not [path for path in (tmp_path / "set").rglob("*") if path.is_file()]
+    monkeypatch.undo()
+    prepare(growing, checkpoint, tmp_path / "set", SMALL)
 
 
 def test_a_vanished_group_is_said(growing, checkpoint, tmp_path, monkeypatch):

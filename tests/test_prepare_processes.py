@@ -87,10 +87,10 @@ def test_workers_end_with_their_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
         "from pathlib import Path\n"
-        "from tortoise_jax.recordings import Recording, listen_ahead\n"
+        "from tortoise_jax.recordings import Hearing, Recording, listen_ahead\n"
         "if __name__ == '__main__':\n"
         "    groups = ([Recording(Path('nowhere.wav'), (None,))] for _ in range(1000))\n"
-        "    heard = listen_ahead(groups, 10.0, frozenset(), 2); next(heard)\n"
+        "    heard = listen_ahead(groups, Hearing(10.0), frozenset(), 2); next(heard)\n"
         "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "    time.sleep(600)\n"
     )

@@ -54,10 +54,21 @@ def fit_conditioning(waveform: np.ndarray) -> np.ndarray:
     return np.pad(waveform[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(waveform))))
 
 
+# Silence at the ends of a clip: 40 dB below its loudest 46 ms; a tenth of a second of it stays, for breath.
+SILENCE_BELOW_PEAK_DB = 40.0
+SILENCE_KEPT_SECONDS = 0.1
+
 # Peak of a draft waveform, and the loudest log-mel (full scale stays below 8) it is made from: a model that has
 # learnt nothing yet may ask for more than any recording holds.
 DRAFT_PEAK = 0.95
 DRAFT_MAX_LOG = 10.0
+
+
+def trim_silence(waveform: np.ndarray) -> np.ndarray:
+    """A clip (samples,) without the silence at its ends but a tenth of a second; all of it where all is silent."""
+    _, (start, end) = librosa.effects.trim(waveform, top_db=SILENCE_BELOW_PEAK_DB, frame_length=N_FFT, hop_length=HOP)
+    kept = round(SILENCE_KEPT_SECONDS * SAMPLE_RATE)
+    return waveform[max(0, start - kept) : end + kept]
 
 
 def read_audio(path: str | Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from tortoise_jax.checkpoint import Pretrained, load_pretrained, mel_norms_diges
 from tortoise_jax.errors import UserError, did_you_mean, exit_with_one_line
 from tortoise_jax.judging import Verdict, judge
 from tortoise_jax.manifests import FORMATS, Input, read_inputs
-from tortoise_jax.recordings import MIN_SECONDS, SILENT_DB, Sound
+from tortoise_jax.recordings import MIN_SECONDS, SILENT_DB, Hearing, Sound
 from tortoise_jax.shards import Encoded
 from tortoise_jax.sources import GROUP, encode_all, listen_to_all, sources_of
 from tortoise_jax.splits import TRAIN, VALIDATION_PART, assign_splits
@@ -39,6 +39,7 @@ class Options:
     max_seconds: float | None = None
     max_text: int | None = None
     max_rejected: float = MAX_REJECTED
+    trim_silence: bool = False
     cleaner: str = "english"
     tokenizer: Path | None = None
     validation: float = VALIDATION_PART
@@ -83,7 +84,8 @@ def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Optio
     tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer, pretrained.config)
     limits = limits_of(pretrained.config, options)
     sources, places = sources_of([line for one in inputs for line in one.lines])
-    encoded, keys = encode_all(out, sources, pretrained, limits.seconds, options.workers, options.group)
+    hearing = Hearing(limits.seconds, options.trim_silence)
+    encoded, keys = encode_all(out, sources, pretrained, hearing, options.workers, options.group)
     made = assess(inputs, places, [one.sound for one in encoded], tokenizer, limits, options)
     if parallel.is_main():
         print(report.table(made.report))
@@ -106,7 +108,8 @@ def check(data: Paths, checkpoint: str | Path | None, options: Options = Options
     tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer if pretrained else Tokenizer.default(), config)
     limits = limits_of(config, options)
     sources, places = sources_of([line for one in inputs for line in one.lines])
-    made = assess(inputs, places, listen_to_all(sources, limits.seconds, options.workers), tokenizer, limits, options)
+    sounds = listen_to_all(sources, Hearing(limits.seconds, options.trim_silence), options.workers)
+    made = assess(inputs, places, sounds, tokenizer, limits, options)
     if parallel.is_main():
         print("\n".join(filter(None, (report.listing(made.verdict.rejected), report.table(made.report)))))
     check_rejected(made, options.max_rejected, "they are listed above")
@@ -155,8 +158,9 @@ def check_out(out: Path) -> None:
     """Raises UserError where a data set would be mixed with something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out must be a folder, or the name of a new one")
-    ours = dataset.is_dataset(out) or (out / shards.FINISHED).is_dir()
-    if out.is_dir() and any(out.iterdir()) and not ours:
+    if not out.is_dir() or dataset.is_dataset(out) or (out / shards.FINISHED).is_dir():
+        return
+    if any(path.name != dataset.SHARDS for path in out.iterdir()):  # with shards alone, the first group was interrupted
         raise UserError(f"{out}: holds other files and no data set; choose a new or empty folder for --out")
 
 
@@ -191,7 +195,8 @@ def assess(
     trained = Counter(speaker for speaker, split in zip(speakers, splits, strict=True) if split == TRAIN)
     alone = sum(count == 1 for count in trained.values())
     settings = dataclasses.asdict(limits) | {"cleaner": options.cleaner, "tokenizer_digest": tokenizer.digest}
-    settings |= {"max_rejected": options.max_rejected, "validation": options.validation, "seed": options.seed}
+    chosen = ("trim_silence", "max_rejected", "validation", "seed")
+    settings |= {name: getattr(options, name) for name in chosen}
     return Assessed(verdict, splits, report.make_report(inputs, verdict, splits, alone, settings))
 
 
@@ -295,6 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "metavar": "PART",
             "help": f"fail if more is rejected (default {MAX_REJECTED})",
         },
+        "trim_silence": {"action": "store_true", "help": "cut silence off both ends of clips, but for 0.1 s"},
         "cleaner": {"metavar": "NAME", "help": "english (default; spells numbers, drops accents), basic or none"},
         "tokenizer": {"type": Path, "metavar": "FILE", "help": "a BPE of one's own, as large as the checkpoint's"},
         "validation": {"type": float, "metavar": "PART", "help": f"held out if no split is given ({VALIDATION_PART})"},

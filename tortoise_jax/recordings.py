@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tortoise_jax.audio import SAMPLE_RATE, int16_from_waveform, read_audio
+from tortoise_jax.audio import SAMPLE_RATE, int16_from_waveform, read_audio, trim_silence
 from tortoise_jax.errors import UserError
 
 MIN_SECONDS = 0.6  # the shortest clip upstream trains on
@@ -37,14 +37,24 @@ class Recording:
 
 
 @dataclasses.dataclass(frozen=True)
+class Hearing:
+    """What a clip may be at most, and whether silence at its ends is cut off."""
+
+    max_seconds: float
+    trim_silence: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Sound:
     """What was found at one span. reason: why it cannot be used, "" where it can.
 
-    key: digest of the file's content and the span, "" for a file that is not there.
+    key: digest of the file's content and the span, "" for a file that is not there. samples: without the `trimmed`
+    ones, which were silent.
     """
 
     key: str
     samples: int = 0
+    trimmed: int = 0
     loudness_db: float = 0.0
     ends_abruptly: bool = False
     reason: str = ""
@@ -58,10 +68,10 @@ class Sound:
 Heard = tuple[Sound, np.ndarray | None]
 
 
-def listen(recording: Recording, max_seconds: float, known: frozenset[str] = frozenset()) -> list[Heard | str]:
+def listen(recording: Recording, hearing: Hearing, known: frozenset[str] = frozenset()) -> list[Heard | str]:
     """Each span's Sound and, where it can be used, its waveform (samples,) int16; just its key where that is known."""
     digest = file_digest(recording.path)
-    keys = [span_key(digest, span) if digest else "" for span in recording.spans]
+    keys = [sound_key(digest, span, hearing) if digest else "" for span in recording.spans]
     if all(key in known for key in keys):
         return list(keys)
     try:
@@ -72,7 +82,7 @@ def listen(recording: Recording, max_seconds: float, known: frozenset[str] = fro
     except Exception as error:  # decoders have failures of their own; one file must not end the work on all others
         return _all_rejected(keys, "unreadable", f"{type(error).__name__}: {error}")
     return [
-        key if key in known else hear(cut(waveform, span), key, span, len(waveform), max_seconds)
+        key if key in known else hear(cut(waveform, span), key, span, len(waveform), hearing)
         for key, span in zip(keys, recording.spans, strict=True)
     ]
 
@@ -90,8 +100,9 @@ def file_digest(path: Path) -> str:
         return ""
 
 
-def span_key(digest: str, span: Span) -> str:
-    return digest if span is None else f"{digest}@{span[0]:.3f}-{span[1]:.3f}"
+def sound_key(digest: str, span: Span, hearing: Hearing) -> str:
+    where = "" if span is None else f"@{span[0]:.3f}-{span[1]:.3f}"
+    return f"{digest}{where}{'~trimmed' if hearing.trim_silence else ''}"
 
 
 def cut(waveform: np.ndarray, span: Span) -> np.ndarray:
@@ -101,18 +112,23 @@ def cut(waveform: np.ndarray, span: Span) -> np.ndarray:
     return waveform[start:end]
 
 
-def hear(waveform: np.ndarray, key: str, span: Span, file_samples: int, max_seconds: float) -> Heard:
-    """Measures a float waveform and judges its length and loudness."""
-    samples, seconds = len(waveform), len(waveform) / SAMPLE_RATE
-    sound = Sound(key, samples)
+def hear(waveform: np.ndarray, key: str, span: Span, file_samples: int, hearing: Hearing) -> Heard:
+    """Measures a float waveform, trimmed if asked for, and judges its length and loudness."""
+    whole = len(waveform)
+    if hearing.trim_silence and whole >= MIN_SECONDS * SAMPLE_RATE:
+        waveform = trim_silence(waveform)
+    seconds = len(waveform) / SAMPLE_RATE
+    sound = Sound(key, len(waveform), whole - len(waveform))
     if span is not None and span[1] > file_samples / SAMPLE_RATE + 1:
         found = f"from {span[0]:.2f} to {span[1]:.2f} s, but the recording ends at {file_samples / SAMPLE_RATE:.2f} s"
         return dataclasses.replace(sound, reason="outside the recording", detail=found), None
+    length = f"{seconds:.2f} s" + (f" ({whole / SAMPLE_RATE:.2f} s before trimming)" if sound.trimmed else "")
     if seconds < MIN_SECONDS:
-        return dataclasses.replace(sound, reason="too short", detail=f"{seconds:.2f} s, at least {MIN_SECONDS} s"), None
+        return dataclasses.replace(sound, reason="too short", detail=f"{length}, at least {MIN_SECONDS} s"), None
     sound = dataclasses.replace(sound, loudness_db=loudness_db(waveform), ends_abruptly=ends_abruptly(waveform))
-    if seconds > max_seconds:
-        return dataclasses.replace(sound, reason="too long", detail=f"{seconds:.2f} s, at most {max_seconds:g} s"), None
+    if seconds > hearing.max_seconds:
+        found = f"{length}, at most {hearing.max_seconds:g} s"
+        return dataclasses.replace(sound, reason="too long", detail=found), None
     if sound.loudness_db < SILENT_DB:
         found = f"loudness {sound.loudness_db:.0f} dB, at least {SILENT_DB:.0f} dB"
         return dataclasses.replace(sound, reason="silent", detail=found), None
@@ -134,7 +150,7 @@ def ends_abruptly(waveform: np.ndarray) -> bool:
 
 
 def listen_ahead(
-    groups: Iterable[list[Recording]], max_seconds: float, known: frozenset[str], workers: int, ahead: int = 2
+    groups: Iterable[list[Recording]], hearing: Hearing, known: frozenset[str], workers: int, ahead: int = 2
 ) -> Generator[list[Heard | str], None, None]:
     """`listen` to every recording of every group, in order, the next `ahead` groups being decoded meanwhile.
 
@@ -142,11 +158,11 @@ def listen_ahead(
     """
     if workers == 0:
         for group in groups:
-            yield [heard for recording in group for heard in listen(recording, max_seconds, known)]
+            yield [heard for recording in group for heard in listen(recording, hearing, known)]
         return
     # Not forked: JAX has threads, whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(max_seconds, known))
+    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(hearing, known))
     pending: list[list[Future[list[Heard | str]]]] = []
     try:
         for group in groups:
@@ -164,12 +180,12 @@ def listen_ahead(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_settings: tuple[float, frozenset[str]]
+_worker_settings: tuple[Hearing, frozenset[str]]
 
 
-def _start_worker(max_seconds: float, known: frozenset[str]) -> None:
+def _start_worker(hearing: Hearing, known: frozenset[str]) -> None:
     global _worker_settings  # known can be large: sent once a process, not with every file
-    _worker_settings = (max_seconds, known)
+    _worker_settings = (hearing, known)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

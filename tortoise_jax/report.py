@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tortoise_jax.atomic import write_atomically
+from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.judging import REASONS, Changed, Kept, Rejection, Verdict
 from tortoise_jax.manifests import Input
 from tortoise_jax.splits import TRAIN, VALIDATION, moved_to_validation
@@ -38,6 +39,7 @@ def make_report(
             for reason in REASONS
             if any(one.reason == reason for one in rejected)
         },
+        "trimmed": _amount([one.sound.trimmed / SAMPLE_RATE for one in kept if one.sound.trimmed]),
         "splits": {name: _of_split(kept, splits, name) for name in (TRAIN, VALIDATION)},
         "speakers": _speakers(kept, splits),
         "seconds": _spread([one.sound.seconds for one in kept]),
@@ -136,6 +138,8 @@ def table(report: dict[str, Any]) -> str:
     rows = [("", "clips", "h:mm:ss")]
     rows += [(f"  {name}", *_cells(amount)) for name, amount in report["splits"].items()]
     rows.insert(1, ("kept", *_cells(report["kept"])))
+    if report["settings"]["trim_silence"]:
+        rows.append(("  silence cut off their ends", *_cells(report["trimmed"])))
     rows.append(("rejected", *_cells(report["rejected"])))
     by_count = sorted(report["reasons"].items(), key=lambda item: -item[1]["lines"])
     rows += [(f"  {reason}", *_cells(amount)) for reason, amount in by_count]

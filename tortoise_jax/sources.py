@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tortoise_jax.checkpoint import Pretrained, mel_norms_digest
 from tortoise_jax.encoding import CodeEncoder
 from tortoise_jax.errors import UserError
 from tortoise_jax.manifests import Line
-from tortoise_jax.recordings import Heard, Recording, Sound, Span, listen, listen_ahead
+from tortoise_jax.recordings import Heard, Hearing, Recording, Sound, Span, listen, listen_ahead
 from tortoise_jax.shards import Content, Encoded
 
 GROUP = 512  # sounds a shard: the most that a killed run loses, an hour of audio
@@ -57,10 +58,10 @@ def workers_for(groups: Sequence[list[Recording]], workers: int | None) -> int:
     return (os.cpu_count() or 1) if sum(map(len, groups)) > FEW else 0
 
 
-def listen_to_all(sources: Sequence[Source], max_seconds: float, workers: int | None) -> list[Sound]:
+def listen_to_all(sources: Sequence[Source], hearing: Hearing, workers: int | None) -> list[Sound]:
     """Every source measured, none encoded."""
     groups = grouped(sources, FEW)
-    heard = listen_ahead(groups, max_seconds, frozenset(), workers_for(groups, workers))
+    heard = listen_ahead(groups, hearing, frozenset(), workers_for(groups, workers))
     sounds: list[Sound] = []
     with Progress(len(sources), "listening") as progress:
         for group in heard:
@@ -73,7 +74,7 @@ def encode_all(
     out: Path,
     sources: Sequence[Source],
     pretrained: Pretrained,
-    max_seconds: float,
+    hearing: Hearing,
     workers: int | None = None,
     group_size: int = GROUP,
 ) -> tuple[list[Encoded], set[str]]:
@@ -84,12 +85,12 @@ def encode_all(
     audio = [SAMPLE_RATE, N_FFT, HOP, mel_norms_digest(pretrained.mel_norms)]
     codes_key = shards.digest_of([shards.LAYOUT, pretrained.dvae_digest, audio])
     groups = grouped(sources, group_size)
-    keys = [shards.group_key(group, {"codes": codes_key, "max_seconds": max_seconds}) for group in groups]
+    keys = [shards.group_key(group, {"codes": codes_key, "hearing": dataclasses.asdict(hearing)}) for group in groups]
     parallel.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)
     mine = range(parallel.process_index(), len(groups), parallel.process_count())
     missing = {i: (keys[i], groups[i]) for i in mine if shards.read_group(out, keys[i], verify=True) is None}
     if missing:
-        encode_groups(out, missing, codes_key, pretrained, max_seconds, workers)
+        encode_groups(out, missing, codes_key, pretrained, hearing, workers)
     parallel.wait_for_all("prepare: encoded")
     encoded: list[Encoded] = []
     for key in keys:
@@ -105,19 +106,19 @@ def encode_groups(
     groups: dict[int, tuple[str, list[Recording]]],
     codes_key: str,
     pretrained: Pretrained,
-    max_seconds: float,
+    hearing: Hearing,
     workers: int | None,
 ) -> None:
     """Decodes, encodes and writes groups, by their number with their key."""
     assert pretrained.dvae_config is not None
     encoder = CodeEncoder(pretrained.dvae_config, pretrained.dvae_params, pretrained.mel_norms)
     found = shards.reusable(out, codes_key)
-    known = {key: one for key, one in found.items() if one.sound.seconds <= max_seconds}
+    known = {key: one for key, one in found.items() if one.sound.seconds <= hearing.max_seconds}
     recordings = [group for _, group in groups.values()]
-    heard_groups = listen_ahead(recordings, max_seconds, frozenset(known), workers_for(recordings, workers))
+    heard_groups = listen_ahead(recordings, hearing, frozenset(known), workers_for(recordings, workers))
     with Progress(sum(len(r.spans) for group in recordings for r in group), "encoding") as progress:
         for (number, (key, group)), heard in zip(groups.items(), heard_groups, strict=True):
-            sounds, contents = encode_group(out, group, heard, known, encoder, max_seconds, progress)
+            sounds, contents = encode_group(out, group, heard, known, encoder, hearing, progress)
             shards.write_group(out, number, key, codes_key, sounds, contents)
 
 
@@ -127,7 +128,7 @@ def encode_group(
     heard: Sequence[Heard | str],
     known: dict[str, Encoded],
     encoder: CodeEncoder,
-    max_seconds: float,
+    hearing: Hearing,
     progress: Progress,
 ) -> tuple[list[Sound], list[Content | None]]:
     """A group's sounds and their records: copied where known, else encoded."""
@@ -142,7 +143,7 @@ def encode_group(
             contents.append(copied)
             continue
         if isinstance(item, str):  # what was known is no longer whole
-            (item,) = listen(Recording(path, (span,)), max_seconds)
+            (item,) = listen(Recording(path, (span,)), hearing)
         assert not isinstance(item, str)
         sounds.append(item[0])
         contents.append(None)
