@@ -5,9 +5,9 @@
 
 torch: transformers' GPT2Model with its cache and logits processors (tests/torch_reference), float32, all cores. Both
 draw the same number of codes for one text with tortoise's settings; the stop token is made impossible. Codes a second
-count the reading of the prompt. Also measured: compile time, and the streaming bandwidth of memory, which bounds
-batch 1, beside what decoding reads of it: every code reads all weights once. Decoding is what the codes behind the
-first program run of them take.
+count the reading of the prompt. Also measured: compile time, and what decoding reads of memory beside what memory
+gives, which bounds batch 1: every code reads all weights once. Decoding is what the codes behind those of the first
+program run take; memory's streaming bandwidth is taken before and after each run, as neighbours of a machine change it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def streaming_bandwidth() -> float:
-    """GB/s of reading a gigabyte with all cores: the best of ten."""
+    """GB/s of reading a gigabyte with all cores: the median of twenty, as decoding takes what it gets for as long."""
     block = torch.ones(2**28)
-    return block.numel() * 4 / 1e9 / min(seconds(block.sum) for _ in range(10))
+    return block.numel() * 4 / 1e9 / statistics.median(seconds(block.sum) for _ in range(20))
 
 
 def decoding_bytes(prepared: Prepared) -> int:
@@ -79,17 +79,26 @@ def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, tex
         ours, ours_start = (functools.partial(sample, options, batch) for options in (whole, started))
         first = seconds(ours)
         ours_start()
-        times = [(seconds(theirs), seconds(ours), seconds(ours_start)) for _ in range(rounds)]
-        torch_took, ours_took, start_took = map(statistics.median, zip(*times, strict=True))
-        torch_rate, our_rate = batch * codes / torch_took, batch * codes / ours_took
-        a_code = (ours_took - start_took) / (codes - started.max_codes)
-        read = decoding_bytes(prepared) / a_code / 1e9
-        bandwidth = streaming_bandwidth()
+        measured = []
+        for _ in range(rounds):
+            theirs_took, before, ours_took, after = (
+                seconds(theirs),
+                streaming_bandwidth(),
+                seconds(ours),
+                streaming_bandwidth(),
+            )
+            a_code = (ours_took - seconds(ours_start)) / (codes - started.max_codes)
+            read, bandwidth = decoding_bytes(prepared) / a_code / 1e9, (before + after) / 2
+            measured.append((theirs_took, ours_took, 1e3 * a_code, read, bandwidth, read / bandwidth))
+        theirs_took, ours_took, a_code, read, bandwidth, part = map(statistics.median, zip(*measured, strict=True))
         rows.append(
-            f"| {batch} | {torch_rate:.1f} | {our_rate:.1f} | {our_rate / torch_rate:.2f} | {first - ours_took:.0f} s "
-            f"| {1e3 * a_code:.1f} ms | {read:.1f} of {bandwidth:.1f} GB/s ({read / bandwidth:.0%}) |"
+            f"| {batch} | {batch * codes / theirs_took:.1f} | {batch * codes / ours_took:.1f} "
+            f"| {theirs_took / ours_took:.2f} | {first - ours_took:.0f} s | {a_code:.1f} ms "
+            f"| {read:.1f} of {bandwidth:.1f} GB/s ({part:.0%}) |"
         )
-        print(rows[-1], f"torch, ours, our start (s): {np.round(times, 1).tolist()}", flush=True)
+        print(
+            rows[-1], f"torch, ours (s), ms a code, GB/s read, memory's: {np.round(measured, 1).tolist()}", flush=True
+        )
     return rows
 
 
