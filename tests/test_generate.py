@@ -213,7 +213,7 @@ def test_rows_on_eight_devices_are_rows_on_one(voice: Twin, monkeypatch: pytest.
 
 
 def forget_programs() -> None:
-    for made in (generate._read_prompts, generate._decode, generate._lengthen, generate._remember):
+    for made in (generate._read_prompts, generate._decode, generate._remember):
         made.cache_clear()
 
 

@@ -239,28 +239,21 @@ def attend_cached(
     prompt: KeysAndValues,
     cache: KeysAndValues,
     recent: KeysAndValues,
-    prompt_lengths: Array,
-    first: Array,
-    step: Array,
+    allowed: Array,
 ) -> Array:
-    """q (b, h, k) over keys and values of prompts (r, h, p, k) and of codes: (b, h, s, k) before `first`, then recent
-    ones (b, h, n, k) up to this step's own. -> (b, h, k).
+    """q (b, h, k) over keys and values of prompts (r, h, p, k), earlier codes (b, h, s, k), recent ones (b, h, n, k).
 
-    Candidates of a prompt read its keys once, as one matrix product.
+    allowed (b, p + s + n) says of which. -> (b, h, k). Candidates of a prompt read its keys once, as one matrix product.
     """
     r, h, p, k = prompt[0].shape
     b, _, s, _ = cache[0].shape
-    n = recent[0].shape[2]
     shared = lambda x: x.reshape(r, b // r, h, x.shape[-1])
     scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q = q * q.shape[-1] ** -0.5
     to_prompt = scores("rchk,rhpk->rchp", shared(q), prompt[0]).reshape(b, h, p)
     to_codes = [scores("bhk,bhsk->bhs", q, keys) for keys in (cache[0], recent[0])]
-    in_prompt = jnp.repeat(jnp.arange(p) < prompt_lengths[:, None], b // r, axis=0)
-    in_codes = jnp.concatenate([jnp.arange(s) < first, jnp.arange(n) <= step - first])
-    allowed = jnp.concatenate([in_prompt, jnp.broadcast_to(in_codes, (b, s + n))], axis=1)[:, None]
     lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(allowed, jnp.concatenate([to_prompt, *to_codes], axis=-1), lowest))
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], jnp.concatenate([to_prompt, *to_codes], axis=-1), lowest))
     weights = weights.astype(q.dtype)
     mixed = jnp.einsum("rchp,rhpk->rchk", shared(weights[..., :p]), prompt[1]).reshape(b, h, k)
     for share, values in ((weights[..., p : p + s], cache[1]), (weights[..., p + s :], recent[1])):
@@ -274,17 +267,16 @@ def block(
     prompt: KeysAndValues,
     cache: KeysAndValues,
     recent: KeysAndValues,
-    prompt_lengths: Array,
-    first: Array,
-    step: Array,
+    allowed: Array,
+    place: Array,
     heads: int,
 ) -> tuple[Array, KeysAndValues]:
-    """One GPT-2 block for one new position a row: x (d, b) -> (d, b), and `recent` with its key and value."""
+    """One GPT-2 block for one new position a row: x (d, b) -> (d, b), and `recent` with its key and value in place."""
     d, b = x.shape
     qkv = product(weights["c_attn"], normalise(x, weights["ln_1"]))
     q, k, v = qkv.reshape(3, heads, d // heads, b).transpose(0, 3, 1, 2)  # three of (b, h, k)
-    recent = jax.tree.map(lambda old, new: write_codes(old, new[:, :, None], step - first), recent, (k, v))
-    mixed = attend_cached(q, prompt, cache, recent, prompt_lengths, first, step)
+    recent = jax.tree.map(lambda old, new: write_codes(old, new[:, :, None], place), recent, (k, v))
+    mixed = attend_cached(q, prompt, cache, recent, allowed)
     x = x + product(weights["attn_proj"], mixed.reshape(b, d).T)
     wide = nn.gelu(product(weights["c_fc"], normalise(x, weights["ln_2"])), approximate=True)
     return x + product(weights["mlp_proj"], wide), recent
@@ -301,9 +293,9 @@ def decode(
     ends: Tree,
     controls: Tree,
     prompts: list[KeysAndValues],
-    prompt_lengths: Array,
-    state: Tree,
     cache: list[KeysAndValues],
+    earlier: Array,
+    state: Tree,
     *,
     config: UnifiedVoiceConfig,
     top_k: int,
@@ -312,12 +304,13 @@ def decode(
 ) -> tuple[Tree, list[KeysAndValues]]:
     """Draws codes, at most `longest`, from step controls["first"] to controls["end"], or until all rows have stopped.
 
-    Returns the state and the keys and values of these codes (b, h, n, k), for `remember`. They are apart from the
-    cache because what a compiled loop changes it may copy at every step; the cache stays as it is.
+    earlier (b, p + s): which keys of prompts and cache there are. Returns the state and the keys and values of these
+    codes (b, h, n, k), for `remember`. They are apart from the cache because what a compiled loop changes it may copy
+    at every step; the cache stays as it is.
     """
     keys = jax.random.wrap_key_data(state["keys"].reshape(-1, state["keys"].shape[-1]))
     first = controls["first"]
-    blank = lambda x: jnp.zeros((*x.shape[:2], longest, x.shape[3]), x.dtype)
+    blank = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], longest, x.shape[3]), x.dtype), cache)
 
     def unfinished(carry: tuple[Array, Tree, Any]) -> Array:
         step, state, _ = carry
@@ -326,9 +319,11 @@ def decode(
     def one_code(carry: tuple[Array, Tree, Any]) -> tuple[Array, Tree, Any]:
         step, state, recent = carry
         x = (ends["mel_embedding"][state["token"]] + ends["mel_pos_embedding"][step]).T
+        now = jnp.broadcast_to(jnp.arange(longest) <= step - first, (len(earlier), longest))
+        allowed = jnp.concatenate([earlier, now], axis=1)
         grown = []
         for weights, prompt, old, new in zip(layers, prompts, cache, recent, strict=True):
-            x, new = block(weights, x, prompt, old, new, prompt_lengths, first, step, config.heads)
+            x, new = block(weights, x, prompt, old, new, allowed, step - first, config.heads)
             grown.append(new)
         hidden = normalise(normalise(x, ends["ln_f"]), ends["final_norm"])
         logits = product(ends["mel_head"], hidden).astype(jnp.float32).T
@@ -350,12 +345,12 @@ def decode(
         }
         return step + 1, state, grown
 
-    _, state, recent = jax.lax.while_loop(unfinished, one_code, (first, state, jax.tree.map(blank, cache)))
+    _, state, recent = jax.lax.while_loop(unfinished, one_code, (first, state, blank))
     return state, recent
 
 
 def remember(place: Array, cache: list[KeysAndValues], recent: list[KeysAndValues]) -> list[KeysAndValues]:
-    """The cache with the keys and values of a finished call."""
+    """The cache with the keys and values of a finished call, of prompts, or of a shorter cache."""
     return jax.tree.map(lambda old, new: write_codes(old, new, place), cache, recent)
 
 
@@ -374,11 +369,6 @@ def start_state(config: UnifiedVoiceConfig, keys: np.ndarray, codes: int) -> Tre
     }
 
 
-def lengthen(cache: list[KeysAndValues], *, room: int) -> list[KeysAndValues]:
-    """The cache with room for more codes (b, h, room, k)."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0))), cache)
-
-
 @functools.cache
 def _read_prompts(config: UnifiedVoiceConfig, dtype: str) -> Callable[..., Any]:
     return parallel.by_rows(functools.partial(read_prompts, config=config, dtype=dtype), replicated=1, sharded=4)
@@ -387,17 +377,12 @@ def _read_prompts(config: UnifiedVoiceConfig, dtype: str) -> Callable[..., Any]:
 @functools.cache
 def _decode(config: UnifiedVoiceConfig, top_k: int, greedy: bool, longest: int) -> Callable[..., Any]:
     loop = functools.partial(decode, config=config, top_k=top_k, greedy=greedy, longest=longest)
-    return parallel.by_rows(loop, replicated=3, sharded=4, donate=(5,))
+    return parallel.by_rows(loop, replicated=3, sharded=4, donate=(6,))
 
 
 @functools.cache
 def _remember() -> Callable[..., Any]:
     return parallel.by_rows(remember, replicated=1, sharded=2, donate=(1,))
-
-
-@functools.cache
-def _lengthen(room: int) -> Callable[..., Any]:
-    return parallel.by_rows(functools.partial(lengthen, room=room), replicated=0, sharded=1)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -435,22 +420,23 @@ def sample(
     layout = Layout.of(len(texts), candidates, parallel.local_device_count())
     keys = layout.keys(seed, first_candidate)
     spread = lambda array: parallel.rows_on_devices(array[layout.prompt])
-    lengths = spread(prompts.pop("lengths"))
     read = _read_prompts(config, prepared.dtype)
-    prompt_cache = read(
-        prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions"))
-    )
+    shared = read(prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions")))
+    lengths = np.repeat(prompts["lengths"][layout.prompt], layout.share)
+    in_prompt = np.arange(prompts["tokens"].shape[1]) < lengths[:, None]
     state = jax.tree.map(parallel.rows_on_devices, start_state(config, keys, options.max_codes))
     loop = _decode(config, options.top_k, options.temperature == 0, CODES_A_CALL)
 
-    cache = None
+    cache, before = None, 0  # the cache's places before those of codes
+    if layout.share == 1:  # no candidates read a prompt together: one product with it and its codes is quicker than two
+        cache, shared, before = shared, jax.tree.map(lambda x: x[:, :, :0], shared), in_prompt.shape[1]
     for first in range(0, options.max_codes, CODES_A_CALL):
         end = min(first + CODES_A_CALL, options.max_codes)
         room = next((length for length in CACHE_LENGTHS if length >= first + CODES_A_CALL), first + CODES_A_CALL)
-        if cache is None:
-            cache = empty_cache(config, len(keys), room, prepared.dtype)
-        elif cache[0][0].shape[2] < room:
-            cache = _lengthen(room)(cache)
+        if cache is None or cache[0][0].shape[2] < before + room:
+            longer = empty_cache(config, len(keys), before + room, prepared.dtype)
+            cache = _remember()(np.int32(0), longer, cache) if cache else longer
+        earlier = np.hstack([in_prompt, np.broadcast_to(np.arange(room) < first, (len(keys), room))])
         controls = {
             "first": np.int32(first),
             "end": np.int32(end),
@@ -458,13 +444,15 @@ def sample(
             "tail": np.float32(1 - options.top_p),
             "repetition_penalty": np.float32(options.repetition_penalty),
         }
-        state, recent = loop(prepared.layers, prepared.ends, controls, prompt_cache, lengths, state, cache)
+        state, recent = loop(
+            prepared.layers, prepared.ends, controls, shared, cache, parallel.rows_on_devices(earlier), state
+        )
         if progress:
             progress(end)
         if np.all(np.asarray(state["stopped"])):
             break
         if end < options.max_codes:
-            cache = _remember()(np.int32(first), cache, recent)
+            cache = _remember()(np.int32(before + first), cache, recent)
     return collect(config, jax.tree.map(lambda leaf: np.asarray(leaf)[layout.rows()], state))
 
 
