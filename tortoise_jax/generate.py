@@ -243,7 +243,7 @@ def attend_cached(
 ) -> Array:
     """q (b, h, k) over keys and values of prompts (r, h, p, k), earlier codes (b, h, s, k), recent ones (b, h, n, k).
 
-    allowed (b, p + s + n) says of which. -> (b, h, k). Candidates of a prompt read its keys once, as one matrix product.
+    allowed (b, p + s + n) says of which. -> (b, h, k). Candidates of a prompt read its keys once, as one product.
     """
     r, h, p, k = prompt[0].shape
     b, _, s, _ = cache[0].shape
