@@ -81,14 +81,12 @@ def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, tex
         ours_start()
         measured = []
         for _ in range(rounds):
-            theirs_took, before, ours_took, after = (
-                seconds(theirs),
-                streaming_bandwidth(),
-                seconds(ours),
-                streaming_bandwidth(),
-            )
+            theirs_took = seconds(theirs)
+            before = streaming_bandwidth()
+            ours_took = seconds(ours)
+            bandwidth = (before + streaming_bandwidth()) / 2
             a_code = (ours_took - seconds(ours_start)) / (codes - started.max_codes)
-            read, bandwidth = decoding_bytes(prepared) / a_code / 1e9, (before + after) / 2
+            read = decoding_bytes(prepared) / a_code / 1e9
             measured.append((theirs_took, ours_took, 1e3 * a_code, read, bandwidth, read / bandwidth))
         theirs_took, ours_took, a_code, read, bandwidth, part = map(statistics.median, zip(*measured, strict=True))
         rows.append(

@@ -35,7 +35,7 @@ COLUMNS = ("loss/text", "loss/mel", "loss/total", "grad_norm/decayed", "grad_nor
 class Trajectory:
     """Torch in float64, and the final weights of the same run in float32, to see how far rounding alone goes.
 
-    first_gradient: of the first step, before clipping.
+    first_gradient: of the first step, as the optimizer got it.
     """
 
     start: Twin
@@ -59,17 +59,19 @@ def reference() -> Trajectory:
     single, double = tiny_unified_voice(seed=5), tiny_unified_voice(seed=5).double()
     twin = voice_twin(single)
     trainer, plain = Trainer(double, RECIPE), Trainer(single, RECIPE)
-    batches, gradients = [], []
+    batches: list[dict[str, np.ndarray]] = []
+    first_gradient: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         batch = random_batch(single, seed=100 + step)
         trainer.step(batch | {"cond_mel": batch["cond_mel"].double()})
-        gradients.append({name: value.grad.clone() for name, value in double.named_parameters()})
+        if step == 0:
+            first_gradient = {name: value.grad.clone() for name, value in double.named_parameters()}
         plain.step(batch)
         arrays = {name: value.numpy() for name, value in batch.items()}
         lengths = arrays["code_lengths"] * SAMPLES_PER_CODE
         names = ("cond_mel", "text", "text_lengths", "codes")
         batches.append(upstream_batch(twin.config, *(arrays[name] for name in names), lengths))
-    trees = [voice_tree(twin.config, arrays) for arrays in (gradients[0], double.state_dict(), single.state_dict())]
+    trees = [voice_tree(twin.config, arrays) for arrays in (first_gradient, double.state_dict(), single.state_dict())]
     return Trajectory(twin, batches, np.array(trainer.history), *trees)
 
 

@@ -54,9 +54,8 @@ def fit_conditioning(waveform: np.ndarray) -> np.ndarray:
     return np.pad(waveform[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(waveform))))
 
 
-# Silence at the ends of a clip: 40 dB below its loudest 46 ms; a tenth of a second of it stays, for breath.
-SILENCE_BELOW_PEAK_DB = 40.0
-SILENCE_KEPT_SECONDS = 0.1
+SILENCE_BELOW_PEAK_DB = 40.0  # how far below the loudest part of a clip, or of what the model says, silence is
+SILENCE_KEPT_SECONDS = 0.1  # of it, where the ends of a clip are cut: for breath
 
 # Peak of a draft waveform, and the loudest log-mel (full scale stays below 8) it is made from: a model that has
 # learnt nothing yet may ask for more than any recording holds.

@@ -422,8 +422,7 @@ def sample(
     spread = lambda array: parallel.rows_on_devices(array[layout.prompt])
     read = _read_prompts(config, prepared.dtype)
     shared = read(prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions")))
-    lengths = np.repeat(prompts["lengths"][layout.prompt], layout.share)
-    in_prompt = np.arange(prompts["tokens"].shape[1]) < lengths[:, None]
+    in_prompt = np.arange(prompts["tokens"].shape[1]) < prompts["lengths"][layout.prompt_of_rows(), None]
     state = jax.tree.map(parallel.rows_on_devices, start_state(config, keys, options.max_codes))
     loop = _decode(config, options.top_k, options.temperature == 0, CODES_A_CALL)
 
@@ -494,6 +493,10 @@ class Layout:
         padding = np.zeros(-used % devices, np.int64)
         return cls(np.concatenate([prompt, padding]), prompts, candidates, parts, math.ceil(candidates / parts))
 
+    def prompt_of_rows(self) -> np.ndarray:
+        """Which prompt each row is of (b,)."""
+        return np.repeat(self.prompt, self.share)
+
     def candidate(self) -> np.ndarray:
         """Which candidate of its prompt each row is; beyond the last where the share does not come out even."""
         part = np.arange(len(self.prompt)) % self.parts
@@ -504,7 +507,7 @@ class Layout:
         fold = jax.vmap(jax.random.fold_in)
         candidate = first_candidate + self.candidate()
         keys = jnp.broadcast_to(jax.random.key(seed), candidate.shape)
-        keys = fold(fold(keys, jnp.asarray(np.repeat(self.prompt, self.share))), jnp.asarray(candidate))
+        keys = fold(fold(keys, jnp.asarray(self.prompt_of_rows())), jnp.asarray(candidate))
         return np.asarray(jax.random.key_data(keys))
 
     def rows(self) -> np.ndarray:

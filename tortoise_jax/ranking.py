@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENCE_BELOW_PEAK_DB
 
 LOOP_SECONDS = 2.0  # the same few codes over and over for so long are no speech
 LONGEST_PERIOD = 16  # codes
 REPEATS = 3
-SILENT_NEPERS = np.log(10.0 ** (40 / 10))  # 40 dB in the log of power: how far below the loudest frame silence is
+SILENT_NEPERS = np.log(10.0 ** (SILENCE_BELOW_PEAK_DB / 10))  # in the log of power
 SILENT_SECONDS = 1.0  # more of it at the end than a pause is flagged
 
 SECONDS_A_CODE = SAMPLES_PER_CODE / SAMPLE_RATE

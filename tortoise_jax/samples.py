@@ -11,7 +11,7 @@ import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import generate, voices
-from tortoise_jax.audio import SAMPLE_RATE, fit_conditioning, waveform_from_int16
+from tortoise_jax.audio import SAMPLE_RATE, SILENCE_BELOW_PEAK_DB, fit_conditioning, waveform_from_int16
 from tortoise_jax.checkpoint import Pretrained
 from tortoise_jax.dataset import Dataset
 from tortoise_jax.errors import UserError
@@ -20,7 +20,6 @@ from tortoise_jax.watch import Watch
 
 FOLDER = "samples"
 VOICES, CLIPS_A_VOICE = 2, 3
-SILENCE_DB = -40.0  # below the draft's peak
 SEED = 0
 
 Sampler = Callable[[int, Any, Watch, History], None]
@@ -95,5 +94,5 @@ def trailing_silence(waveform: np.ndarray) -> float:
     """Seconds at the end that stay below -40 dB of the peak."""
     if not len(waveform):
         return 0.0
-    loud = np.flatnonzero(np.abs(waveform) > np.abs(waveform).max() * 10 ** (SILENCE_DB / 20))
+    loud = np.flatnonzero(np.abs(waveform) > np.abs(waveform).max() * 10 ** (-SILENCE_BELOW_PEAK_DB / 20))
     return (len(waveform) - 1 - int(loud[-1])) / SAMPLE_RATE if len(loud) else len(waveform) / SAMPLE_RATE
