@@ -20,20 +20,26 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tortoise_jax import batches, config, parallel, planning, presets, replay, run, run_report, stopping, voices
+from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.batches import Plan
-from tortoise_jax.checkpoint import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
-from tortoise_jax.dataset import Dataset, is_dataset
+from tortoise_jax.checkpoints.pretrained import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
+from tortoise_jax.data import batches
+from tortoise_jax.data.batches import Plan
+from tortoise_jax.data.dataset import Dataset, is_dataset
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.loop import INTERRUPTED, Loop
-from tortoise_jax.optimizer import learning_rate_schedule, make_optimizer
+from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.prepare import prepare
-from tortoise_jax.run import History
-from tortoise_jax.samples import fixed_voices, make_sampler
-from tortoise_jax.step import Recipe, TrainState, initial_state
-from tortoise_jax.unified_voice import UnifiedVoice, UnifiedVoiceConfig
-from tortoise_jax.watch import Watch
+from tortoise_jax.synthesis import voices
+from tortoise_jax.training import config, presets, replay, stopping
+from tortoise_jax.training import estimate as planning
+from tortoise_jax.training import report as run_report
+from tortoise_jax.training import run_directory as run
+from tortoise_jax.training.drafts import fixed_voices, make_sampler
+from tortoise_jax.training.loop import INTERRUPTED, Loop
+from tortoise_jax.training.metrics import Watch
+from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tortoise_jax.training.run_directory import History
+from tortoise_jax.training.step import Recipe, TrainState, initial_state
 
 
 def main() -> None:

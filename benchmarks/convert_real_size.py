@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.torch_reference import DiscreteVAE, UnifiedVoice
+from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
 
 GB = 1e9
 PARAMETERS = {"autoregressive.pth": 421_526_786, "dvae.pth": 59_963_984}
@@ -62,8 +62,8 @@ def orbax_alone(folder: Path, seconds: dict[str, float]) -> None:
     import orbax.checkpoint as ocp
 
     from convert.source import AR, DVAE, open_source
-    from tortoise_jax.checkpoint import save_tree
-    from tortoise_jax.state_dict import nest
+    from tortoise_jax.checkpoints.pretrained import save_tree
+    from tortoise_jax.checkpoints.state_dict import nest
 
     rng = np.random.default_rng(0)
     shapes = {

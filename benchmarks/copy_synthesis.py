@@ -23,11 +23,11 @@ import optax
 from tqdm import tqdm
 
 from tortoise_jax.audio import default_mel_norms, griffin_lim, log_mel, read_audio
-from tortoise_jax.checkpoint import load_pretrained
-from tortoise_jax.dvae import DiscreteVAE, DVAEConfig
+from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.errors import exit_with_one_line
-from tortoise_jax.generate import decode_mel, draft
+from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.speak import write_wav
+from tortoise_jax.synthesis.sampler import decode_mel, draft
 
 Tree = Any
 VOICE = Path(__file__).parent.parent / "examples" / "voice" / "wavs"

@@ -22,15 +22,15 @@ import numpy as np
 import soundfile
 import torch
 
-from tests.parity import dvae_twin
-from tests.torch_reference import DiscreteVAE, log_mel
-from tortoise_jax import batches
+from tests.support.parity import dvae_twin
+from tests.support.torch_reference import DiscreteVAE, log_mel
 from tortoise_jax.audio import SAMPLE_RATE, code_count, default_mel_norms, int16_from_waveform, read_audio
-from tortoise_jax.checkpoint import Pretrained, digest
-from tortoise_jax.encoding import CodeEncoder
-from tortoise_jax.recordings import Hearing
-from tortoise_jax.sources import encode_all, listen_to_all
-from tortoise_jax.text import Tokenizer
+from tortoise_jax.checkpoints.pretrained import Pretrained, digest
+from tortoise_jax.data import batches
+from tortoise_jax.data.encoding import CodeEncoder
+from tortoise_jax.data.recordings import Hearing
+from tortoise_jax.data.sources import encode_all, listen_to_all
+from tortoise_jax.text.tokenizer import Tokenizer
 
 VOICE = Path(__file__).parent.parent / "examples" / "voice" / "wavs"
 TOKENS_PER_SECOND = 9  # of English read aloud, as in the example voice

@@ -23,11 +23,12 @@ import jax
 import numpy as np
 import torch
 
-from tests.parity import voice_twin
-from tests.torch_reference import UnifiedVoice, tiny_unified_voice
-from tortoise_jax import generate, parallel
-from tortoise_jax.generate import Prepared, SamplingOptions
-from tortoise_jax.unified_voice import UnifiedVoiceConfig
+from tests.support.parity import voice_twin
+from tests.support.torch_reference import UnifiedVoice, tiny_unified_voice
+from tortoise_jax import parallel
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.synthesis import sampler as generate
+from tortoise_jax.synthesis.sampler import Prepared, SamplingOptions
 
 IMPOSSIBLE = -1e4
 

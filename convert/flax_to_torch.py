@@ -20,8 +20,9 @@ from convert.command_line import Parser
 from convert.families import AR, DVAE
 from convert.source import RELEASED_TEXT_TOKENS, TABLES, card_beside
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
-from tortoise_jax import __version__, state_dict
-from tortoise_jax.checkpoint import (
+from tortoise_jax import __version__
+from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.pretrained import (
     STEPS,
     Pretrained,
     RunCheckpoints,
@@ -32,7 +33,7 @@ from tortoise_jax.checkpoint import (
     write_json,
 )
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 
 CONDITIONING_INPUTS = 2  # of the released model
 MASKED_BIAS = -1e4

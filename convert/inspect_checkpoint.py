@@ -17,8 +17,8 @@ from convert.command_line import Parser, positive
 from convert.families import AR, DVAE, Found
 from convert.source import Source, card_beside, decide, describe, nonfinite, sha256
 from convert.torch_files import Loaded, load
-from tortoise_jax import state_dict
-from tortoise_jax.checkpoint import CARD, STEPS, RunCheckpoints, load_pretrained, parameter_count
+from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.pretrained import CARD, STEPS, RunCheckpoints, load_pretrained, parameter_count
 from tortoise_jax.errors import UserError, exit_with_one_line
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".state", ".ckpt", ".bin")

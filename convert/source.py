@@ -19,11 +19,11 @@ from convert import families
 from convert.download import DVAE_SHA256
 from convert.families import AR, DVAE, Found
 from convert.torch_files import ZIP, Progress, load, silent
-from tortoise_jax import state_dict
-from tortoise_jax.checkpoint import dvae_shapes, unified_voice_shapes
-from tortoise_jax.dvae import DVAEConfig
+from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.pretrained import dvae_shapes, unified_voice_shapes
 from tortoise_jax.errors import UserError
-from tortoise_jax.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.dvae import DVAEConfig
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 
 Config = UnifiedVoiceConfig | DVAEConfig
 TABLES = {AR: state_dict.UNIFIED_VOICE, DVAE: state_dict.DVAE}

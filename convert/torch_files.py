@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from tortoise_jax.checkpoint import CARD
+from tortoise_jax.checkpoints.pretrained import CARD
+from tortoise_jax.checkpoints.state_dict import same_bits
 from tortoise_jax.errors import UserError
-from tortoise_jax.state_dict import same_bits
 
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"
 CHUNK = 1 << 23

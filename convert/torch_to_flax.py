@@ -32,13 +32,13 @@ from convert.source import (
     open_source,
     sha256,
 )
-from tortoise_jax import state_dict
 from tortoise_jax.audio import default_mel_norms
-from tortoise_jax.checkpoint import Pretrained, digest, mel_norms_digest, save_pretrained
-from tortoise_jax.dvae import DVAEConfig
+from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.pretrained import Pretrained, digest, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.text import Tokenizer
-from tortoise_jax.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.dvae import DVAEConfig
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.text.tokenizer import Tokenizer
 
 LOOK_IN = Path("checkpoints")
 FILES = {DVAE: "dvae.pth", AR: "autoregressive.pth"}

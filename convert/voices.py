@@ -20,9 +20,9 @@ import torch
 
 from convert.command_line import Parser
 from convert.torch_files import load
-from tortoise_jax.atomic import write_atomically
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.voices import DIFFUSION, VECTOR, read_npz, read_voice, save_voice
+from tortoise_jax.files import write_atomically
+from tortoise_jax.synthesis.voices import DIFFUSION, VECTOR, read_npz, read_voice, save_voice
 
 LATENTS = "latents"
 

@@ -11,8 +11,8 @@ import jax
 import pytest
 import torch
 
-from tests import torch_reference
-from tests.parity import Twin, dvae_twin, voice_twin
+from tests.support import torch_reference
+from tests.support.parity import Twin, dvae_twin, voice_twin
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles three times as fast; tiny models run alike

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.torch_reference import DiscreteVAE, UnifiedVoice, log_mel
+from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, log_mel
 from tortoise_jax.audio import default_mel_norms, read_audio
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tortoise_jax as tj
-from tests import runs
+from tests.support import runs
 from tortoise_jax import api
 from tortoise_jax.audio import CONDITIONING_SAMPLES
 

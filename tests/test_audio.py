@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import copy_synthesis
 from benchmarks.copy_synthesis import distance
-from tests import torch_reference
+from tests.support import torch_reference
 from tortoise_jax import audio
 from tortoise_jax.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Imports go one way through the layers; torch stays outside the package; devices are parallel.py's business alone."""
+"""Imports go one way through the rooms; torch stays outside the package; devices are parallel.py's business alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module may import from its own layer (without going round in circles) and from those above it in this list.
-LAYERS = [
-    "errors atomic audio text layers dvae unified_voice loss optimizer sampling stopping sentences",
-    "step batches dataset checkpoint state_dict parallel config encoding judging manifests planning presets ranking "
-    "recordings report run run_report shards sources splits voices watch",
-    "prepare generate speak samples replay loop api __init__",
-]
+# What a room (a folder of the package, or a module beside the folders) may import from, beside itself.
+FOUNDATION = ("errors", "files", "audio", "text", "models", "parallel")
+ROOMS: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "files": ("errors",),
+    "audio": ("errors", "files"),
+    "text": ("errors", "files"),
+    "models": ("errors",),
+    "parallel": ("errors", "files"),
+    "checkpoints": FOUNDATION,
+    "data": (*FOUNDATION, "checkpoints"),
+    "synthesis": (*FOUNDATION, "checkpoints"),
+    "training": (*FOUNDATION, "checkpoints", "data", "synthesis"),
+    "api": (*FOUNDATION, "checkpoints", "data", "synthesis", "training"),
+    "prepare": (*FOUNDATION, "checkpoints", "data"),
+    "speak": (*FOUNDATION, "checkpoints", "synthesis"),
+}
 SCRIPTS = ("train.py", "convert", "configs")
 ABOVE_THE_PACKAGE = ("train", "convert", "tests", "benchmarks")
 TORCH = ("torch", "torchaudio", "transformers", "tensorflow")
@@ -29,14 +39,14 @@ DEVICE_CALLS = (
     *("process_index", "process_count", "distributed", "experimental.multihost_utils"),
     *("pmap", "shard_map", "sharding", "make_array_from_single_device_arrays"),
 )
-DEVICE_MODULE = "parallel"
+DEVICE_MODULE = "tortoise_jax/parallel.py"
 
 
 def violations(root: Path) -> list[str]:
     """Every breach of the rules in the tree at `root`, as "file: what"."""
-    package = {path.stem: path for path in (root / "tortoise_jax").glob("*.py")}
+    package = {module_name(path.relative_to(root)): path for path in sorted((root / "tortoise_jax").rglob("*.py"))}
     imported = {name: set(package_imports(path, package)) for name, path in package.items()}
-    found = [*layer_breaches(imported), *circles(imported)]
+    found = [*room_breaches(imported), *circles(imported)]
     for path in python_files(root):
         place = path.relative_to(root).as_posix()
         if place.split("/")[0] not in MAY_IMPORT_TORCH:
@@ -45,9 +55,14 @@ def violations(root: Path) -> list[str]:
             if place.startswith("tortoise_jax/"):
                 above = (name for name in imports(path) if name.split(".")[0] in ABOVE_THE_PACKAGE)
                 found += [f"{place}: imports {name}, which is above it" for name in above]
-            if path.stem != DEVICE_MODULE:
+            if place != DEVICE_MODULE:
                 found += [f"{place}: calls jax.{name}" for name in device_calls(path)]
     return found
+
+
+def module_name(path: Path) -> str:
+    """tortoise_jax/data/batches.py -> tortoise_jax.data.batches; a folder's __init__.py is the folder."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def python_files(root: Path) -> Iterator[Path]:
@@ -63,40 +78,49 @@ def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield "a relative import"
         elif isinstance(node, ast.ImportFrom):
-            module = "tortoise_jax" + (f".{node.module}" if node.module else "") if node.level else node.module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def package_imports(path: Path, package: dict[str, Path]) -> Iterator[str]:
-    """Modules of the package that a file imports."""
+    """Modules of the package that a file imports: the longest known beginning of each name."""
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "tortoise_jax":
-            module = parts[1] if len(parts) > 1 else "__init__"
-            yield module if module in package else "__init__"
+        beginnings = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        known = next((beginning for beginning in beginnings if beginning in package), "")
+        if known or name == "a relative import":
+            yield known or name
 
 
-def layer_breaches(imported: dict[str, set[str]]) -> Iterator[str]:
-    layer_of = {name: place for place, names in enumerate(LAYERS) for name in names.split()}
+def room_of(module: str) -> str:
+    """The part of a module's name after the package's, "" for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def room_breaches(imported: dict[str, set[str]]) -> Iterator[str]:
     for name, others in sorted(imported.items()):
-        if name not in layer_of:
-            yield f"tortoise_jax/{name}.py: in no layer; give it one in tests/test_imports.py"
+        room = room_of(name)
+        if room not in ROOMS and room:
+            yield f"{name}: in no room; give it one in tests/test_imports.py"
             continue
-        for other in sorted(others & layer_of.keys()):
-            # What the package's __init__ holds (its version) may be read anywhere.
-            if layer_of[other] > layer_of[name] and other != "__init__":
-                yield f"tortoise_jax/{name}.py: imports {other} of a later layer"
+        for other in sorted(others):
+            if other == "a relative import":
+                yield f"{name}: has a relative import; write the whole name"
+            # What the package's own __init__ holds (its version) may be read anywhere, and it may read anything.
+            elif room and room_of(other) not in ("", room, *ROOMS[room]):
+                yield f"{name}: imports {other}; the room {room} may not"
 
 
 def circles(imported: dict[str, set[str]]) -> Iterator[str]:
     def reaches(name: str, goal: str, seen: set[str]) -> bool:
-        new = imported.get(name, set()) - seen - {"__init__"}
+        new = imported.get(name, set()) - seen - {"tortoise_jax"}
         return goal in new or any(reaches(other, goal, seen | new) for other in new)
 
-    for name in sorted(imported.keys() - {"__init__"}):
+    for name in sorted(imported.keys() - {"tortoise_jax"}):
         if reaches(name, name, set()):
-            yield f"tortoise_jax/{name}.py: imports itself in a circle"
+            yield f"{name}: imports itself in a circle"
 
 
 def device_calls(path: Path) -> Iterator[str]:
@@ -116,6 +140,10 @@ def test_the_project_keeps_its_rules() -> None:
 def test_the_project_is_what_was_looked_at() -> None:
     seen = {path.relative_to(ROOT).as_posix() for path in python_files(ROOT)}
     assert {"train.py", "tortoise_jax/parallel.py", "convert/torch_to_flax.py", "configs/ar.py"} <= seen
+    assert {path.relative_to(ROOT).parts[1].removesuffix(".py") for path in (ROOT / "tortoise_jax").rglob("*.py")} == {
+        *ROOMS,
+        "__init__",
+    }
     assert "calls jax.pmap" not in str(violations(ROOT))
     assert "pmap" in set(device_calls(ROOT / "tortoise_jax" / "parallel.py"))
     assert any(name.startswith("torch") for name in imports(ROOT / "convert" / "torch_files.py"))
@@ -124,48 +152,68 @@ def test_the_project_is_what_was_looked_at() -> None:
 @pytest.mark.parametrize(
     ("file", "code", "what"),
     [
-        ("tortoise_jax/layers.py", "import torch", "tortoise_jax/layers.py: imports torch"),
-        ("tortoise_jax/layers.py", "def f():\n    from torch import nn", "tortoise_jax/layers.py: imports torch.nn"),
+        ("tortoise_jax/models/layers.py", "import torch", "tortoise_jax/models/layers.py: imports torch"),
+        ("tortoise_jax/audio.py", "def f():\n    from torch import nn", "tortoise_jax/audio.py: imports torch.nn"),
         ("train.py", "import transformers.models", "train.py: imports transformers.models"),
         ("configs/ar.py", "import torch.nn as nn", "configs/ar.py: imports torch.nn"),
-        ("tortoise_jax/loss.py", "from tortoise_jax.step import x", "loss.py: imports step of a later layer"),
-        ("tortoise_jax/loss.py", "from tortoise_jax import step", "loss.py: imports step of a later layer"),
-        ("tortoise_jax/loss.py", "import tortoise_jax.step", "loss.py: imports step of a later layer"),
-        ("tortoise_jax/loss.py", "from .step import x", "loss.py: imports step of a later layer"),
-        ("tortoise_jax/loss.py", "from . import step", "loss.py: imports step of a later layer"),
-        ("tortoise_jax/batches.py", "from tortoise_jax.prepare import x", "batches.py: imports prepare of a later"),
-        ("tortoise_jax/audio.py", "import tortoise_jax.text", "audio.py: imports itself in a circle"),
-        ("tortoise_jax/step.py", "import convert.torch_files", "step.py: imports convert.torch_files, which is above"),
-        ("tortoise_jax/step.py", "from train import main", "step.py: imports train.main, which is above it"),
-        ("tortoise_jax/new.py", "", "new.py: in no layer"),
-        ("tortoise_jax/step.py", "import jax\nn = jax.device_count()", "step.py: calls jax.device_count"),
-        ("tortoise_jax/step.py", "from jax import pmap", "step.py: calls jax.pmap"),
-        ("tortoise_jax/step.py", "from jax.experimental import multihost_utils", "calls jax.experimental.multihost"),
-        ("tortoise_jax/step.py", "from jax.sharding import Mesh", "step.py: calls jax.sharding"),
+        ("tortoise_jax/models/layers.py", "from tortoise_jax.training.step import x", "the room models may not"),
+        (
+            "tortoise_jax/models/layers.py",
+            "from tortoise_jax.training import step",
+            "imports tortoise_jax.training.step",
+        ),
+        ("tortoise_jax/models/layers.py", "import tortoise_jax.training.step", "the room models may not"),
+        ("tortoise_jax/models/layers.py", "def f():\n    import tortoise_jax.parallel", "the room models may not"),
+        (
+            "tortoise_jax/data/deep/er.py",
+            "from tortoise_jax.training import step",
+            "data.deep.er: imports",
+        ),
+        ("tortoise_jax/data/batches.py", "from tortoise_jax.synthesis import x", "the room data may not"),
+        ("tortoise_jax/synthesis/voices.py", "from tortoise_jax.data.batches import x", "the room synthesis may not"),
+        ("tortoise_jax/prepare.py", "from tortoise_jax.training import step", "the room prepare may not"),
+        ("tortoise_jax/models/layers.py", "from . import dvae", "models.layers: has a relative import"),
+        ("tortoise_jax/models/layers.py", "from tortoise_jax.models import dvae", "layers: imports itself in a circle"),
+        ("tortoise_jax/training/step.py", "import convert.torch_files", "imports convert.torch_files, which is above"),
+        ("tortoise_jax/training/step.py", "from train import main", "step.py: imports train.main, which is above it"),
+        ("tortoise_jax/new.py", "", "tortoise_jax.new: in no room"),
+        ("tortoise_jax/new/thing.py", "", "tortoise_jax.new.thing: in no room"),
+        ("tortoise_jax/training/step.py", "import jax\nn = jax.device_count()", "step.py: calls jax.device_count"),
+        ("tortoise_jax/training/parallel.py", "from jax import pmap", "training/parallel.py: calls jax.pmap"),
+        (
+            "tortoise_jax/data/batches.py",
+            "from jax.experimental import multihost_utils",
+            "calls jax.experimental",
+        ),
+        ("tortoise_jax/models/dvae.py", "from jax.sharding import Mesh", "dvae.py: calls jax.sharding"),
         ("train.py", "import jax\nif jax.process_index() == 0: ...", "train.py: calls jax.process_index"),
     ],
 )
 def test_a_bad_tree_is_reported(tmp_path: Path, file: str, code: str, what: str) -> None:
     good = {
-        "train.py": "from tortoise_jax.step import x",
+        "train.py": "from tortoise_jax.training.step import x",
         "configs/ar.py": "",
         "convert/torch_files.py": "import torch",
         "tests/test_x.py": "import torch, jax\njax.devices()",
-        "tortoise_jax/__init__.py": "from tortoise_jax.step import x",
+        "tortoise_jax/__init__.py": "from tortoise_jax.training.step import x",
         "tortoise_jax/audio.py": "import numpy",
-        "tortoise_jax/text.py": "from tortoise_jax.audio import y",
-        "tortoise_jax/layers.py": "",
-        "tortoise_jax/loss.py": "from tortoise_jax import layers",
-        "tortoise_jax/step.py": "import jax\nfrom tortoise_jax.loss import x\njax.grad",
-        "tortoise_jax/batches.py": "from tortoise_jax import __version__",
-        "tortoise_jax/prepare.py": "",
         "tortoise_jax/parallel.py": "import jax\nfrom jax.experimental import multihost_utils\njax.pmap",
+        "tortoise_jax/prepare.py": "",
+        "tortoise_jax/models/layers.py": "",
+        "tortoise_jax/models/dvae.py": "from tortoise_jax.models.layers import y",
+        "tortoise_jax/data/__init__.py": "",
+        "tortoise_jax/data/batches.py": "from tortoise_jax import __version__",
+        "tortoise_jax/data/deep/er.py": "from tortoise_jax.data import batches",
+        "tortoise_jax/synthesis/__init__.py": "",
+        "tortoise_jax/synthesis/voices.py": "from tortoise_jax import audio",
+        "tortoise_jax/training/step.py": "import jax\nfrom tortoise_jax.models import dvae\njax.grad",
     }
     for name, text in good.items():
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert violations(tmp_path) == []
+    (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(code)
     found = violations(tmp_path)
     assert any(what in line for line in found), found
@@ -177,8 +225,8 @@ def test_everything_but_the_converter_runs_without_torch() -> None:
 import importlib, pathlib, sys
 for name in {TORCH!r}:
     sys.modules[name] = None  # importing it raises
-for path in sorted(pathlib.Path("tortoise_jax").glob("*.py")):
-    importlib.import_module("tortoise_jax." + path.stem if path.stem != "__init__" else "tortoise_jax")
+for path in sorted(pathlib.Path("tortoise_jax").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 import train
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -23,7 +23,7 @@ SECONDS = 300
 
 
 def start_host(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.one_host", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.support.one_host", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.parity import Twin
-from tests.voices import VOICE, checkpoint_at, write_speech
+from tests.support.parity import Twin
+from tests.support.recordings import VOICE, checkpoint_at, write_speech
 from tortoise_jax import prepare as preparing
-from tortoise_jax import shards, sources
 from tortoise_jax.audio import default_mel_norms, int16_from_waveform, read_audio, trim_silence
-from tortoise_jax.dataset import Dataset
-from tortoise_jax.encoding import CodeEncoder
+from tortoise_jax.data import shards, sources
+from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.encoding import CodeEncoder
+from tortoise_jax.data.filters import REASONS
 from tortoise_jax.errors import UserError
-from tortoise_jax.judging import REASONS
 from tortoise_jax.prepare import Options, check, prepare
-from tortoise_jax.text import Tokenizer
+from tortoise_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,9 @@ def test_long_recordings_are_cut_at_whispers_segments(checkpoint, tmp_path, monk
     segments = [{"start": s, "end": s + 2.0, "text": f"Number {s} is spoken."} for s in (0.5, 3.0, 6.0)]
     (root / "long.json").write_text(json.dumps({"segments": segments}))
     read = []
-    monkeypatch.setattr("tortoise_jax.recordings.read_audio", lambda path: (read.append(path), read_audio(path))[1])
+    monkeypatch.setattr(
+        "tortoise_jax.data.recordings.read_audio", lambda path: (read.append(path), read_audio(path))[1]
+    )
     prepare(root, checkpoint, tmp_path / "set", QUICK)
     made = Dataset.open(tmp_path / "set")
     whole = int16_from_waveform(read_audio(root / "long.wav"))
@@ -485,7 +487,7 @@ def test_a_tokenizer_of_ones_own_goes_with_the_data(checkpoint, tmp_path):
 
 
 def bundled_merges() -> list[str]:
-    path = Path(preparing.__file__).parent / "data" / "tokenizer_merges.txt"
+    path = Path(preparing.__file__).parent / "assets" / "tokenizer_merges.txt"
     return path.read_text(encoding="utf-8").splitlines()
 
 
@@ -493,7 +495,7 @@ def test_a_full_disk_is_said(growing, checkpoint, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tortoise_jax.atomic.os.fsync", full)
+    monkeypatch.setattr("tortoise_jax.files.os.fsync", full)
     with pytest.raises(UserError, match=r"shards/00000-\w+\.bin: cannot be written \(No space left on device\)"):
         prepare(growing, checkpoint, tmp_path / "set", SMALL)
     assert not [path for path in (tmp_path / "set").rglob("*") if path.is_file()]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kill_prepare import snapshot
-from tests.parity import Twin
-from tests.voices import VOICE, checkpoint_at, write_speech
+from tests.support.kill_prepare import snapshot
+from tests.support.parity import Twin
+from tests.support.recordings import VOICE, checkpoint_at, write_speech
 from tortoise_jax.errors import exit_with_one_line
 from tortoise_jax.prepare import main
 
@@ -42,7 +42,15 @@ def voice_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(voice_folder, tmp_path, dvae: Twin, voice: Twin, kills):
     checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
-    command = [sys.executable, "-m", "tests.kill_prepare", voice_folder, checkpoint, tmp_path / "out", str(kills)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.kill_prepare",
+        voice_folder,
+        checkpoint,
+        tmp_path / "out",
+        str(kills),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(r"(\d+) killed, (\d+) of them with work done, (\d+) finished alike, \d+ files\n", done.stdout)
@@ -87,7 +95,7 @@ def test_workers_end_with_their_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
         "from pathlib import Path\n"
-        "from tortoise_jax.recordings import Hearing, Recording, listen_ahead\n"
+        "from tortoise_jax.data.recordings import Hearing, Recording, listen_ahead\n"
         "if __name__ == '__main__':\n"
         "    groups = ([Recording(Path('nowhere.wav'), (None,))] for _ in range(1000))\n"
         "    heard = listen_ahead(groups, Hearing(10.0), frozenset(), 2); next(heard)\n"

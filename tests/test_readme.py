@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import runs
-from tests.torch_reference import tiny_dvae, tiny_unified_voice
+from tests.support import runs
+from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

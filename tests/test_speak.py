@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.parity import Twin
-from tortoise_jax import generate, ranking, sentences, speak, voices
+from tests.support.parity import Twin
+from tortoise_jax import speak
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, default_mel_norms
-from tortoise_jax.checkpoint import Pretrained, digest, save_pretrained
+from tortoise_jax.checkpoints.pretrained import Pretrained, digest, save_pretrained
 from tortoise_jax.errors import UserError
-from tortoise_jax.ranking import Judged
-from tortoise_jax.text import Tokenizer
+from tortoise_jax.synthesis import ranking, voices
+from tortoise_jax.synthesis import sampler as generate
+from tortoise_jax.synthesis.ranking import Judged
+from tortoise_jax.text import sentences
+from tortoise_jax.text.tokenizer import Tokenizer
 
 NORMS = default_mel_norms()
 

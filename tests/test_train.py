@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests import runs
+from tests.support import runs
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.checkpoint import load_pretrained, save_pretrained
+from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 
 STEPS = runs.FIELDS["steps"]
 

@@ -13,11 +13,11 @@ _PUBLIC = {
     "Tortoise": "api",
     "read_audio": "audio",
     "log_mel": "audio",
-    "DiscreteVAE": "dvae",
-    "UnifiedVoice": "unified_voice",
-    "Tokenizer": "text",
-    "Dataset": "dataset",
-    "loss_sums": "loss",
+    "DiscreteVAE": "models.dvae",
+    "UnifiedVoice": "models.unified_voice",
+    "Tokenizer": "text.tokenizer",
+    "Dataset": "data.dataset",
+    "loss_sums": "training.losses",
     "UserError": "errors",
 }
 __all__ = sorted(_PUBLIC)

@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tortoise_jax import audio, batches, loss
-from tortoise_jax.checkpoint import Pretrained, load_pretrained
-from tortoise_jax.dvae import DiscreteVAE
+from tortoise_jax import audio
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from tortoise_jax.data import batches
 from tortoise_jax.errors import UserError
-from tortoise_jax.layers import Array
-from tortoise_jax.unified_voice import UnifiedVoice
+from tortoise_jax.models.dvae import DiscreteVAE
+from tortoise_jax.models.layers import Array
+from tortoise_jax.models.unified_voice import UnifiedVoice
+from tortoise_jax.training import losses as loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,7 +189,7 @@ def mel_filters() -> np.ndarray:
 
 def default_mel_norms() -> np.ndarray:
     """The 80 per-band constants of the released models, float32 (80,), all negative."""
-    text = importlib.resources.files("tortoise_jax").joinpath("data/mel_norms.txt").read_text(encoding="utf-8")
+    text = importlib.resources.files("tortoise_jax").joinpath("assets/mel_norms.txt").read_text(encoding="utf-8")
     return np.array([line for line in text.splitlines() if not line.startswith("#")], dtype=np.float32)
 
 

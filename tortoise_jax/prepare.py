@@ -14,18 +14,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tortoise_jax import dataset, parallel, report, shards
+from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
-from tortoise_jax.checkpoint import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.data import dataset, report, shards
+from tortoise_jax.data.filters import Verdict, judge
+from tortoise_jax.data.manifests import FORMATS, Input, read_inputs
+from tortoise_jax.data.recordings import MIN_SECONDS, SILENT_DB, Hearing, Sound
+from tortoise_jax.data.shards import Encoded
+from tortoise_jax.data.sources import GROUP, encode_all, listen_to_all, sources_of
+from tortoise_jax.data.splits import TRAIN, VALIDATION_PART, assign_splits
 from tortoise_jax.errors import UserError, did_you_mean, exit_with_one_line
-from tortoise_jax.judging import Verdict, judge
-from tortoise_jax.manifests import FORMATS, Input, read_inputs
-from tortoise_jax.recordings import MIN_SECONDS, SILENT_DB, Hearing, Sound
-from tortoise_jax.shards import Encoded
-from tortoise_jax.sources import GROUP, encode_all, listen_to_all, sources_of
-from tortoise_jax.splits import TRAIN, VALIDATION_PART, assign_splits
-from tortoise_jax.text import CLEANERS, Tokenizer
-from tortoise_jax.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.text.tokenizer import CLEANERS, Tokenizer
 
 MAX_SECONDS, MAX_TEXT, MAX_REJECTED = 11.6, 200, 0.2  # the first two: DLAS's
 

@@ -19,14 +19,16 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from tortoise_jax import generate, ranking, sentences, voices
-from tortoise_jax.atomic import write_atomically
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.checkpoint import Pretrained, load_pretrained
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.generate import SamplingOptions
-from tortoise_jax.ranking import Judged
-from tortoise_jax.text import CLEANERS, clean, letters_changed
+from tortoise_jax.files import write_atomically
+from tortoise_jax.synthesis import ranking, voices
+from tortoise_jax.synthesis import sampler as generate
+from tortoise_jax.synthesis.ranking import Judged
+from tortoise_jax.synthesis.sampler import SamplingOptions
+from tortoise_jax.text import sentences
+from tortoise_jax.text.tokenizer import CLEANERS, clean, letters_changed
 
 PAUSE_SECONDS = 0.3  # between the parts of a long text
 COMFORTABLE_TOKENS = 150  # a part of a long text: 500 codes hold it, and the released models were trained on up to 200

@@ -1,0 +1,267 @@
+"""Every format is recognised, read line by line, and its faults are named where they stand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tortoise_jax.data.manifests import FORMATS, Line, read_inputs, recognise
+from tortoise_jax.errors import UserError
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    """Text files by name; anything with an audio suffix is just there."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content, encoding="utf-8")
+    return root
+
+
+def read(path: Path, format: str | None = None) -> list[Line]:
+    (one,) = read_inputs([path], format)
+    return one.lines
+
+
+def short(root: Path, lines: list[Line]) -> list[tuple]:
+    return [(line.number, str(line.audio.relative_to(root)), line.text, line.speaker, line.split) for line in lines]
+
+
+def test_ljspeech_takes_the_normalised_column_where_there_is_one(tmp_path):
+    root = tree(
+        tmp_path / "ann",
+        {
+            "metadata.csv": "\ufeffa|In 1999|In nineteen ninety-nine\n\n"
+            "b|Two columns\r\nc|Third is empty|\nd|1|2|3\ne\n",
+            **dict.fromkeys(("wavs/a.wav", "wavs/b.flac", "wavs/c.mp3"), ""),
+        },
+    )
+    lines = read(root)
+    assert recognise(root) == recognise(root / "metadata.csv") == "ljspeech"
+    assert short(root, lines) == [
+        (1, "wavs/a.wav", "In nineteen ninety-nine", "ann", ""),
+        (3, "wavs/b.flac", "Two columns", "ann", ""),
+        (4, "wavs/c.mp3", "Third is empty", "ann", ""),
+        (5, "wavs/d.wav", "", "ann", ""),
+        (6, "wavs/e.wav", "", "ann", ""),
+    ]
+    assert [line.problem for line in lines][3:] == [
+        "4 columns, expected ID|text or ID|text|normalised text",
+        "1 columns, expected ID|text or ID|text|normalised text",
+    ]
+    assert [line.id for line in lines][:2] == ["a", "b"]
+
+
+def test_ljspeech_folders_in_a_folder_are_speakers(tmp_path):
+    root = tree(tmp_path, {"ann/metadata.csv": "a|One\n", "bob/metadata.csv": "b|Two\n"})
+    assert recognise(root) == "ljspeech"
+    assert [(line.speaker, line.text) for line in read(root)] == [("ann", "One"), ("bob", "Two")]
+
+
+def test_recordings_in_no_line_are_mentioned(tmp_path):
+    root = tree(tmp_path, {"metadata.csv": "a|One\n", "wavs/a.wav": "", "wavs/b.wav": "", "wavs/c.wav": ""})
+    (one,) = read_inputs([root])
+    assert one.notes == [f"{root}: 2 recordings are in no line of metadata.csv, e.g. b.wav"]
+
+
+def test_lists_of_path_and_text(tmp_path):
+    content = "audio/a.wav|One\naudio/b|Two\nc.wav\nd.wav|x|y\n"
+    root = tree(tmp_path / "ann", {"train.txt": content, "val.txt": "a.wav|V\n", "audio/b.ogg": ""})
+    assert recognise(root / "train.txt") == "list"
+    lines = read(root / "train.txt")
+    assert short(root, lines)[:2] == [
+        (1, "audio/a.wav", "One", "ann", "train"),
+        (2, "audio/b.ogg", "Two", "ann", "train"),
+    ]
+    assert [line.problem for line in lines[2:]] == ["1 columns, expected path|text", "3 columns, expected path|text"]
+    assert read(root / "val.txt")[0].split == "validation"
+
+
+def test_csv_with_a_header(tmp_path):
+    content = 'text,audio,speaker,split\n"One, ""two""",x/a.wav,ann,dev\n\n"Three\nfour",b.wav,,train\n'
+    content += "x,c.wav,bob,later\nd.wav\n"
+    root = tree(tmp_path / "voice", {"data.csv": content})
+    assert recognise(root / "data.csv") == "table"
+    lines = read(root / "data.csv")
+    assert short(root, lines)[:2] == [
+        (2, "x/a.wav", 'One, "two"', "ann", "validation"),
+        (4, "b.wav", "Three\nfour", "voice", "train"),
+    ]
+    assert [(line.number, line.problem) for line in lines[2:]] == [
+        (6, 'split "later", expected one of train, training, validation, valid, val, dev, eval, test'),
+        (7, "1 columns, the header has 4 (text, audio, speaker, split)"),
+    ]
+
+
+def test_an_open_quote_does_not_swallow_the_lines_behind_it(tmp_path):
+    root = tree(tmp_path, {"data.csv": 'audio,text\na.wav,One\nb.wav,"Two\nc.wav,Three\n'})
+    with pytest.raises(UserError, match=r"data.csv:3: not a row of csv \(unexpected end of data\)"):
+        read(root / "data.csv")
+
+
+def test_tsv_may_hold_quotes(tmp_path):
+    root = tree(tmp_path, {"data.tsv": 'audio\ttext\na.wav\t"One\nb.wav\tTwo\n'})
+    assert [line.text for line in read(root / "data.tsv")] == ['"One', "Two"]
+
+
+def test_common_voice(tmp_path):
+    content = "client_id\tpath\tsentence\tup_votes\nabc\tx.mp3\tHello\t2\n"
+    root = tree(tmp_path, {"dev.tsv": content, "clips/x.mp3": ""})
+    assert recognise(root / "dev.tsv") == "commonvoice"
+    assert short(root, read(root / "dev.tsv")) == [(2, "clips/x.mp3", "Hello", "abc", "validation")]
+
+
+def test_voxpopuli(tmp_path):
+    header = "id\traw_text\tnormalized_text\tspeaker_id\tsplit\tgender\n"
+    rows = "20090112-0900-PLENARY-3\tHello.\thello\t42\tdev\tm\n20100112-x\t\tbye\t43\ttrain\tf\n"
+    root = tree(tmp_path, {"asr_train.tsv": header + rows})
+    assert recognise(root / "asr_train.tsv") == "voxpopuli"
+    assert short(root, read(root / "asr_train.tsv")) == [
+        (2, "2009/20090112-0900-PLENARY-3.ogg", "Hello.", "42", "validation"),
+        (3, "2010/20100112-x.ogg", "bye", "43", "train"),
+    ]
+
+
+def test_tables_of_xtts_trainers(tmp_path):
+    root = tree(tmp_path, {"metadata_train.csv": "audio_file|text|speaker_name\nwavs/a.wav|One|coqui\n"})
+    assert recognise(root / "metadata_train.csv") == "xtts"
+    assert short(root, read(root / "metadata_train.csv")) == [(2, "wavs/a.wav", "One", "coqui", "")]
+
+
+def test_jsonl(tmp_path):
+    rows = [
+        {"audio": "a.wav", "text": "One", "speaker": "ann", "split": "test"},
+        {"audio": "b.wav", "text": "Two", "start": 1.5, "end": 3},
+        {"audio": "b.wav", "text": "Two", "start": 3, "end": 2},
+        {"audio": 3, "text": "x"},
+    ]
+    content = "\n".join(json.dumps(row) for row in rows) + "\n{oops\n"
+    root = tree(tmp_path / "voice", {"data.jsonl": content})
+    assert recognise(root / "data.jsonl") == "jsonl"
+    lines = read(root / "data.jsonl")
+    assert short(root, lines)[:2] == [(1, "a.wav", "One", "ann", "validation"), (2, "b.wav", "Two", "voice", "")]
+    assert [(line.start, line.end, line.id) for line in lines][:2] == [(None, None, "a"), (1.5, 3.0, "b@1.50")]
+    assert [line.problem.split(":")[0] for line in lines[2:]] == [
+        "from 3 to 2",
+        'expected an object with strings "audio" and "text"',
+        "not JSON (Expecting property name enclosed in double quotes",
+    ]
+
+
+def test_a_unicode_line_separator_does_not_end_a_line(tmp_path):
+    root = tree(tmp_path, {"train.txt": "a.wav|One\u2028two\x85\nb.wav|Three\n"})
+    assert [(line.number, line.text) for line in read(root / "train.txt")] == [(1, "One\u2028two"), (2, "Three")]
+
+
+def test_folder_of_recordings_with_texts(tmp_path):
+    root = tree(
+        tmp_path,
+        {
+            "ann/a.wav": "",
+            "ann/a.txt": "One\ntwo\n",
+            "bob/wavs/b.mp3": "",
+            "bob/wavs/b.txt": "B",
+            "c.wav": "",
+            "d.txt": "D",
+        },
+    )
+    assert recognise(root) == "folder"
+    lines = read(root)
+    assert [(str(line.audio.relative_to(root)), line.text, line.speaker, line.reason) for line in lines] == [
+        ("ann/a.wav", "One two", "ann", ""),
+        ("bob/wavs/b.mp3", "B", "bob", ""),
+        ("c.wav", "", root.name, "no transcript"),
+        ("d.wav", "", root.name, ""),
+    ]
+    assert [line.id for line in lines] == ["ann/a", "bob/wavs/b", "c", "d"]
+
+
+def test_whispers_json(tmp_path):
+    segments = [
+        {"start": 0.0, "end": 2.0, "text": " One."},
+        {"start": 2.1, "end": 4.0, "text": " Two."},
+        {"start": 9.0, "end": 11.0, "text": " Three."},
+        {"start": 12.0, "end": 11.0, "text": " Four."},
+    ]
+    root = tree(
+        tmp_path / "ann",
+        {"long.mp3": "", "long.json": json.dumps({"segments": segments}), "long.txt": "One. Two. Three.", "x.wav": ""},
+    )
+    assert recognise(root) == "whisper", "Whisper writes a .txt as well"
+    lines = read(root)
+    assert [(line.number, line.start, line.end, line.text, line.reason) for line in lines] == [
+        (1, 0.0, 2.1, "One.", ""),
+        (2, 2.1, 4.2, "Two.", ""),
+        (3, 9.0, 11.2, "Three.", ""),
+        (4, None, None, "Four.", "malformed line"),
+        (1, None, None, "", "no transcript"),
+    ]
+    assert lines[1].id == "long@2.10"
+    assert read(root / "long.json") == lines[:4]
+
+
+def test_srt(tmp_path):
+    content = (
+        "1\r\n00:00:01,000 --> 00:00:02,500\r\nOne\r\ntwo\r\n\r\n2\r\n01:00:03,000 --> 01:00:04,000\r\nThree\r\n\r\n"
+        "3\r\nsoon --> later\r\nFour\r\n"
+    )
+    root = tree(tmp_path, {"a.wav": "", "a.srt": content})
+    assert recognise(root) == recognise(root / "a.srt") == "whisper"
+    lines = read(root)
+    assert [(line.number, line.start, line.end, line.text) for line in lines][:2] == [
+        (2, 1.0, 2.7, "One two"),
+        (7, 3603.0, 3604.2, "Three"),
+    ]
+    assert lines[2].reason == "malformed line"
+
+
+def test_several_inputs_each_in_its_format(tmp_path):
+    tree(tmp_path, {"lj/metadata.csv": "a|One\n", "list.txt": "b.wav|Two\n"})
+    inputs = read_inputs([tmp_path / "lj", tmp_path / "list.txt"])
+    assert [(one.format, len(one.lines)) for one in inputs] == [("ljspeech", 1), ("list", 1)]
+
+
+def test_format_overrides(tmp_path):
+    root = tree(tmp_path, {"odd.csv": "a.wav|One\n"})
+    assert recognise(root / "odd.csv") == "list"
+    assert read(root / "odd.csv", "ljspeech")[0].id == "a.wav"
+    with pytest.raises(UserError, match='no column "audio"; expected a header with audio, text'):
+        read(root / "odd.csv", "table")
+    with pytest.raises(UserError, match=r'unknown format "lists" \(did you mean "list"\?\)'):
+        read(root / "odd.csv", "lists")
+    with pytest.raises(UserError, match="is a folder; the format jsonl is a JSON object a line"):
+        read(root, "jsonl")
+
+
+@pytest.mark.parametrize(
+    ("files", "what", "message"),
+    [
+        ({"a.wav": ""}, "", "a folder with a.wav: none of the formats"),
+        ({"readme": "hello"}, "readme", 'a file that begins "hello": none of the formats'),
+        (
+            {"train.tsv": "audio\ttext\n", "dev.tsv": "audio\ttext\n"},
+            "",
+            r"dev.tsv, train.tsv: give the files themselves",
+        ),
+        ({"train.txt": "a.wav|x"}, "trian.txt", r'no such file or folder \(did you mean "train.txt"\?\)'),
+        ({"metadata.csv": "\n\n"}, "", "empty, no line found"),
+        ({"data.csv": "audio,text\n"}, "data.csv", "empty, no line found"),
+        ({"a.json": "{}"}, "a.json", "not Whisper's json"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path, files, what, message):
+    root = tree(tmp_path, files)
+    with pytest.raises(UserError, match=message):
+        read_inputs([root / what])
+
+
+def test_other_encodings_are_refused_with_the_line(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"a.wav|One\nb.wav|caf\xe9\n")
+    with pytest.raises(UserError, match=r"train.txt:2: not UTF-8 text"):
+        read_inputs([tmp_path / "train.txt"])
+
+
+def test_every_format_is_tested_here():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'== "{name}"' in text for name in FORMATS)

@@ -1,0 +1,114 @@
+"""A tiny checkpoint, data set and command line to test whole runs with, quick enough for many of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests.support import small
+from tortoise_jax.audio import default_mel_norms
+from tortoise_jax.checkpoints.pretrained import Pretrained, digest, dvae_shapes, save_pretrained, unified_voice_shapes
+from tortoise_jax.models.dvae import DVAEConfig
+from tortoise_jax.prepare import Options, prepare
+from tortoise_jax.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+VOICE = ROOT / "examples/voice"
+AR = dataclasses.replace(
+    small.CONFIG, text_tokens=256, mel_tokens=18, text_positions=60, mel_positions=70, mel_channels=80
+)
+DVAE = DVAEConfig(codebook_dim=8, codes=16, hidden=8, layers=2, res_blocks=1)
+CLIPS = 12
+# DLAS's recipe at a size and rate at which a few steps matter; drafts only where a test asks for them.
+FIELDS = {
+    "steps": 6,
+    "batch_size": 4,
+    "accumulation": 1,
+    "eval_every": 3,
+    "log_every": 1,
+    "sample_every": 0,
+    "conditioning_clips": 1,
+    "remat": False,
+    "export": "",
+    "optimizer.learning_rate": 1e-3,
+}
+
+
+def random_params(shapes: Any, seed: int) -> Any:
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
+
+
+def write_checkpoint(target: Path, seed: int = 0) -> Path:
+    dvae = random_params(dvae_shapes(DVAE), seed + 1)
+    ar = random_params(unified_voice_shapes(AR), seed)
+    save_pretrained(
+        Pretrained(AR, ar, DVAE, dvae, digest(dvae), Tokenizer.default(), default_mel_norms(), {"made": "by tests"}),
+        target,
+    )
+    return target
+
+
+def write_recordings(folder: Path, clips: int = CLIPS) -> Path:
+    """The first clips of the bundled voice."""
+    (folder / "wavs").mkdir(parents=True)
+    lines = (VOICE / "metadata.csv").read_text().splitlines()[:clips]
+    for line in lines:
+        name = next((VOICE / "wavs").glob(line.split("|")[0] + ".*"))
+        (folder / "wavs" / name.name).symlink_to(name)
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_project(folder: Path) -> Path:
+    """`checkpoint/`, `recordings/` and `data/` in a folder."""
+    checkpoint = write_checkpoint(folder / "checkpoint")
+    prepare(write_recordings(folder / "recordings"), checkpoint, folder / "data", Options(workers=1))
+    return folder
+
+
+def command(project: Path, run: Path, *more: str, **fields: Any) -> list[str]:
+    chosen = {"checkpoint": project / "checkpoint", "data": project / "data"} | FIELDS
+    chosen |= {name.replace("__", "."): value for name, value in fields.items()}
+    flags = [f"--config.{name}={value}" for name, value in chosen.items() if value is not None]
+    return [sys.executable, "train.py", "--config", "configs/ar.py", *flags, f"--workdir={run}", *more]
+
+
+def environment(project: Path) -> dict[str, str]:
+    """One CPU device; programs compiled quickly, and once for all runs of a project."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(project / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def train(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(project, run, *more, **fields), cwd=ROOT, env=environment(project), capture_output=True, text=True
+    )
+
+
+def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(project, run, *more, **fields),
+        cwd=ROOT,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    file = run / "history.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []

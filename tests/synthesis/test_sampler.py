@@ -1,0 +1,401 @@
+"""Cached sampling against the torch reference and against an uncached forward; hand-over, drafts, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support import torch_reference
+from tests.support.parity import STACK, Twin, assert_close, voice_twin
+from tortoise_jax.audio import SAMPLES_PER_CODE, code_count, default_mel_norms
+from tortoise_jax.data import batches
+from tortoise_jax.errors import UserError
+from tortoise_jax.models.unified_voice import UnifiedVoice
+from tortoise_jax.synthesis import sampler as generate
+from tortoise_jax.synthesis.sampler import Layout, Samples, SamplingOptions
+
+GREEDY = SamplingOptions(temperature=0, repetition_penalty=1.0, max_codes=30, extra_text_stop=False, dtype="float32")
+CLEAR = 1e-4  # how far apart the two best logits must be for the choice to be asked for
+TEXT = [5, 9, 200, 31, 7]
+
+
+def voice_vector(seed: int = 0, width: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+
+
+def sample(voice: Twin, *arguments: Any, **named: Any) -> Samples:
+    return generate.sample(voice.params, voice.config, *arguments, **named)
+
+
+# Against torch
+
+
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+@pytest.mark.parametrize("text_length", [1, 9, 14, 29])
+def test_greedy_codes_are_torchs(
+    torch_voice: torch_reference.UnifiedVoice, voice: Twin, penalty: float, text_length: int
+) -> None:
+    text = np.random.default_rng(text_length).integers(1, 255, text_length)
+    vector = voice_vector(text_length)
+    want = torch_voice.generate(torch.from_numpy(vector), torch.from_numpy(text), 30, penalty).numpy()
+    got = sample(voice, vector, text, options=dataclasses.replace(GREEDY, repetition_penalty=penalty))
+    stops = want[-1] == voice.config.stop_mel
+    assert got.stopped.tolist() == [stops]
+    np.testing.assert_array_equal(got.row(0), want[:-1] if stops else want)
+
+
+def test_the_extra_stop_is_one_more_text_stop(torch_voice: torch_reference.UnifiedVoice, voice: Twin) -> None:
+    vector = voice_vector(1)
+    want = torch_voice.generate(torch.from_numpy(vector), torch.tensor([*TEXT, 0]), 30).numpy()
+    got = sample(voice, vector, TEXT, options=dataclasses.replace(GREEDY, extra_text_stop=True))
+    np.testing.assert_array_equal(got.codes[0, : len(want)], want)
+    without = sample(voice, vector, TEXT, options=GREEDY)
+    assert without.codes.tolist() != got.codes.tolist()
+
+
+def test_upstreams_position_slip_would_be_seen(voice: Twin) -> None:
+    """With the code positions shifted by one after the start, as in tortoise's cached path, other codes come out."""
+    table = np.array(voice.params["mel_pos_embedding"]["embedding"])
+    slipped = dict(voice.params, mel_pos_embedding={"embedding": np.concatenate([table[:1], table[2:], table[-1:]])})
+    right = sample(voice, voice_vector(1), TEXT, options=GREEDY)
+    wrong = generate.sample(slipped, voice.config, voice_vector(1), TEXT, options=GREEDY)
+    assert right.codes.tolist() != wrong.codes.tolist()
+
+
+# Against an uncached forward of our own model
+
+
+@functools.cache
+def tiny(seed: int, layers: int, heads: int, stop_bias: float) -> Twin:
+    model = torch_reference.tiny_unified_voice(seed, layers=layers, heads=heads)
+    with torch.no_grad():
+        model.mel_head.bias[model.stop_mel_token] += stop_bias
+    return voice_twin(model, heads)
+
+
+@functools.cache
+def uncached(config: Any) -> Any:
+    model = UnifiedVoice(config)
+    method = UnifiedVoice.from_conditioning
+    return jax.jit(lambda params, *arrays: model.apply({"params": params}, *arrays, method=method)["mel_logits"])
+
+
+def uncached_logits(twin: Twin, vectors: np.ndarray, texts: list[list[int]], codes: list[np.ndarray]) -> np.ndarray:
+    """The training forward's mel logits (b, 80, v) over rows as training joins them."""
+    rows = [batches.row(np.array(text), np.array(c), 80, twin.config) for text, c in zip(texts, codes, strict=True)]
+    one_shape = np.arange(5) % len(rows)  # always five rows, so that a model is compiled once
+    arrays = (np.stack([row[name] for row in rows])[one_shape] for name in ("tokens", "kinds", "positions"))
+    return np.array(uncached(twin.config)(twin.params, vectors[one_shape], *arrays))
+
+
+def assert_greedy_everywhere(
+    twin: Twin, vectors: np.ndarray, texts: list[list[int]], drawn: Samples, penalty: float, extra_stop: bool
+) -> int:
+    """Each clear choice is the likeliest code of an uncached forward; returns how many were clear."""
+    config, clear = twin.config, 0
+    texts = [[*text, config.stop_text] if extra_stop else text for text in texts]
+    codes = [drawn.row(i) for i in range(len(texts))]
+    logits = uncached_logits(twin, vectors, texts, codes)
+    for i, row in enumerate(codes):
+        want = [*row, config.stop_mel] if drawn.stopped[i] else list(row)
+        seen = [1, config.start_mel]
+        for step, code in enumerate(want):
+            scores = logits[i, 1 + len(texts[i]) + 2 + step]
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+            second, first = np.sort(scores)[-2:]
+            if first - second > CLEAR * np.abs(scores).max():
+                assert code == scores.argmax(), f"row {i}, code {step}"
+                clear += 1
+            seen = sorted({*seen, int(code)})
+    return clear
+
+
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 3),
+    shape=st.sampled_from([(1, 2), (2, 8)]),
+    text_lengths=st.lists(st.integers(1, 28), min_size=1, max_size=5),
+    penalty=st.sampled_from([1.0, 2.0]),
+    extra_stop=st.booleans(),
+)
+def test_greedy_codes_are_those_of_an_uncached_forward(
+    seed: int, shape: tuple[int, int], text_lengths: list[int], penalty: float, extra_stop: bool
+) -> None:
+    """Prompts of different lengths in one batch, over eight devices; rows stop at different steps."""
+    twin = tiny(seed, *shape, stop_bias=1.5)
+    random = np.random.default_rng(seed)
+    texts = [random.integers(1, 255, length).tolist() for length in text_lengths]
+    vectors = random.standard_normal((len(texts), 64)).astype(np.float32)
+    options = dataclasses.replace(GREEDY, repetition_penalty=penalty, extra_text_stop=extra_stop, max_codes=38)
+    drawn = generate.sample(twin.params, twin.config, vectors, texts, options=options)
+    assert assert_greedy_everywhere(twin, vectors, texts, drawn, penalty, extra_stop) > 0
+
+
+def test_a_wrong_code_would_be_seen(voice: Twin) -> None:
+    vectors, texts = voice_vector(2)[None], [TEXT]
+    drawn = sample(voice, vectors, texts, options=GREEDY)
+    assert assert_greedy_everywhere(voice, vectors, texts, drawn, 1.0, False) > 20
+    wrong = dataclasses.replace(drawn, codes=(drawn.codes + (np.arange(30) == 7)).astype(np.int32))
+    with pytest.raises(AssertionError, match="row 0, code 7"):
+        assert_greedy_everywhere(voice, vectors, texts, wrong, 1.0, False)
+
+
+def test_longer_caches_and_prompts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that grow twice, and prompts padded otherwise, against one cache for all."""
+    options = dataclasses.replace(GREEDY, max_codes=38, temperature=0.8)
+    voice = tiny(1, 1, 2, stop_bias=0.0)
+    whole = sample(voice, voice_vector(3), TEXT, 7, options, candidates=3)
+    monkeypatch.setattr(generate, "CACHE_LENGTHS", (8, 24, 40))
+    monkeypatch.setattr(generate, "CODES_A_CALL", 8)
+    monkeypatch.setattr(generate, "PROMPT_LENGTHS", (16, 32))
+    counted: list[int] = []
+    grown = sample(voice, voice_vector(3), TEXT, 7, options, candidates=3, progress=counted.append)
+    np.testing.assert_array_equal(grown.codes, whole.codes)
+    np.testing.assert_allclose(grown.log_likelihood, whole.log_likelihood, rtol=1e-5)
+    assert counted == [8, 16, 24, 32, 38]
+
+
+# Seeds, rows, devices
+
+
+def test_the_seed_decides(voice: Twin) -> None:
+    options = SamplingOptions(max_codes=30, dtype="float32")
+    draw = lambda seed: sample(voice, voice_vector(), TEXT, seed, options, candidates=2).codes.tolist()
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(1)[0] != draw(1)[1]
+
+
+def test_a_candidate_is_the_same_in_any_company(voice: Twin) -> None:
+    """Alone, among others (some of which the devices pad with), or drawn later as candidate number 4."""
+    options = SamplingOptions(max_codes=30, dtype="float32")
+    draw = functools.partial(sample, voice, voice_vector(), TEXT, 3, options)
+    many = draw(candidates=11)
+    assert len(many.codes) == 11
+    few = draw(candidates=3)
+    later = draw(candidates=2, first_candidate=4)
+    for got, place in ((few, 0), (later, 4)):
+        for i in range(len(got.lengths)):
+            np.testing.assert_array_equal(got.row(i), many.row(place + i))
+            np.testing.assert_allclose(got.log_likelihood[i], many.log_likelihood[place + i], rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+@pytest.mark.parametrize(("prompts", "candidates"), [(1, 1), (1, 16), (3, 1), (3, 5), (9, 2)])
+def test_layout_places_every_candidate_once(prompts: int, candidates: int, devices: int) -> None:
+    layout = Layout.of(prompts, candidates, devices)
+    assert len(layout.prompt) % devices == 0
+    placed = np.stack([np.repeat(layout.prompt, layout.share), layout.candidate()], axis=1)[layout.rows()]
+    assert placed.tolist() == [[prompt, candidate] for prompt in range(prompts) for candidate in range(candidates)]
+
+
+def test_rows_on_eight_devices_are_rows_on_one(voice: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SamplingOptions(max_codes=30, dtype="float32")
+    arguments = (np.stack([voice_vector(1), voice_vector(2)]), [TEXT, [8, 9]], 5, options)
+    assert jax.local_device_count() == 8
+    on_eight = sample(voice, *arguments, candidates=3)
+    with monkeypatch.context() as patch:
+        first = jax.local_devices()[:1]
+        patch.setattr(jax, "local_devices", lambda: first)
+        patch.setattr(jax, "local_device_count", lambda: 1)
+        forget_programs()
+        on_one = sample(voice, *arguments, candidates=3)
+    forget_programs()
+    np.testing.assert_array_equal(on_one.codes, on_eight.codes)
+    np.testing.assert_allclose(on_one.log_likelihood, on_eight.log_likelihood, rtol=1e-5)
+
+
+def forget_programs() -> None:
+    for made in (generate._read_prompts, generate._decode, generate._remember):
+        made.cache_clear()
+
+
+def test_rows_stop_by_themselves_and_sampling_stops_when_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = tiny(0, 2, 4, stop_bias=5.0)
+    monkeypatch.setattr(generate, "CODES_A_CALL", 8)
+    counted: list[int] = []
+    options = SamplingOptions(max_codes=38, repetition_penalty=1.0, dtype="float32")
+    drawn = generate.sample(twin.params, twin.config, voice_vector(), TEXT, 0, options, 6, progress=counted.append)
+    stop = twin.config.stop_mel
+    assert drawn.stopped.all()
+    assert counted[-1] < 38
+    assert drawn.codes.shape[1] == max(1, drawn.lengths.max())
+    for i, length in enumerate(drawn.lengths):
+        assert (drawn.codes[i, :length] != stop).all()
+        assert (drawn.codes[i, length:] == stop).all()
+
+
+def test_log_likelihood_is_the_models_own_mean(voice: Twin) -> None:
+    """Of the unfiltered logits, over the codes and the stop: recomputed from the uncached forward."""
+    twin = tiny(0, 2, 4, stop_bias=2.0)
+    options = SamplingOptions(max_codes=38, extra_text_stop=False, dtype="float32")
+    drawn = generate.sample(twin.params, twin.config, voice_vector(), TEXT, 1, options, 4)
+    assert 0 < drawn.stopped.sum() < 5
+    for i in range(4):
+        codes = drawn.row(i)
+        logits = uncached_logits(twin, voice_vector()[None], [TEXT], [codes])[0].astype(np.float64)
+        want = [*codes, twin.config.stop_mel] if drawn.stopped[i] else list(codes)
+        logits = logits[1 + len(TEXT) + 2 :][: len(want)]
+        scores = logits[np.arange(len(want)), want] - np.log(np.exp(logits).sum(axis=1))
+        assert_close(drawn.log_likelihood[i], scores.mean(), STACK)
+
+
+def test_bfloat16_draws_and_differs() -> None:
+    voice = tiny(1, 1, 2, stop_bias=0.0)
+    options = SamplingOptions(max_codes=20, dtype="bfloat16")
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix half precision with float32 statistics
+        half = sample(voice, voice_vector(), TEXT, 0, options)
+    full = sample(voice, voice_vector(), TEXT, 0, dataclasses.replace(options, dtype="float32"))
+    assert half.codes.shape[0] == 1
+    assert half.log_likelihood != full.log_likelihood
+    np.testing.assert_allclose(half.log_likelihood, full.log_likelihood, atol=1.5)
+
+
+def test_a_new_text_of_similar_length_compiles_nothing(voice: Twin) -> None:
+    options = SamplingOptions(max_codes=20, dtype="float32")
+    ready = generate.prepare(voice.params, voice.config, "float32")
+    generate.sample(ready, voice.config, voice_vector(), TEXT, 0, options)
+    read, decode = (
+        generate._read_prompts(voice.config, "float32"),
+        generate._decode(voice.config, 50, False, generate.CODES_A_CALL),
+    )
+    before = read._cache_size(), decode._cache_size()
+    other = dataclasses.replace(options, temperature=0.7, top_p=0.5, repetition_penalty=1.5)
+    generate.sample(ready, voice.config, voice_vector(1), list(range(3, 20)), 9, other)
+    assert (read._cache_size(), decode._cache_size()) == before
+
+
+# Hand-over and drafts
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        pytest.param([3, 4, 5, 6], id="speech, then the silence it is filled with"),
+        pytest.param([7] * 4 + [3, 7, 7, 3, 9], id="silence within"),
+        pytest.param(list(range(10, 33)), id="one short of full: the stop and two codes become the ending"),
+        pytest.param([2] * 5 + [7] * 12 + [2] * 7, id="full, never stopped: not repaired"),
+        pytest.param([], id="nothing"),
+    ],
+)
+def test_hand_over_is_torchs(torch_voice: torch_reference.UnifiedVoice, voice: Twin, codes: list[int]) -> None:
+    vector, small = voice_vector(4), {"silence": 7, "ending": (5, 5, 8)}
+    drawn = torch.tensor([*codes, torch_voice.stop_mel_token][:24])
+    text = torch.tensor([*TEXT, 0])
+    want_codes, want_latents = torch_voice.hand_over(torch.from_numpy(vector), text, drawn, max_codes=24, **small)
+    got_codes, got_latents = generate.hand_over(
+        voice.params, voice.config, vector, TEXT, np.array(codes, np.int32), total=24, **small
+    )
+    np.testing.assert_array_equal(got_codes, want_codes.numpy())
+    assert_close(got_latents, want_latents, STACK)
+
+
+def test_hand_over_with_tortoises_own_figures_is_torchs() -> None:
+    """500 codes of 8192, silence 83, the ending 45, 45, 248; a voice that falls silent and one that never stops."""
+    model = torch_reference.tiny_unified_voice(
+        max_mel_tokens=604, number_mel_codes=8194, start_mel_token=8192, stop_mel_token=8193
+    )
+    twin, vector, text = voice_twin(model), voice_vector(5), torch.tensor([*TEXT, 0])
+    said = np.random.default_rng(0).integers(0, 8192, 500).astype(np.int32)
+    for codes in (said[:180], said):
+        stop = [model.stop_mel_token] if len(codes) < 500 else []
+        want = model.hand_over(torch.from_numpy(vector), text, torch.tensor([*codes.tolist(), *stop]))
+        got = generate.hand_over(twin.params, twin.config, vector, TEXT, codes)
+        np.testing.assert_array_equal(got[0], want[0].numpy())
+        assert_close(got[1], want[1], STACK)
+        assert len(got[1]) == (188 if stop else 500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total": 4}, "5 codes, but TorToiSe's decoder is handed at most 4"),
+        ({"total": 90, "silence": 7, "ending": (5, 5, 8)}, "the model has room for 42 codes"),
+        ({"total": 24}, "this model has 64 codes, but TorToiSe's decoder was trained with 8192"),
+    ],
+)
+def test_hand_over_refuses_what_tortoise_could_not_use(voice: Twin, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate.hand_over(voice.params, voice.config, voice_vector(), TEXT, np.arange(5), **changes)
+
+
+def test_draft_has_the_length_its_codes_imply_and_does_not_clip(dvae: Twin) -> None:
+    waveform = generate.draft(dvae.params, dvae.config, default_mel_norms(), np.array([5, 60]))
+    assert waveform.dtype == np.float32
+    assert len(waveform) == 2 * SAMPLES_PER_CODE - 256
+    assert code_count(len(waveform)) == 2
+    assert 0 < np.abs(waveform).max() < 1
+
+
+def test_draft_leaves_out_what_is_no_code(dvae: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    mels: list[np.ndarray] = []
+    monkeypatch.setattr(generate, "griffin_lim", lambda mel, norms: mels.append(mel))
+    for codes in ([1, 64, 2, 65, 3], [1, 2, 3]):
+        generate.draft(dvae.params, dvae.config, default_mel_norms(), np.array(codes))
+    np.testing.assert_array_equal(*mels)
+    assert len(generate.draft(dvae.params, dvae.config, default_mel_norms(), np.array([64]))) == 0
+    assert len(mels) == 2
+
+
+def test_decoded_mel_is_torchs(torch_dvae: torch_reference.DiscreteVAE, dvae: Twin) -> None:
+    codes = np.random.default_rng(1).integers(0, 64, (2, 9))
+    want = torch_dvae.decode(torch.from_numpy(codes))
+    want = want[0] if isinstance(want, tuple) else want
+    assert_close(generate.decode_mel(dvae.params, dvae.config, codes), want.numpy().swapaxes(1, 2), STACK)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1, expected at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1, expected at least 0"),
+        ({"top_p": 0.0}, r"top_p is 0.0, expected above 0 up to 1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected above 0"),
+        ({"max_codes": 0}, "max_codes is 0, expected at least 1"),
+        ({"dtype": "float16"}, "dtype is float16, expected auto, float32 or bfloat16"),
+    ],
+)
+def test_bad_options_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SamplingOptions(**changes)
+
+
+SHORT = SamplingOptions(max_codes=8, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "message"),
+    [
+        ((voice_vector(), []), {}, "the text is empty"),
+        ((voice_vector(), [3] * 30), {}, "the text has 30 tokens, the model has room for 29"),
+        ((voice_vector(), [256]), {}, "text ids must be 0 to 255, found 256 to 256"),
+        ((voice_vector(width=32), TEXT), {}, "the voice is a vector of 32, the model's width is 64"),
+        ((np.zeros((3, 64), np.float32), [TEXT, TEXT]), {}, "3 voices do not go with 2 texts"),
+        ((voice_vector(), TEXT), {"candidates": 0}, "0 candidates were asked for"),
+        ((voice_vector(), TEXT), {"options": SamplingOptions()}, "max_codes is 500, the model has room for 42"),
+    ],
+)
+def test_bad_input_is_named(voice: Twin, arguments: tuple[Any, ...], named: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample(voice, *arguments, **({"options": SHORT} | named))
+
+
+def test_a_model_gone_wrong_is_named(voice: Twin) -> None:
+    broken = dict(
+        voice.params, mel_head={"kernel": np.full((64, 66), np.nan, np.float32), "bias": np.zeros(66, np.float32)}
+    )
+    with pytest.raises(UserError, match="outputs are not finite"):
+        generate.sample(broken, voice.config, voice_vector(), TEXT, options=SHORT)

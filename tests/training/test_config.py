@@ -1,0 +1,125 @@
+"""Configurations: every one loads, every wrong field ends in one line that says what and where."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import ar
+from tortoise_jax.errors import UserError
+from tortoise_jax.training import config, presets
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_loads(name: str) -> None:
+    settings = importlib.import_module(f"configs.{name}").get_config()
+    config.check(settings)
+    presets.fill(settings, 100)
+    assert None not in config.flat(settings).values()
+    assert config.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
+    assert config.compute(settings, "bfloat16", 1).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", 0, "at least 1"),
+        ("steps", 2.5, "expected int"),
+        ("steps", True, "expected int"),
+        ("seed", -1, "at least 0"),
+        ("embed_dropout", 1.0, "0 to 0.99"),
+        ("dtype", "float16", "one of auto, float32, bfloat16"),
+        ("attention", "flash", "one of plain, xla, cudnn"),
+        ("optimizer.name", "adam", "one of adamw, adafactor"),
+        ("optimizer.schedule", "linear", "one of stepped, cosine, constant"),
+        ("optimizer.learning_rate", 0.0, "1e-12 to 1"),
+        ("optimizer.learning_rate", float("nan"), "1e-12 to 1"),
+        ("optimizer.milestones", (5, 3), "rising step numbers"),
+        ("optimizer.milestones", ("5",), "rising step numbers"),
+        ("seed", None, "expected int"),
+        ("stepps", 3, 'did you mean "steps"'),
+        ("optimizer.lerning_rate", 1e-5, 'did you mean "optimizer.learning_rate"'),
+    ],
+)
+def test_wrong_fields_are_named(field: str, value: object, said: str) -> None:
+    settings = ar.get_config()
+    *parents, name = field.split(".")
+    node = settings
+    for parent in parents:
+        node = node[parent]
+    with settings.unlocked(), node.ignore_type():
+        node[name] = value
+    with pytest.raises(UserError, match=field) as raised:
+        config.check(settings)
+    assert said in str(raised.value)
+
+
+def test_missing_fields_and_impossible_pairs_are_named() -> None:
+    settings = ar.get_config()
+    with settings.unlocked():
+        del settings.remat
+    with pytest.raises(UserError, match="field remat is missing"):
+        config.check(settings)
+    settings = ar.get_config()
+    settings.attention, settings.attention_dropout = "xla", 0.1
+    with pytest.raises(UserError, match="attention=xla has no dropout"):
+        config.check(settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "which configuration"),
+        (["--config", "configs/none.py"], "configs/none.py"),
+        (["--config", "configs/ar.py", "--config.optimizer.learning_rte=1"], 'did you mean "optimizer.learning_rate"'),
+        (["--config", "configs/ar.py", "--config.steps=many"], "many"),
+        (["--config", "configs/ar.py", "--wokdir=x"], "wokdir"),
+        (["--config", "configs/ar.py", "stray"], "stray"),
+        (["--config", "README.md"], "README.md"),
+    ],
+)
+def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config.FLAGS.unparse_flags()
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # ml_collections reads overrides from there
+    with pytest.raises(UserError) as raised:
+        config.parse(["train.py", *arguments])
+    assert said in str(raised.value)
+
+
+def test_train_ends_in_one_line() -> None:
+    done = subprocess.run([sys.executable, "train.py", "stray"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: unexpected argument 'stray'; flags begin with --, see --help\n"
+
+
+def test_help_names_every_field() -> None:
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert not [name for name in config.flat(ar.get_config()) if f"--config.{name}=" not in done.stdout]
+
+
+@pytest.mark.parametrize("clips", [1, 8, 40, 180, 700, 5000, 50_000])
+def test_presets_keep_what_is_given(clips: int) -> None:
+    settings = ar.get_config()
+    settings.optimizer.learning_rate = 3e-6
+    chosen = presets.fill(settings, clips)
+    assert settings.optimizer.learning_rate == 3e-6
+    assert not [line for line in chosen if "learning_rate" in line]
+    assert settings.steps >= 20
+    assert settings.eval_every <= settings.steps
+    assert all(0 < step <= settings.steps for step in settings.optimizer.milestones)
+    config.check(settings)
+
+
+def test_dlas_numbers_stand_for_thousands_of_clips() -> None:
+    values = presets.values(presets.choose(5000), 5000)
+    assert (values["batch_size"], values["optimizer.learning_rate"]) == (128, 1e-5)
+    assert presets.values(presets.choose(200), 200)["optimizer.milestones"][0] <= 10 * -(-200 // 32)

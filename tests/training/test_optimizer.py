@@ -1,0 +1,265 @@
+"""The optimiser: twelve steps beside torch's, the groups, the schedules, freezing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.support import small, torch_reference
+from tests.support.parity import STACK, Tree, Twin, absolute_error, apart, assert_close, voice_tree, voice_twin
+from tests.support.torch_reference import SAMPLES_PER_CODE, Trainer, random_batch, tiny_unified_voice
+from tests.support.upstream_layout import upstream_batch
+from tortoise_jax.checkpoints.state_dict import flatten
+from tortoise_jax.errors import UserError
+from tortoise_jax.models.unified_voice import UnifiedVoice
+from tortoise_jax.training.optimizer import (
+    OptimizerConfig,
+    group_labels,
+    group_norms,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from tortoise_jax.training.step import Recipe, initial_state, train_step
+
+# Twelve steps of DLAS's recipe, beside torch
+
+STEPS = 12
+EACH_STEP = 1e-5  # relative, of losses, norms and rates
+RECIPE = torch_reference.Recipe(lr=2e-3, clip_per_group=0.5, milestones=(4, 8))
+OURS = OptimizerConfig(learning_rate=2e-3, clip_norm=0.5, milestones=(4, 8))
+COLUMNS = ("loss/text", "loss/mel", "loss/total", "grad_norm/decayed", "grad_norm/undecayed", "learning_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Torch in float64, and the final weights of the same run in float32, to see how far rounding alone goes.
+
+    first_gradient: of the first step, as the optimizer got it.
+    """
+
+    start: Twin
+    batches: list[dict[str, np.ndarray]]
+    history: np.ndarray  # (steps, 6)
+    first_gradient: Tree
+    final: Tree
+    final_float32: Tree
+
+    def key_bias_drift(self) -> float:
+        """How far torch's own float32 run ends from float64 in the key biases.
+
+        They have no true gradient, so Adam follows rounding: how far is chance, of the order of the rates' sum.
+        """
+        ours, exact = (apart(tree, self.start.heads)[1] for tree in (self.final_float32, self.final))
+        return max(absolute_error(ours[path], value) for path, value in exact.items())
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trajectory:
+    single, double = tiny_unified_voice(seed=5), tiny_unified_voice(seed=5).double()
+    twin = voice_twin(single)
+    trainer, plain = Trainer(double, RECIPE), Trainer(single, RECIPE)
+    batches: list[dict[str, np.ndarray]] = []
+    first_gradient: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        batch = random_batch(single, seed=100 + step)
+        trainer.step(batch | {"cond_mel": batch["cond_mel"].double()})
+        if step == 0:
+            first_gradient = {name: value.grad.clone() for name, value in double.named_parameters()}
+        plain.step(batch)
+        arrays = {name: value.numpy() for name, value in batch.items()}
+        lengths = arrays["code_lengths"] * SAMPLES_PER_CODE
+        names = ("cond_mel", "text", "text_lengths", "codes")
+        batches.append(upstream_batch(twin.config, *(arrays[name] for name in names), lengths))
+    trees = [voice_tree(twin.config, arrays) for arrays in (first_gradient, double.state_dict(), single.state_dict())]
+    return Trajectory(twin, batches, np.array(trainer.history), *trees)
+
+
+def train(reference: Trajectory, config: OptimizerConfig) -> tuple[np.ndarray, Tree]:
+    params = reference.start.params
+    recipe = Recipe(
+        model=UnifiedVoice(reference.start.config),
+        optimizer=make_optimizer(config, params),
+        schedule=learning_rate_schedule(config),
+        mel_norms=None,
+        axis=None,
+    )
+    step = jax.jit(functools.partial(train_step, recipe))
+    state, history = initial_state(params, recipe.optimizer), []
+    for batch in reference.batches:
+        state, metrics = step(state, {name: value[None] for name, value in batch.items()})
+        history.append([float(metrics[name]) for name in COLUMNS])
+    return np.array(history), state.params
+
+
+def by_chance(gradient: np.ndarray) -> np.ndarray:
+    """Where a gradient is lost in the rounding of float32.
+
+    Adam's first step is the rate times its sign, however small it is: torch's own float32 run ends there anywhere.
+    """
+    size = np.abs(gradient)
+    return (size > 0) & (size < 1e-5 * size.max())
+
+
+def check_trajectory(reference: Trajectory, config: OptimizerConfig) -> None:
+    history, final = train(reference, config)
+    off = np.abs(history / reference.history - 1)
+    for column, name in enumerate(COLUMNS):
+        assert off[:, column].max() <= EACH_STEP, f"{name}: {off[:, column].max():.1e}"
+    check_weights(reference, final)
+
+
+def check_weights(reference: Trajectory, final: Tree) -> None:
+    heads = reference.start.heads
+    (got, got_keys), (want, want_keys) = apart(final, heads), apart(reference.final, heads)
+    first, _ = apart(reference.first_gradient, heads)
+    assert got.keys() == want.keys()
+    chance = {path: by_chance(gradient) for path, gradient in first.items()}
+    assert sum(map(np.sum, chance.values())) < 1e-3 * sum(map(np.size, chance.values()))
+    for path, value in want.items():
+        assert_close(got[path], value, 2 * RECIPE.lr, path, absolute_error)
+        assert_close(np.where(chance[path], value, got[path]), value, STACK, path)
+    for path, value in want_keys.items():
+        assert_close(got_keys[path], value, 2 * reference.key_bias_drift(), f"{path} (keys)", absolute_error)
+
+
+def test_twelve_steps_follow_torch(reference: Trajectory) -> None:
+    history = reference.history
+    assert (history[:, 3] > RECIPE.clip_per_group).all()  # clipping acts in both groups
+    assert (history[:, 4] > RECIPE.clip_per_group).any()
+    check_trajectory(reference, OURS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(weight_decay=2e-2),
+        pytest.param(dict(milestones=(5, 8)), marks=pytest.mark.slow),
+        pytest.param(dict(clip_norm=0.45), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_trajectory_fires(reference: Trajectory, change: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError, match="loss/text"):
+        check_trajectory(reference, dataclasses.replace(OURS, **change))
+
+
+@pytest.mark.parametrize(
+    ("path", "place"), [("gpt/h/mlp/c_fc/kernel", (1, 5, 7)), ("gpt/h/attn/c_attn/bias", (1, -1)), ("keys", (1, 70))]
+)
+def test_weights_fire(reference: Trajectory, path: str, place: tuple[int, ...]) -> None:
+    final = jax.tree.map(np.array, reference.final)
+    check_weights(reference, final)
+    by_path = flatten(final)
+    by_path["gpt/h/attn/c_attn/bias" if path == "keys" else path][place] += 2e-3
+    with pytest.raises(AssertionError, match=path):
+        check_weights(reference, final)
+
+
+# Groups
+
+
+def test_groups_are_torchs(voice: Twin) -> None:
+    model = tiny_unified_voice(seed=1)
+    decayed, _ = torch_reference.parameter_groups(model)
+    marks = {name: torch.full_like(p, float(name in decayed)) for name, p in model.named_parameters()}
+    want = {path: value.max() for path, value in flatten(voice_tree(voice.config, marks)).items()}
+    labels = flatten(group_labels(voice.params))
+    assert {path: float(label == "decayed") for path, label in labels.items()} == want
+    assert set(labels.values()) == {"decayed", "undecayed"}
+
+
+def test_group_norms_are_of_each_group() -> None:
+    gradients = {"a": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([2.0])}, "b": {"scale": jnp.array([1.0])}}
+    norms = group_norms(gradients, group_labels(gradients))
+    assert norms["grad_norm/decayed"] == pytest.approx(5)
+    assert norms["grad_norm/undecayed"] == pytest.approx(5**0.5)
+    frozen = group_norms(gradients, group_labels(gradients, freeze="a/kernel"))
+    assert (frozen["grad_norm/decayed"], frozen["grad_norm/undecayed"]) == (0, pytest.approx(5**0.5))
+
+
+def one_update(config: OptimizerConfig, params: Tree, gradients: Tree) -> Tree:
+    optimizer = make_optimizer(config, params)
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params)[0])()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_frozen_parameters_stay_and_others_move(name: str) -> None:
+    params = small.params()
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates = flatten(one_update(OptimizerConfig(name=name, freeze=r"gpt/h/.*|text_head/kernel"), params, gradients))
+    for path, update in updates.items():
+        frozen = path.startswith("gpt/h/") or path == "text_head/kernel"
+        assert np.any(update) != frozen, path
+
+
+def test_decay_acts_on_weights_alone() -> None:
+    params = small.params()
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates = flatten(one_update(OptimizerConfig(learning_rate=0.5, weight_decay=0.1), params, nothing))
+    for path, update in updates.items():
+        want = -0.05 * flatten(params)[path] if path.endswith("kernel") else np.zeros_like(update)
+        np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=path)
+
+
+def test_each_group_is_clipped_by_its_own_norm() -> None:
+    """With Adam's epsilon far above the gradients an update is proportional to the clipped gradient."""
+    params = {"a": {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}}
+    gradients = {"a": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([0.3, 0.4])}}
+    config = OptimizerConfig(learning_rate=1.0, epsilon=1e6, clip_norm=1.0, weight_decay=0.0)
+    update = one_update(config, params, gradients)["a"]
+    np.testing.assert_allclose(update["kernel"] * 1e6, [-0.6, -0.8], rtol=1e-4)
+    np.testing.assert_allclose(update["bias"] * 1e6, [-0.3, -0.4], rtol=1e-4)
+
+
+# Schedules
+
+
+def rates(steps: int, **options: Any) -> list[float]:
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **options))
+    with jax.numpy_dtype_promotion("standard"):
+        return [float(schedule(jnp.int32(step))) for step in range(steps)]
+
+
+def test_stepped_schedule_halves_at_its_milestones() -> None:
+    assert rates(6, milestones=(2, 4)) == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_warm_up_rises_to_the_rate_and_milestones_keep_their_steps() -> None:
+    assert rates(7, milestones=(2, 5), warmup=4) == pytest.approx([0.25, 0.5, 0.75, 1, 0.5, 0.25, 0.25])
+    assert rates(6, schedule="constant", warmup=3) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+    assert rates(3, schedule="constant", warmup=1) == [1, 1, 1]
+
+
+def test_cosine_schedule_ends_at_zero() -> None:
+    got = rates(11, schedule="cosine", total_steps=10, warmup=2)
+    assert got[:3] == pytest.approx([0.5, 1, 1])
+    assert got[6] == pytest.approx(0.5)
+    assert got[10] == pytest.approx(0, abs=1e-6)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig(name="sgd"), "optimizer.name is 'sgd'; expected one of adamw, adafactor"),
+        (
+            OptimizerConfig(schedule="linear"),
+            "schedule is 'linear'; expected one of stepped, cosine, constant",
+        ),
+        (OptimizerConfig(freeze="gpt("), r"optimizer.freeze: 'gpt\(' is not a regular expression"),
+        (OptimizerConfig(freeze="gpt"), "optimizer.freeze: 'gpt' matches no parameter; their paths look like"),
+    ],
+)
+def test_bad_settings_are_named(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_optimizer(config, small.params())

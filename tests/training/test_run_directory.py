@@ -1,0 +1,169 @@
+"""What a run keeps: history, remarks, checkpoints on full and failing disks, non-finite steps to replay."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support import small
+from tortoise_jax.checkpoints.pretrained import RunCheckpoints
+from tortoise_jax.checkpoints.state_dict import flatten
+from tortoise_jax.errors import UserError
+from tortoise_jax.training import replay
+from tortoise_jax.training import report as run_report
+from tortoise_jax.training import run_directory as run
+from tortoise_jax.training.run_directory import History
+
+PARAMS = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+STATE = {"count": np.int32(0), "mu": {"a": {"kernel": np.ones((2, 3), np.float32)}}}
+
+
+def saved(folder: Path, losses: dict[int, float | None], keep_last: int = 2) -> RunCheckpoints:
+    checkpoints = RunCheckpoints(folder, keep_last)
+    for step, loss in losses.items():
+        params = jax.tree.map(lambda leaf, step=step: leaf + np.float32(step), PARAMS)
+        checkpoints.save(step, params, STATE, {"step": step, "skipped": 0}, loss)
+    checkpoints.finish()
+    return RunCheckpoints(folder, keep_last)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5})
+    assert sorted(checkpoints.manager.all_steps()) == [2, 4, 5]
+    assert (checkpoints.best(), checkpoints.newest()) == (2, 5)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+    np.testing.assert_array_equal(checkpoints.restore_params(shapes, None)["a"]["kernel"], PARAMS["a"]["kernel"] + 2)
+    with pytest.raises(UserError, match=r"holds no step 3, only \[2, 4, 5\]"):
+        checkpoints.restore_params(shapes, 3)
+
+
+def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:
+    params, opt_state, progress = saved(tmp_path, {7: None}).restore(7, PARAMS, STATE)
+    np.testing.assert_array_equal(params["a"]["kernel"], PARAMS["a"]["kernel"] + 7)
+    np.testing.assert_array_equal(opt_state["mu"]["a"]["kernel"], STATE["mu"]["a"]["kernel"])
+    assert (progress["step"], progress["skipped"]) == (7, 0)
+
+
+def test_a_checksum_that_differs_is_not_resumed_from(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, {1: None, 2: None})
+    file = next((tmp_path / "steps" / "2").glob("progress/*"))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"crc32": content["crc32"] ^ 1}))
+    said: list[str] = []
+    found = checkpoints.restore_newest(PARAMS, STATE, said.append)
+    assert found is not None
+    assert found[2]["step"] == 1
+    assert len(said) == 1
+    assert "2 cannot be resumed from: its checksum is not what was written" in said[0]
+    (tmp_path / "steps" / "1" / "progress" / file.name).write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        RunCheckpoints(tmp_path).restore_newest(PARAMS, STATE, said.append)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path: Path) -> None:
+    """The disk is full where a file may not grow beyond a few kilobytes."""
+    saved(tmp_path, {1: None}).finish()
+    program = f"""
+import resource, numpy as np
+from pathlib import Path
+from tortoise_jax.checkpoints.pretrained import RunCheckpoints
+from tortoise_jax.errors import exit_with_one_line
+def main():
+    checkpoints = RunCheckpoints(Path({str(tmp_path)!r}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    noise = np.random.default_rng(0).standard_normal(100_000, np.float32)
+    checkpoints.save(2, {{"a": noise}}, {{"b": noise}}, {{"step": 2, "skipped": 0}}, None)
+    checkpoints.finish()
+exit_with_one_line(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    # tensorstore's threads may print tracebacks beside it, some without an end of line.
+    line = next(line for line in done.stderr.splitlines() if "error: " in line and "could not be written" in line)
+    assert "the checkpoints of steps [1] are whole" in line
+    assert sorted(RunCheckpoints(tmp_path).manager.all_steps()) == [1]
+
+
+def test_history_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, writes=True)
+    for step in range(1, 6):
+        history.add("train", step, {"mel": float(step)})
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
+    again = History(tmp_path, 3, writes=True)
+    assert again.curve("train", "mel") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    again.add("validation", 3, {"total": 2.0})
+    assert again.has("validation", 3)
+    assert not again.has("validation", 2)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
+    silent = History(tmp_path, 1, writes=False)
+    silent.add("train", 2, {"mel": 0.0})
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("losses", "waited"), [([], 0), ([1.0], 0), ([3, 2, 1], 0), ([1, 2, 3], 2), ([2, 1, 1], 1)])
+def test_patience_counts_evaluations_without_gain(losses: list[float], waited: int) -> None:
+    assert run.evaluations_without_gain(losses) == waited
+
+
+def test_overfitting_is_said_only_where_both_curves_show_it() -> None:
+    falling = [(step, 5.0 - 0.1 * step) for step in range(1, 21)]
+    steady = [(step, 5.0) for step in range(1, 21)]
+    worse = [(0, 5.0), (4, 4.0), (8, 4.1), (12, 4.2), (16, 4.3)]
+    better = [(0, 5.0), (4, 4.5), (8, 4.3), (12, 4.2), (16, 4.1)]
+    assert "since step 4" in run.overfitting_remark(worse, falling)
+    assert not run.overfitting_remark(worse, steady)
+    assert not run.overfitting_remark(better, falling)
+    assert not run.overfitting_remark(worse[:3], falling)
+    assert not run.overfitting_remark([], falling)
+
+
+def test_a_report_names_what_to_do(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, writes=True)
+    for step in range(1, 21):
+        history.add("train", step, dict.fromkeys(("mel", "text", "stop", "total"), 5.0 - 0.1 * step))
+    for step, loss in ((0, 5.0), (4, 4.0), (8, 4.1), (12, 4.2), (16, 4.3)):
+        history.add("validation", step, dict.fromkeys(("mel", "text", "stop", "total"), loss))
+    run_report.write(tmp_path, history, "finished", {"steps": 20, "data": "<voice>"}, {"speakers": 1})
+    page = (tmp_path / "report.html").read_text()
+    assert "overfitting" in page
+    assert "add recordings" in page
+    assert "&lt;voice&gt;" in page
+    assert "None were made" in page
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["best_step"], summary["steps"]) == (4, 20)
+
+
+def test_a_step_that_was_not_finite_is_replayed_from_its_file(tmp_path: Path) -> None:
+    params = jax.tree.map(np.array, small.params())
+    clips = {name: value[None, None] for name, value in small.clips(0, rows=3).items()}
+    clips["conditioning_mel"][0, 0, 1] = np.nan
+    file = replay.save(tmp_path, 12, clips, params)
+    step, batch, kept = replay.load(file)
+    assert step == 12
+    for name, value in flatten(params).items():
+        np.testing.assert_array_equal(flatten(kept)[name], value)
+    names = [f"clip-{i}" for i in range(1000)]
+    recipe = dataclasses.replace(small.recipe(), axis=None)
+    lines = replay.explain(recipe, step, batch, kept, names)
+    guilty = names[int(clips["example"][0, 0, 1])]
+    assert f"clip {guilty}: its own loss is not finite" in lines
+    assert sum(line.startswith("clip ") for line in lines) == 1
+    assert any(line.startswith("gradient of ") for line in lines)
+    assert not [line for line in lines if line.startswith("parameter ")]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of ours", b"PK\x03\x04"])
+def test_replay_refuses_other_files(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match="not a file a non-finite step left"):
+        replay.load(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="not a file a non-finite step left"):
+        replay.load(tmp_path / "none.npz")

@@ -1,0 +1,251 @@
+"""A step gives the same however its clips are padded, split into micro-batches or spread over devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support import small
+from tests.support.parity import MEL_ABSOLUTE, ZERO_GRADIENT, absolute_error, apart, assert_close
+from tests.support.small import CONFIG, DROPOUT, Batch, clips, with_padding_rows
+from tortoise_jax.models.layers import Compute
+from tortoise_jax.parallel import AXIS
+from tortoise_jax.training import step as step_module
+from tortoise_jax.training.losses import means
+from tortoise_jax.training.step import TrainState, dropout_keys, eval_step, initial_state, train_step
+
+SAME = 1e-5  # of each array's gradient norm, and of each loss
+STEPS = 20
+NO_DROPOUT = Compute()
+Layout = tuple[int, int]  # devices, micro-batches
+LAYOUTS: list[Layout] = [(1, 1), (1, 4), (2, 1), (4, 2), (8, 1)]
+
+
+def pmapped(step: Any, recipe: Any, devices: int) -> Any:
+    """Not parallel.mapped, which takes all devices there are."""
+    return jax.pmap(functools.partial(step, recipe), axis_name=AXIS, devices=jax.local_devices()[:devices])
+
+
+@functools.cache
+def trained_on(devices: int, compute: Compute) -> Any:
+    return pmapped(train_step, small.recipe(compute), devices)
+
+
+def laid_out(batch: Batch, layout: Layout) -> Batch:
+    """Rows (r, …) -> (devices, micro-batches, rows of each, …)."""
+    return {name: value.reshape(*layout, -1, *value.shape[1:]) for name, value in batch.items()}
+
+
+def start(devices: int) -> TrainState:
+    state = initial_state(small.params(), small.recipe().optimizer)
+    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), state)
+
+
+def first(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], tree)
+
+
+def one_step(
+    batch: Batch, layout: Layout = (1, 1), compute: Compute = DROPOUT, step: Any = None
+) -> tuple[Any, dict[str, Any]]:
+    """(gradient, metrics) of the first step."""
+    state, metrics = (step or trained_on(layout[0], compute))(start(layout[0]), laid_out(batch, layout))
+    return first(state.opt_state[1]), first(metrics)
+
+
+def losses(batches: Iterator[Batch], layout: Layout = (1, 1), compute: Compute = DROPOUT) -> np.ndarray:
+    """Text, mel and total loss of each step (steps, 3)."""
+    state, rows = start(layout[0]), []
+    for batch in batches:
+        state, metrics = trained_on(layout[0], compute)(state, laid_out(batch, layout))
+        rows.append([first(metrics[f"loss/{name}"]) for name in ("text", "mel", "total")])
+    return np.array(rows, np.float64)
+
+
+def assert_same_gradient(got: Any, want: Any) -> None:
+    """Each array, layer by layer, to 1e-5 of its norm; key biases, whose gradient is zero, in absolute terms."""
+    (got_rest, got_keys), (want_rest, want_keys) = apart(got, CONFIG.heads), apart(want, CONFIG.heads)
+    for path, array in want_rest.items():
+        layered = path.startswith(("gpt/h/", "conditioning_encoder/attn/"))
+        pairs = zip(got_rest[path], array, strict=True) if layered else [(got_rest[path], array)]
+        for layer, (a, b) in enumerate(pairs):
+            norm = np.linalg.norm(b)
+            assert norm > 1e-3, f"{path} {layer}: no gradient to compare"
+            assert np.linalg.norm(a - b) <= SAME * norm, f"{path} {layer}: {np.linalg.norm(a - b) / norm:.1e}"
+    for path, array in want_keys.items():
+        assert absolute_error(got_keys[path], array) <= ZERO_GRADIENT, path
+
+
+def assert_same_losses(got: np.ndarray, want: np.ndarray) -> None:
+    assert len(want) == STEPS
+    assert np.ptp(want[:, 1]) > 0.1  # it trains
+    np.testing.assert_allclose(got, want, rtol=SAME, atol=0)
+
+
+@functools.cache
+def reference() -> tuple[Any, np.ndarray]:
+    """Gradient of clips(0) and the losses of 20 steps, on one device in one piece, with dropout."""
+    return one_step(clips(0))[0], losses(clips(s) for s in range(STEPS))
+
+
+# Micro-batches and devices, with dropout
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS[1:3]), *LAYOUTS[3:]],
+    ids=lambda layout: f"{layout[0]} devices, {layout[1]} micro-batches",
+)
+def test_micro_batches_and_devices_change_nothing(layout: Layout) -> None:
+    assert_same_gradient(one_step(clips(0), layout)[0], reference()[0])
+    assert_same_losses(losses((clips(s) for s in range(STEPS)), layout), reference()[1])
+
+
+@pytest.mark.slow
+@given(st.data())
+def test_no_split_changes_the_gradient(data: st.DataObject) -> None:
+    """Any number of clips in any order, padding rows among them, in any layout."""
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    real = data.draw(st.integers(1, 8))
+    order = data.draw(st.permutations(range(8)))
+    batch = with_padding_rows({name: value[:real] for name, value in clips(1).items()}, 8)
+    want, want_metrics = one_step(batch)
+    got, metrics = one_step({name: value[np.array(order)] for name, value in batch.items()}, layout)
+    got_flat, want_flat = jax.tree.leaves(got), jax.tree.leaves(want)
+    for a, b in zip(got_flat, want_flat, strict=True):
+        assert np.linalg.norm(a - b) <= SAME * max(np.linalg.norm(b), 1e-1)
+    for name in ("loss/text", "loss/mel", "loss/stop", "loss/total", "mel_count", "stop_count"):
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=SAME)
+    assert metrics["stop_count"] == real
+
+
+def test_a_partial_batch_counts_its_real_rows_only() -> None:
+    five = {name: value[:5] for name, value in clips(2).items()}
+    want, want_metrics = one_step(five)
+    for layout in ((8, 1), (1, 4)):
+        got, metrics = one_step(with_padding_rows(five, 8), layout)
+        assert_same_gradient(got, want)
+        np.testing.assert_allclose(metrics["loss/total"], want_metrics["loss/total"], rtol=SAME)
+
+
+def test_invariance_fires_for_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device dividing by its own count, and the shares averaged."""
+    plain = step_module.global_counts
+    own = lambda recipe, batch: jax.tree.map(
+        lambda count: count * jax.lax.axis_size(AXIS), plain(step_module.dataclasses.replace(recipe, axis=None), batch)
+    )
+    monkeypatch.setattr(step_module, "global_counts", own)
+    gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.recipe(), 2))
+    with pytest.raises(AssertionError):
+        assert_same_gradient(gradient, reference()[0])
+
+
+def test_invariance_fires_for_dropout_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_place = lambda seed, step, example: dropout_keys(seed, step, jnp.arange(len(example)))
+    monkeypatch.setattr(step_module, "dropout_keys", by_place)
+    gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.recipe(), 2))
+    with pytest.raises(AssertionError):
+        assert_same_gradient(gradient, reference()[0])
+
+
+# Padding and buckets, without dropout: attention's draws change with the length
+
+
+@pytest.mark.parametrize(("length", "layout"), [(small.LONGEST + 7, (1, 1)), (64, (2, 2))])
+def test_padding_changes_nothing(length: int, layout: Layout) -> None:
+    want = one_step(clips(0), compute=NO_DROPOUT)[0]
+    assert_same_gradient(one_step(clips(0, length=length), layout, NO_DROPOUT)[0], want)
+    expected = losses((clips(s) for s in range(STEPS)), compute=NO_DROPOUT)
+    assert_same_losses(losses((clips(s, length=length) for s in range(STEPS)), layout, NO_DROPOUT), expected)
+
+
+def test_invariance_fires_for_counted_padding() -> None:
+    want = one_step(clips(0), compute=NO_DROPOUT)[0]
+    longer = clips(0, length=small.LONGEST + 7)
+    longer["kinds"][:, -1], longer["weights"][:, -1] = 2, 1.0
+    with pytest.raises(AssertionError):
+        assert_same_gradient(one_step(longer, compute=NO_DROPOUT)[0], want)
+
+
+# Evaluation
+
+
+def test_evaluation_sums_are_those_of_training_without_dropout() -> None:
+    evaluate = lambda layout: first(
+        pmapped(eval_step, small.recipe(DROPOUT), layout[0])(start(layout[0]).params, laid_out(clips(0), layout))
+    )
+    sums = evaluate((1, 1))
+    metrics = one_step(clips(0), compute=NO_DROPOUT)[1]
+    for name, value in means(sums, sums).items():
+        np.testing.assert_allclose(value, metrics[f"loss/{name}"], rtol=SAME)
+    for name, value in evaluate((4, 2)).items():
+        np.testing.assert_allclose(value, sums[name], rtol=SAME)
+    assert abs(one_step(clips(0))[1]["loss/mel"] - metrics["loss/mel"]) > 1e-3  # dropout would have been seen
+
+
+# What a step does with what is not finite
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    run = trained_on(1, DROPOUT)
+    state, metrics = run(start(1), laid_out(clips(0), (1, 1)))
+    assert first(metrics["finite"])
+    broken = clips(1)
+    broken["conditioning_mel"][3] = np.nan
+    for skips in (1, 2):
+        after, metrics = run(state, laid_out(broken, (1, 1)))
+        assert not first(metrics["finite"])
+        assert first(after.skipped) == skips
+        assert first(after.step) == first(state.step) + 1
+        for name in ("params", "opt_state"):
+            assert equal(getattr(after, name), getattr(state, name))
+        state = after
+    after, metrics = run(state, laid_out(clips(1), (1, 1)))
+    assert first(metrics["finite"])
+    assert first(after.skipped) == 0
+    assert not equal(after.params, state.params)
+
+
+def test_a_gradient_that_overflows_under_a_finite_loss_is_not_applied() -> None:
+    step = pmapped(train_step, small.recipe(DROPOUT, text_weight=1e30), 1)
+    before = start(1)
+    state, metrics = step(before, laid_out(clips(0), (1, 1)))
+    assert np.isfinite(first(metrics["loss/total"]))
+    assert not first(metrics["finite"])
+    assert equal(state.params, before.params)
+
+
+# Small parts
+
+
+def test_dropout_keys_follow_seed_step_and_example() -> None:
+    data = lambda *arguments: jax.random.key_data(dropout_keys(*arguments)).tolist()
+    want = data(0, jnp.int32(7), jnp.array([3, 4]))
+    assert data(0, jnp.int32(7), jnp.array([4, 9, 3]))[2] == want[0]
+    assert data(0, jnp.int32(7), jnp.array([4, 9, 3]))[0] == want[1]
+    keys = {str(key) for seed in (0, 1) for step in (0, 7) for key in data(seed, jnp.int32(step), jnp.arange(50))}
+    assert len(keys) == 200
+
+
+def test_conditioning_mel_is_the_log_mel_of_the_batchs_waveforms() -> None:
+    import torch
+
+    from tests.support.torch_reference import log_mel
+
+    wav = np.random.default_rng(0).integers(-9000, 9000, (2, 2, 4096)).astype(np.int16)
+    norms = -np.linspace(1, 3, 80, dtype=np.float32)
+    got = step_module.conditioning_mel({"conditioning_wav": jnp.asarray(wav)}, norms)
+    want = log_mel(torch.tensor(wav.astype(np.float32) / 32768).reshape(4, 4096), torch.tensor(norms))
+    assert_close(got.reshape(4, -1, 80), want.transpose(1, 2), MEL_ABSOLUTE, measure=absolute_error)

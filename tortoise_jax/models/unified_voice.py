@@ -1,0 +1,126 @@
+"""UnifiedVoice, the autoregressive model: [conditioning | text | codes] through a GPT-2 stack, two heads.
+
+A row is described by three integer arrays over its positions (tokens, kinds, positions), so one forward serves our
+joined rows, upstream's padded layout and generation alike. Follows tortoise's UnifiedVoice as released.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from tortoise_jax.models.layers import GPT2, Array, Compute, ConditioningEncoder, layer_norm
+
+CONDITIONING, TEXT, MEL = 0, 1, 2  # what stands at a position
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedVoiceConfig:
+    """Dimensions of an AR model, read from its tensors; heads alone cannot be.
+
+    text_tokens, mel_tokens, text_positions and mel_positions are rows of the tables.
+    The released file: (30, 1024, 16, 256, 8194, 404, 608, 6, 80).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    text_tokens: int
+    mel_tokens: int
+    text_positions: int
+    mel_positions: int
+    conditioning_layers: int = 6
+    mel_channels: int = 80
+    stop_text: int = 0
+
+    @property
+    def codes(self) -> int:
+        """Codes of the dVAE it was trained with: the table without start and stop."""
+        return self.mel_tokens - 2
+
+    @property
+    def start_mel(self) -> int:
+        return self.mel_tokens - 2
+
+    @property
+    def stop_mel(self) -> int:
+        return self.mel_tokens - 1
+
+    @property
+    def start_text(self) -> int:
+        return self.text_tokens - 1
+
+
+class UnifiedVoice(nn.Module):
+    config: UnifiedVoiceConfig
+    compute: Compute = Compute()
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        self.conditioning_encoder = ConditioningEncoder(c.width, c.conditioning_layers, c.heads, self.compute)
+        self.text_embedding = nn.Embed(c.text_tokens, c.width, dtype=dtype)
+        self.mel_embedding = nn.Embed(c.mel_tokens, c.width, dtype=dtype)
+        self.text_pos_embedding = nn.Embed(c.text_positions, c.width, dtype=dtype)
+        self.mel_pos_embedding = nn.Embed(c.mel_positions, c.width, dtype=dtype)
+        self.gpt = GPT2(c.layers, c.heads, self.compute)
+        self.final_norm = layer_norm("final_norm", dtype)
+        self.text_head = nn.Dense(c.text_tokens, dtype=dtype)
+        self.mel_head = nn.Dense(c.mel_tokens, dtype=dtype)
+
+    def condition(self, conditioning_mel: Array) -> Array:
+        """Mels of n clips a row (b, n, t, m) -> conditioning (b, d): the mean of the clips' vectors."""
+        b, n, t, m = conditioning_mel.shape
+        vectors = self.conditioning_encoder(conditioning_mel.reshape(b * n, t, m))
+        return vectors.reshape(b, n, -1).mean(axis=1)
+
+    def embed(self, conditioning: Array, tokens: Array, kinds: Array, positions: Array) -> Array:
+        """conditioning (b, d); tokens, kinds, positions (b, s) int32 -> (b, s, d)."""
+        is_text, is_mel = kinds == TEXT, kinds == MEL
+        pick = lambda where, index: jnp.where(where, index, 0)  # an index of the other table may be out of range
+        text = self.text_embedding(pick(is_text, tokens)) + self.text_pos_embedding(pick(is_text, positions))
+        mel = self.mel_embedding(pick(is_mel, tokens)) + self.mel_pos_embedding(pick(is_mel, positions))
+        voice = conditioning[:, None].astype(text.dtype)
+        return jnp.where(is_text[..., None], text, jnp.where(is_mel[..., None], mel, voice))
+
+    def from_conditioning(
+        self,
+        conditioning: Array,
+        tokens: Array,
+        kinds: Array,
+        positions: Array,
+        dropout_keys: Array | None = None,
+    ) -> dict[str, Array]:
+        """conditioning (b, d); tokens, kinds, positions (b, s); dropout_keys (b,) or None -> intermediates.
+
+        embedded (b, s, d), blocks (layers, b, s, d), hidden (b, s, d) after ln_f and final_norm,
+        text_logits (b, s, text_tokens) and mel_logits (b, s, mel_tokens) float32, the prediction of what follows.
+        """
+        b, s = tokens.shape
+        embedded = self.embed(conditioning, tokens, kinds, positions)
+        normed, blocks = self.gpt(embedded, dropout_keys)
+        hidden = self.final_norm(normed)  # on top of GPT-2's own ln_f: upstream applies both
+        flat = hidden.reshape(b * s, -1)
+        return {
+            "embedded": embedded,
+            "blocks": blocks,
+            "hidden": hidden,
+            "text_logits": self.text_head(flat).reshape(b, s, -1).astype(jnp.float32),
+            "mel_logits": self.mel_head(flat).reshape(b, s, -1).astype(jnp.float32),
+        }
+
+    def __call__(
+        self,
+        conditioning_mel: Array,
+        tokens: Array,
+        kinds: Array,
+        positions: Array,
+        dropout_keys: Array | None = None,
+    ) -> dict[str, Array]:
+        """conditioning_mel (b, n, t, m) and the arrays of `from_conditioning` -> its dict and `conditioning` (b, d)."""
+        conditioning = self.condition(conditioning_mel)
+        return {
+            "conditioning": conditioning,
+            **self.from_conditioning(conditioning, tokens, kinds, positions, dropout_keys),
+        }

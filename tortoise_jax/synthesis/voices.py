@@ -1,0 +1,115 @@
+"""Who speaks: clips of a voice, or a saved vector, to the conditioning vector the model reads first."""
+
+from __future__ import annotations
+
+import functools
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tortoise_jax.audio import CONDITIONING_SAMPLES, log_mel, read_audio
+from tortoise_jax.data.recordings import SILENT_DB, loudness_db
+from tortoise_jax.errors import UserError
+from tortoise_jax.files import write_atomically
+from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+VECTOR = "conditioning"  # its name in a .npz
+DIFFUSION = "diffusion"  # the other half of tortoise's voice files, carried along where there was one
+
+
+def load_voice(source: Path, params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, seed: int) -> np.ndarray:
+    """A folder of clips, one clip or a saved .npz -> conditioning (d,) float32. Raises UserError naming the file."""
+    if source.suffix == ".npz":
+        return read_voice(source, config.width)[VECTOR]
+    if source.suffix in (".pth", ".pt"):
+        raise UserError(f"{source} is a torch file; convert it: python convert/voices.py {source} --out voice.npz")
+    return condition(params, config, mel_norms, [crop(clip, seed, i) for i, clip in enumerate(find_clips(source))])
+
+
+def find_clips(source: Path) -> list[Path]:
+    """One clip, or a folder's clips by name."""
+    if not source.exists():
+        raise UserError(f"voice {source} does not exist; give a folder of clips, one clip, or a saved .npz")
+    if not source.is_dir():
+        return [source]
+    clips = sorted(path for path in source.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    if not clips:
+        raise UserError(f"voice {source} holds no clips ({', '.join(AUDIO_SUFFIXES)}); a few of 6 s or more are best")
+    return clips
+
+
+def crop(clip: Path, seed: int, index: int) -> np.ndarray:
+    """132,300 samples of a clip, as tortoise: from a place drawn by (seed, index), or all of it and zeros behind."""
+    waveform = read_audio(clip)
+    if loudness_db(waveform) < SILENT_DB:
+        raise UserError(f"{clip}: the clip is silent ({loudness_db(waveform):.0f} dB, at least {SILENT_DB:.0f} dB)")
+    spare = len(waveform) - CONDITIONING_SAMPLES
+    if spare <= 0:
+        return np.pad(waveform, (0, -spare))
+    start = int(np.random.default_rng([seed, index]).integers(spare + 1))
+    return waveform[start : start + CONDITIONING_SAMPLES]
+
+
+def condition(params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, crops: list[np.ndarray]) -> np.ndarray:
+    """Waveforms of 132,300 samples -> the mean (d,) of their vectors. One at a time: a program for any number."""
+    vector = _vector(config)
+    return np.mean([np.asarray(vector(params, log_mel(waveform, mel_norms))) for waveform in crops], axis=0)
+
+
+@functools.cache
+def _vector(config: UnifiedVoiceConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    model = UnifiedVoice(config)
+    return jax.jit(
+        lambda params, mel: model.apply({"params": params}, mel[None, None], method=UnifiedVoice.condition)[0]
+    )
+
+
+def save_voice(path: Path, vector: np.ndarray, diffusion: np.ndarray | None = None) -> None:
+    """Writes conditioning (d,), and the diffusion model's vector where a tortoise file had one, as .npz."""
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: a voice is saved as .npz")
+    arrays = {VECTOR: np.asarray(vector, np.float32)}
+    if diffusion is not None:
+        arrays[DIFFUSION] = np.asarray(diffusion, np.float32)
+    save_npz(path, arrays)
+
+
+def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getvalue())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a .npz; nothing in it is executed."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise ValueError("not a .npz")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = "there is no such file" if not path.exists() else f"not a readable .npz ({error})"
+        raise UserError(f"{path}: {reason}") from None
+
+
+def read_voice(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
+    """A saved voice's arrays, `conditioning` (d,) checked. width: of the model it is for."""
+    arrays = read_npz(path)
+    if VECTOR not in arrays:
+        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}, expected a voice: an array named {VECTOR}")
+    vector = arrays[VECTOR]
+    if vector.ndim != 1 or vector.dtype != np.float32 or not np.isfinite(vector).all():
+        raise UserError(
+            f"{path}: {VECTOR} is {vector.dtype} {vector.shape}, expected finite float32 of one axis; save it again"
+        )
+    if width is not None and len(vector) != width:
+        raise UserError(
+            f"{path}: the voice is a vector of {len(vector)}, the model's width is {width}: another model's"
+        )
+    return arrays

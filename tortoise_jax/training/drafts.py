@@ -1,0 +1,99 @@
+"""Drafts to listen to while training: fixed prompts by fixed voices, through the dVAE and Griffin-Lim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from ml_collections import ConfigDict
+
+from tortoise_jax.audio import SAMPLE_RATE, SILENCE_BELOW_PEAK_DB, fit_conditioning, waveform_from_int16
+from tortoise_jax.checkpoints.pretrained import Pretrained
+from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.errors import UserError
+from tortoise_jax.synthesis import sampler as generate
+from tortoise_jax.synthesis import voices
+from tortoise_jax.training.metrics import Watch
+from tortoise_jax.training.run_directory import History
+
+FOLDER = "samples"
+VOICES, CLIPS_A_VOICE = 2, 3
+SEED = 0
+
+Sampler = Callable[[int, Any, Watch, History], None]
+
+
+def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, dataset: Dataset) -> Sampler | None:
+    """A function of (step, params on the host, watch, history) that writes drafts, or None where none are wanted."""
+    if not settings.sample_every or not settings.prompts:
+        return None
+    config = pretrained.config
+    dvae_config = pretrained.dvae_config
+    assert config is not None
+    assert dvae_config is not None
+    text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
+    room = generate.max_text_ids(config)
+    for prompt, ids in zip(settings.prompts, text_ids, strict=True):
+        if not 0 < len(ids) <= room:
+            raise UserError(
+                f"config: prompts: {prompt!r} has {len(ids)} text tokens, the model has room for 1 to {room}"
+            )
+    speakers = fixed_voices(dataset)
+    options = generate.SamplingOptions(max_codes=min(500, generate.max_codes(config)))
+
+    def sample(step: int, params: Any, watch: Watch, history: History) -> None:
+        if not watch.active or history.has("sample", step):
+            return
+        (run / FOLDER).mkdir(exist_ok=True)
+        ready = generate.prepare(params, config, options.dtype)
+        entries: list[dict[str, Any]] = []
+        for voice, clips in speakers.items():
+            vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
+            vectors = np.repeat(vector[None], len(text_ids), axis=0)
+            drawn = generate.sample(ready, config, vectors, text_ids, SEED, options)
+            for i, prompt in enumerate(settings.prompts):
+                name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
+                waveform = generate.draft(pretrained.dvae_params, dvae_config, pretrained.mel_norms, drawn.row(i))
+                soundfile.write(run / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
+                watch.audio(step, f"draft/{voice}/{i}", waveform)
+                entries.append(
+                    {
+                        "prompt": prompt,
+                        "voice": voice,
+                        "file": f"{FOLDER}/{name}",
+                        "stopped": bool(drawn.stopped[i]),
+                        "trailing_silence": trailing_silence(waveform),
+                    }
+                )
+        for entry in entries:
+            history.add("sample", step, entry)
+        share = float(np.mean([entry["stopped"] for entry in entries]))
+        silence = float(np.mean([entry["trailing_silence"] for entry in entries]))
+        watch.scalars(step, {"sample/share_that_stops": share, "sample/trailing_silence": silence})
+        watch.say(
+            f"step {step}: {len(entries)} drafts in {run / FOLDER}; {share:.0%} stop by themselves, "
+            f"{silence:.1f} s of silence behind"
+        )
+
+    return sample
+
+
+def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The first clips of the speakers with most clips: speaker -> (clips, 132300) float32, cut or zero-padded."""
+    clips: dict[str, list[int]] = {}
+    for i in dataset.split("train"):
+        clips.setdefault(dataset.clips[i].speaker, []).append(int(i))
+    speakers = sorted(clips, key=lambda speaker: (-len(clips[speaker]), speaker))[:VOICES]
+    fitted = lambda i: np.asarray(waveform_from_int16(fit_conditioning(dataset.waveform(i))))
+    return {speaker or "voice": np.stack([fitted(i) for i in clips[speaker][:CLIPS_A_VOICE]]) for speaker in speakers}
+
+
+def trailing_silence(waveform: np.ndarray) -> float:
+    """Seconds at the end that stay below -40 dB of the peak."""
+    if not len(waveform):
+        return 0.0
+    loud = np.flatnonzero(np.abs(waveform) > np.abs(waveform).max() * 10 ** (-SILENCE_BELOW_PEAK_DB / 20))
+    return (len(waveform) - 1 - int(loud[-1])) / SAMPLE_RATE if len(loud) else len(waveform) / SAMPLE_RATE

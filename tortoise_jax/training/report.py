@@ -1,0 +1,139 @@
+"""What a run leaves for people and programs: `report.html`, one file with everything in it, and `summary.json`."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from tortoise_jax.files import write_atomically
+from tortoise_jax.training.run_directory import History, overfitting_remark
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h2 { margin-top: 2rem } table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
+vertical-align: top } th { font-weight: 600 } svg { max-width: 100%; height: auto } code { background: #f3f3f3 }
+.remark { background: #fff4d6; padding: .6rem 1rem }
+"""
+PANELS = {"mel": "mel (codes)", "text": "text", "stop": "stop token"}
+
+
+def summary(history: History, ended: str, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """How a run went, in numbers; curves are lists of (step, value)."""
+    validation = {name: history.curve("validation", name) for name in (*PANELS, "total")}
+    training = history.curve("train", "total")
+    best = min(validation["total"], key=lambda point: point[1], default=(None, None))
+    return {
+        "ended": ended,
+        "steps": training[-1][0] if training else 0,
+        "best_step": best[0],
+        "best_validation": best[1],
+        **{f"validation_{name}": curve for name, curve in validation.items()},
+        "samples": [entry for entry in history.lines if entry["kind"] == "sample"],
+        "remark": overfitting_remark(validation["total"], training),
+        "settings": settings,
+        "data": data,
+    }
+
+
+def write(run: Path, history: History, ended: str, settings: dict[str, Any], data: dict[str, Any]) -> None:
+    facts = summary(history, ended, settings, data)
+    write_atomically(run / "summary.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(run / "report.html", page(run, history, facts))
+
+
+def page(run: Path, history: History, facts: dict[str, Any]) -> str:
+    name = html.escape(run.name)
+    remark = f"<p class=remark>{html.escape(facts['remark'])}</p>" if facts["remark"] else ""
+    sections = {
+        "Losses": curves(history),
+        "Drafts": drafts(run, facts["samples"]),
+        "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts)) + "</ul>",
+        "Data": table(facts["data"]),
+        "Settings": table(facts["settings"]),
+    }
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
+    return (
+        f"{head}<h1>{name}</h1>"
+        + table(headline(facts))
+        + remark
+        + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items())
+        + "\n"
+    )
+
+
+def headline(facts: dict[str, Any]) -> dict[str, Any]:
+    lines = {"ended": facts["ended"], "steps": facts["steps"]}
+    if not facts["validation_mel"]:
+        return lines | {"held-out mel loss": "none: no clip was held out"}
+    (_, first), (_, last) = facts["validation_mel"][0], facts["validation_mel"][-1]
+    return lines | {
+        "held-out mel loss": f"{first:.4f} at the start, {last:.4f} at the end",
+        "best checkpoint": f"step {facts['best_step']} (total loss {facts['best_validation']:.4f})",
+    }
+
+
+def table(values: dict[str, Any]) -> str:
+    rows = (f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in values.items())
+    return "<table>" + "".join(rows) + "</table>"
+
+
+def curves(history: History) -> str:
+    """Training and held-out losses over steps, as an inline SVG; one panel a stream, since their scales differ."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(PANELS))
+    for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
+        for kind, label, style in (("train", "training", {"alpha": 0.5}), ("validation", "held out", {"marker": "o"})):
+            points = history.curve(kind, name)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, markersize=4, **style)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+    panels[0].set_ylabel("cross-entropy, nats a token")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def drafts(run: Path, samples: list[dict[str, Any]]) -> str:
+    """Players for the first and the last drafts; those between are in the run's samples/."""
+    if not samples:
+        return "<p>None were made.</p>"
+    ends = {min(sample["step"] for sample in samples), max(sample["step"] for sample in samples)}
+    shown = sorted((s for s in samples if s["step"] in ends), key=lambda s: (s["prompt"], s["voice"], s["step"]))
+    rows = []
+    for sample in shown:
+        path = run / sample["file"]
+        data = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+        player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>' if data else "the file is gone"
+        ending = f"stopped, {sample['trailing_silence']:.1f} s of silence" if sample["stopped"] else "did not stop"
+        rows.append(
+            f"<tr><td>{html.escape(sample['prompt'])}<td>{html.escape(sample['voice'])}<td>step {sample['step']}"
+            f"<td>{player}<td>{ending}"
+        )
+    note = "<p>Drafts go through the dVAE and Griffin-Lim: rough, but words, pace and stops can be judged.</p>"
+    return note + "<table><tr><th>text<th>voice<th>when<th>draft<th>ending" + "".join(rows) + "</table>"
+
+
+def next_steps(run: Path, facts: dict[str, Any]) -> list[str]:
+    folder = html.escape(str(run))
+    lines = [
+        f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
+        "in the place of <code>autoregressive.pth</code>. Conditioning vectors made with the old weights are stale.",
+        f'Hear it: <code>python -m tortoise_jax.speak --checkpoint {folder} --text "…" --voice clips/ '
+        "--out draft.wav</code>",
+    ]
+    totals = [loss for _, loss in facts["validation_total"]]
+    if facts["remark"]:
+        lines.append("It overfits: add recordings, or train again with a lower <code>optimizer.learning_rate</code>.")
+    elif len(totals) > 1 and totals[-1] == min(totals) and facts["ended"] == "finished":
+        more = f"<code>--config.steps={2 * facts['steps']}</code>"
+        lines.append(f"The held-out loss was still falling: the same command with {more} goes on.")
+    return lines
