@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import math
 import re
 from pathlib import Path
 
@@ -26,6 +27,8 @@ MEL_BANDS = 80
 MEL_MAX_HZ = 8000.0
 LOG_FLOOR = 1e-5
 INT16_SCALE = 32768
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of the formats `read_audio` reads
 
 MEL_FRAMES_PER_CODE = 4  # the dVAE encoder has two layers of stride 2
 SAMPLES_PER_CODE = HOP * MEL_FRAMES_PER_CODE
@@ -54,6 +57,7 @@ def fit_conditioning(waveform: np.ndarray) -> np.ndarray:
     return np.pad(waveform[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(waveform))))
 
 
+SILENT_DB = -60.0  # loudness (RMS, full scale) below which nobody is speaking
 SILENCE_BELOW_PEAK_DB = 40.0  # how far below the loudest part of a clip, or of what the model says, silence is
 SILENCE_KEPT_SECONDS = 0.1  # of it, where the ends of a clip are cut: for breath
 
@@ -61,6 +65,12 @@ SILENCE_KEPT_SECONDS = 0.1  # of it, where the ends of a clip are cut: for breat
 # learnt nothing yet may ask for more than any recording holds.
 DRAFT_PEAK = 0.95
 DRAFT_MAX_LOG = 10.0
+
+
+def loudness_db(waveform: np.ndarray) -> float:
+    """RMS in dB of full scale, to a tenth; -120 for digital silence."""
+    power = float(np.mean(np.square(waveform, dtype=np.float64)))
+    return round(10 * math.log10(max(power, 1e-12)), 1)
 
 
 def trim_silence(waveform: np.ndarray) -> np.ndarray:

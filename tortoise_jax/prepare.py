@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.data import dataset, report, shards
 from tortoise_jax.data.filters import Verdict, judge
 from tortoise_jax.data.manifests import FORMATS, Input, read_inputs
-from tortoise_jax.data.recordings import MIN_SECONDS, SILENT_DB, Hearing, Sound
+from tortoise_jax.data.recordings import MIN_SECONDS, Hearing, Sound
 from tortoise_jax.data.shards import Encoded
 from tortoise_jax.data.sources import GROUP, encode_all, listen_to_all, sources_of
 from tortoise_jax.data.splits import TRAIN, VALIDATION_PART, assign_splits

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tortoise_jax.audio import AUDIO_SUFFIXES
 from tortoise_jax.data.splits import NAMES
 from tortoise_jax.errors import UserError, did_you_mean
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 # Folders that hold one speaker's recordings without being named after him.
 CONTAINERS = ("wavs", "wav", "clips", "audio", "audios", "segments")
 # Whisper ends a segment early and cuts the last syllable; what follows up to the next segment is given back, so far.

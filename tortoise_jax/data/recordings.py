@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import multiprocessing
 import os
 import signal
@@ -16,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tortoise_jax.audio import SAMPLE_RATE, int16_from_waveform, read_audio, trim_silence
+from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB, int16_from_waveform, loudness_db, read_audio, trim_silence
 from tortoise_jax.errors import UserError
 
 MIN_SECONDS = 0.6  # the shortest clip upstream trains on
-SILENT_DB = -60.0  # loudness (RMS, full scale) below which nobody is speaking
 # A clip that is still this loud, measured against its own mean, in its last 20 ms was cut while somebody spoke.
 ENDING_SECONDS = 0.02
 ABRUPT_DB = -6.0
@@ -133,12 +131,6 @@ def hear(waveform: np.ndarray, key: str, span: Span, file_samples: int, hearing:
         found = f"loudness {sound.loudness_db:.0f} dB, at least {SILENT_DB:.0f} dB"
         return dataclasses.replace(sound, reason="silent", detail=found), None
     return sound, int16_from_waveform(waveform)
-
-
-def loudness_db(waveform: np.ndarray) -> float:
-    """RMS in dB of full scale, to a tenth; -120 for digital silence."""
-    power = float(np.mean(np.square(waveform, dtype=np.float64)))
-    return round(10 * math.log10(max(power, 1e-12)), 1)
 
 
 def ends_abruptly(waveform: np.ndarray) -> bool:

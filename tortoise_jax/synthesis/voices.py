@@ -12,13 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tortoise_jax.audio import CONDITIONING_SAMPLES, log_mel, read_audio
-from tortoise_jax.data.recordings import SILENT_DB, loudness_db
+from tortoise_jax.audio import AUDIO_SUFFIXES, CONDITIONING_SAMPLES, SILENT_DB, log_mel, loudness_db, read_audio
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import write_atomically
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 VECTOR = "conditioning"  # its name in a .npz
 DIFFUSION = "diffusion"  # the other half of tortoise's voice files, carried along where there was one
 
