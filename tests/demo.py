@@ -110,7 +110,7 @@ def check_export(path: Path) -> None:
     with torch.no_grad():
         vector = reference.conditioning_latent(torch.tensor(mel.T[None, None]))[0]
         _, expected = reference.row_logits(vector, torch.tensor(text_ids), torch.tensor(codes))
-    conditioning = model.model.apply({"params": model.params}, mel[None, None], method="condition")
+    conditioning = model.model.apply({"params": model.params}, mel[None, None], method="condition")[:, 0]
     row = model.batch([(text_ids, codes)])
     logits = np.asarray(model.outputs(conditioning, row)["mel_logits"])[0]
     first = 1 + len(text_ids) + 2

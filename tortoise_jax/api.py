@@ -76,10 +76,12 @@ class Tortoise:
         if not waveforms:
             raise UserError("conditioning needs at least one clip")
         clips = np.stack([audio.fit_conditioning(np.asarray(clip, np.float32)) for clip in waveforms])
-        return _condition(self.model, self.params, self.log_mel(clips)[None])[0]
+        return _condition(self.model, self.params, self.log_mel(clips)[None])[0, 0]
 
     def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:
-        """(text ids, codes) of b clips, without start and stop -> tokens, kinds, positions, targets, weights (b, s).
+        """(text ids, codes) of b clips, without start and stop -> arrays (b, s).
+
+        tokens, token_types, positions, targets int32, weights float32.
 
         A row is [conditioning | start text stop | start codes stop | padding]; see batches.py.
         """
@@ -88,8 +90,9 @@ class Tortoise:
         return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
     def outputs(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """conditioning (b, d), a batch's tokens, kinds, positions (b, s) -> the model's dict, text_logits and so on."""
-        return _outputs(self.model, self.params, conditioning, batch["tokens"], batch["kinds"], batch["positions"])
+        """conditioning (b, d), a batch's tokens, token_types, positions (b, s) -> the model's dict (text_logits, …)."""
+        rows = (batch[name] for name in ("tokens", "token_types", "positions"))
+        return _outputs(self.model, self.params, conditioning[:, None], *rows)
 
     def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean cross-entropies of a batch (with targets and weights too): text, mel, stop."""
@@ -119,6 +122,6 @@ def _condition(model: UnifiedVoice, params: Any, mel: Array) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(
-    model: UnifiedVoice, params: Any, conditioning: Array, tokens: Array, kinds: Array, positions: Array
+    model: UnifiedVoice, params: Any, conditioning: Array, tokens: Array, token_types: Array, positions: Array
 ) -> Any:
-    return model.apply({"params": params}, conditioning, tokens, kinds, positions, method="from_conditioning")
+    return model.apply({"params": params}, conditioning, tokens, token_types, positions, method="from_conditioning")

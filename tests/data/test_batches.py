@@ -48,7 +48,7 @@ def clip_of(crop: np.ndarray) -> int:
 def test_rows_are_joined_without_gaps():
     row = batches.row(np.array([7, 8]), np.array([40, 41, 42]), 12, CONFIG)
     columns = list(
-        zip(*(row[name].tolist() for name in ("tokens", "kinds", "positions", "targets", "weights")), strict=True)
+        zip(*(row[name].tolist() for name in ("tokens", "token_types", "positions", "targets", "weights")), strict=True)
     )
     assert columns == [
         (0, CONDITIONING, 0, 0, 0.0),
@@ -73,9 +73,9 @@ def test_a_batch_holds_the_rows_of_its_clips(made):
         for name, value in batches.row(made.text_ids(clip), made.codes(clip), 192, CONFIG).items():
             np.testing.assert_array_equal(batch[name][place], value, err_msg=name)
     assert batch["example"].tolist() == members
-    kinds = {name: value.dtype for name, value in batch.items()}
-    assert kinds == {
-        **dict.fromkeys(("tokens", "kinds", "positions", "targets", "example"), np.int32),
+    token_types = {name: value.dtype for name, value in batch.items()}
+    assert token_types == {
+        **dict.fromkeys(("tokens", "token_types", "positions", "targets", "example"), np.int32),
         "weights": np.float32,
         "conditioning_wav": np.int16,
     }
@@ -85,9 +85,9 @@ def test_row_length_is_what_a_row_fills(made):
     for i, clip in enumerate(made.clips):
         length = batches.row_length(clip.text_tokens, clip.codes)
         row = batches.row(made.text_ids(i), made.codes(i), length + 7, CONFIG)
-        assert row["kinds"][length - 1] == MEL
+        assert row["token_types"][length - 1] == MEL
         assert row["weights"][length - 2] == 1
-        assert not row["kinds"][length:].any()
+        assert not row["token_types"][length:].any()
         assert not row["weights"][length - 1 :].any()
 
 
@@ -95,16 +95,16 @@ def test_row_length_is_what_a_row_fills(made):
 def test_the_stop_comes_where_the_clip_ends(seconds, stop):
     codes = np.arange(code_count(seconds * SAMPLE_RATE)) % 64
     row = batches.row(np.array([5, 6, 7]), codes, 300, CONFIG)
-    mel_targets = row["targets"][(row["kinds"] == MEL) & (row["weights"] > 0)]
+    mel_targets = row["targets"][(row["token_types"] == MEL) & (row["weights"] > 0)]
     assert np.flatnonzero(mel_targets == CONFIG.stop_mel).tolist() == [stop]
-    text_targets = row["targets"][(row["kinds"] == TEXT) & (row["weights"] > 0)]
+    text_targets = row["targets"][(row["token_types"] == TEXT) & (row["weights"] > 0)]
     assert np.flatnonzero(text_targets == CONFIG.stop_text).tolist() == [3]
 
 
 def test_rows_beyond_the_clips_count_for_nothing(made):
     batch = batches.make_batch(made, np.array([1]), 64, 4, CONFIG, seed=0, step=0)
     assert batch["example"].tolist() == [1, -1, -1, -1]
-    for name in ("tokens", "kinds", "positions", "targets", "weights", "conditioning_wav"):
+    for name in ("tokens", "token_types", "positions", "targets", "weights", "conditioning_wav"):
         assert not batch[name][1:].any(), name
     assert batch["weights"][0].any()
 

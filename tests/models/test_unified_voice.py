@@ -33,7 +33,7 @@ from tests.support.upstream_layout import upstream_batch
 from tortoise_jax.checkpoints.state_dict import UNIFIED_VOICE
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute
-from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import CONDITIONING, TEXT, UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.training.losses import counts, loss_sums, means, total_loss
 from tortoise_jax.training.step import dropout_keys
 
@@ -67,7 +67,7 @@ def run(torch_voice: Any, voice: Twin) -> TorchRun:
             voice.config, batch["cond_mel"], batch["text"], batch["text_lengths"], batch["codes"], numpy(wav_lengths)
         ),
         {
-            "conditioning": numpy(conditioning),
+            "conditioning": numpy(conditioning)[:, None],
             "blocks": np.stack([numpy(recorded[f"gpt.h.{i}"]) for i in range(3)]),
             "normed": numpy(recorded["gpt.ln_f"]),
             "hidden": numpy(recorded["final_norm"]),
@@ -90,7 +90,7 @@ def traced(config: UnifiedVoiceConfig, compute: Compute) -> Any:
 
     def forward(params: Tree, batch: Any) -> Any:
         outputs = model.apply(
-            {"params": params}, *(batch[n] for n in ("conditioning_mel", "tokens", "kinds", "positions"))
+            {"params": params}, *(batch[n] for n in ("conditioning_mel", "tokens", "token_types", "positions"))
         )
         sums, total = loss_sums(outputs, batch, config.stop_mel), counts(batch, config.stop_mel)
         return total_loss(sums, total, TEXT_WEIGHT), (outputs, means(sums, total))
@@ -195,7 +195,9 @@ def test_embeddings_and_heads(run: TorchRun, torch_voice: Any, voice: Twin) -> N
     torch_tokens = {name: torch.from_numpy(run.batch["tokens"]).long() for name in ("text", "mel")}
     s = run.outputs["text_logits"].shape[1]
     want = torch_voice.embed(
-        torch.tensor(run.outputs["conditioning"]), torch_tokens["text"][:, 1 : 1 + s], torch_tokens["mel"][:, 1 + s :]
+        torch.tensor(run.outputs["conditioning"][:, 0]),
+        torch_tokens["text"][:, 1 : 1 + s],
+        torch_tokens["mel"][:, 1 + s :],
     )
     assert_close(outputs["embedded"], want, MODULE, "embedded")
     hidden = torch.tensor(np.asarray(outputs["hidden"]))
@@ -293,7 +295,7 @@ def test_padding_may_hold_anything(voice: Twin, clips: list[dict[str, np.ndarray
     batch = batch_of(voice.config, clips[:3], PADDED)
     padding = np.cumsum(batch["weights"][:, ::-1], axis=1)[:, ::-1] == 0
     noisy = dict(batch)
-    for name, below in (("tokens", 60), ("targets", 60), ("kinds", 3), ("positions", 20)):
+    for name, below in (("tokens", 60), ("targets", 60), ("token_types", 3), ("positions", 20)):
         random = np.random.default_rng(0).integers(0, below, padding.shape).astype(np.int32)
         noisy[name] = np.where(padding, random, batch[name])
     gradients, _, losses = jitted(voice.config, PLAIN)(voice.params, batch)
@@ -301,7 +303,25 @@ def test_padding_may_hold_anything(voice: Twin, clips: list[dict[str, np.ndarray
     for name in ("text", "mel", "stop"):
         assert_close(noisy_losses[name], losses[name], MODULE, name)
     assert_trees_close(noisy_gradients, gradients, MODULE, voice.heads)
-    assert any(not np.array_equal(noisy[name], batch[name]) for name in ("tokens", "targets", "kinds", "positions"))
+    changed = ("tokens", "targets", "token_types", "positions")
+    assert all(not np.array_equal(noisy[name], batch[name]) for name in changed)
+
+
+def test_conditioning_of_several_vectors_is_a_prefix_of_every_row(voice: Twin) -> None:
+    """Two vectors: the second takes the place of a position, so text after it sees both and the first sees one."""
+    model, random = UnifiedVoice(voice.config), np.random.default_rng(0)
+    vectors = random.standard_normal((1, 2, voice.config.width), np.float32)
+    tokens = np.array([[0, 0, voice.config.start_text, 5, 0]], np.int32)
+    token_types = np.array([[CONDITIONING, CONDITIONING, TEXT, TEXT, TEXT]], np.int32)
+    positions = np.array([[0, 0, 0, 1, 2]], np.int32)
+    apply = functools.partial(model.apply, {"params": voice.params}, method=UnifiedVoice.from_conditioning)
+    both = apply(vectors, tokens, token_types, positions)
+    np.testing.assert_array_equal(both["embedded"][:, :2], vectors)
+    alone = apply(vectors[:, :1], tokens[:, 1:], token_types[:, 1:], positions[:, 1:])
+    np.testing.assert_array_equal(both["embedded"][:, 2:], alone["embedded"][:, 1:])
+    assert_close(both["hidden"][:, 0], alone["hidden"][:, 0], MODULE)
+    with pytest.raises(AssertionError):
+        assert_close(both["hidden"][:, 2], alone["hidden"][:, 1], 1e-2)
 
 
 # Half precision
@@ -335,7 +355,7 @@ BFLOAT16 = 4e-2  # ten of its roundings (2^-8); float32 is 2^-24
 def dropped(**rates: float) -> Any:
     """(batch, dropout keys) -> mel logits of the small model."""
     model = UnifiedVoice(CONFIG, Compute(**rates))
-    names = ("conditioning_mel", "tokens", "kinds", "positions")
+    names = ("conditioning_mel", "tokens", "token_types", "positions")
     apply = jax.jit(lambda params, batch, keys: model.apply({"params": params}, *(batch[n] for n in names), keys))
     return lambda batch, keys: np.asarray(apply(small.params(), batch, keys)["mel_logits"])
 

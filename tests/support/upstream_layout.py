@@ -37,13 +37,13 @@ def upstream_batch(
     mel_in = np.concatenate([column(config.start_mel), codes], axis=1)
     mel_out = np.concatenate([codes, column(config.stop_mel)], axis=1)
     rows = lambda values: np.broadcast_to(values, (b, len(values))).astype(np.int32)
-    kinds = rows(np.repeat([CONDITIONING, TEXT, MEL], [1, text_in.shape[1], mel_in.shape[1]]))
+    token_types = rows(np.repeat([CONDITIONING, TEXT, MEL], [1, text_in.shape[1], mel_in.shape[1]]))
     return {
         "conditioning_mel": np.ascontiguousarray(conditioning_mel.swapaxes(2, 3)),
         "tokens": np.concatenate([column(0), text_in, mel_in], axis=1).astype(np.int32),
         "targets": np.concatenate([column(0), text_out, mel_out], axis=1).astype(np.int32),
-        "kinds": kinds,
+        "token_types": token_types,
         "positions": rows(np.concatenate([[0], np.arange(text_in.shape[1]), np.arange(mel_in.shape[1])])),
-        "weights": (kinds != CONDITIONING).astype(np.float32),
+        "weights": (token_types != CONDITIONING).astype(np.float32),
         "example": np.arange(b, dtype=np.int32),
     }

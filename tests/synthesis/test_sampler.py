@@ -92,8 +92,8 @@ def uncached_logits(twin: Twin, vectors: np.ndarray, texts: list[list[int]], cod
     """The training forward's mel logits (b, 80, v) over rows as training joins them."""
     rows = [batches.row(np.array(text), np.array(c), 80, twin.config) for text, c in zip(texts, codes, strict=True)]
     one_shape = np.arange(5) % len(rows)  # always five rows, so that a model is compiled once
-    arrays = (np.stack([row[name] for row in rows])[one_shape] for name in ("tokens", "kinds", "positions"))
-    return np.array(uncached(twin.config)(twin.params, vectors[one_shape], *arrays))
+    arrays = (np.stack([row[name] for row in rows])[one_shape] for name in ("tokens", "token_types", "positions"))
+    return np.array(uncached(twin.config)(twin.params, vectors[one_shape][:, None], *arrays))
 
 
 def assert_greedy_everywhere(

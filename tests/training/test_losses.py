@@ -57,11 +57,11 @@ def test_sums_are_of_weighted_targets_by_the_stream_of_their_input(outputs: dict
     batch = clips(0)
     sums, total = loss_sums(outputs, batch, STOP), counts(batch, STOP)
     for name, kind, logits in (("text", TEXT, "text_logits"), ("mel", MEL, "mel_logits")):
-        chosen = (batch["kinds"] == kind) & (batch["weights"] > 0)
+        chosen = (batch["token_types"] == kind) & (batch["weights"] > 0)
         picked = torch.tensor(np.asarray(outputs[logits])[chosen]), torch.tensor(batch["targets"][chosen]).long()
         assert_close(sums[f"{name}_sum"], F.cross_entropy(*picked, reduction="sum"), MODULE)
         assert float(total[f"{name}_count"]) == chosen.sum()
-    stops = (batch["kinds"] == MEL) & (batch["targets"] == STOP) & (batch["weights"] > 0)
+    stops = (batch["token_types"] == MEL) & (batch["targets"] == STOP) & (batch["weights"] > 0)
     assert stops.sum() == float(total["stop_count"]) == 8
     picked = torch.tensor(np.asarray(outputs["mel_logits"])[stops]), torch.tensor(batch["targets"][stops]).long()
     assert_close(sums["stop_sum"], F.cross_entropy(*picked, reduction="sum"), MODULE)
@@ -71,7 +71,7 @@ def test_sums_are_of_weighted_targets_by_the_stream_of_their_input(outputs: dict
 def test_a_text_target_of_the_stops_number_is_no_stop(outputs: dict[str, jax.Array]) -> None:
     batch = clips(0)
     batch["targets"][:, 1] = STOP
-    assert batch["kinds"][0, 1] == TEXT
+    assert batch["token_types"][0, 1] == TEXT
     assert float(counts(batch, STOP)["stop_count"]) == 8
 
 

@@ -170,7 +170,7 @@ def test_padding_changes_nothing(length: int, layout: Layout) -> None:
 def test_invariance_fires_for_counted_padding() -> None:
     want = one_step(clips(0), compute=NO_DROPOUT)[0]
     longer = clips(0, length=small.LONGEST + 7)
-    longer["kinds"][:, -1], longer["weights"][:, -1] = 2, 1.0
+    longer["token_types"][:, -1], longer["weights"][:, -1] = 2, 1.0
     with pytest.raises(AssertionError):
         assert_same_gradient(one_step(longer, compute=NO_DROPOUT)[0], want)
 

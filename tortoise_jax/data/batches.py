@@ -4,7 +4,7 @@ A row is joined without gaps, so that it means the same whatever it is batched w
 
     index      0             1 .. t + 2                 t + 3 .. t + c + 4      then
     token      -             start, text ids, stop      start, codes, stop      padding
-    kind       CONDITIONING  TEXT                       MEL                     CONDITIONING
+    type       CONDITIONING  TEXT                       MEL                     CONDITIONING
     position   0             0, 1, 2 ..                 0, 1, 2 ..              0
     target     -             text ids, stop, -          codes, stop, -          -
     weight     0             1 .. 1, 1, 0               1 .. 1, 1, 0            0
@@ -25,7 +25,7 @@ import numpy as np
 from tortoise_jax.audio import CONDITIONING_SAMPLES
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.unified_voice import CONDITIONING, MEL, TEXT, UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, MEL, TEXT, UnifiedVoiceConfig
 
 BUCKET = 32
 CONDITIONING_CLIPS = 2
@@ -38,7 +38,7 @@ Epoch = list[tuple[int, np.ndarray]]  # (padded length, members) of each batch
 
 def row_length(text_tokens: N, codes: N) -> N:
     """Positions of a row: conditioning, text between start and stop, codes between start and stop."""
-    return 1 + (text_tokens + 2) + (codes + 2)
+    return CONDITIONING_VECTORS + (text_tokens + 2) + (codes + 2)
 
 
 def row_lengths(dataset: Dataset, clips: np.ndarray) -> np.ndarray:
@@ -137,16 +137,17 @@ def _round_up(number: int, unit: int) -> int:
 
 
 def row(text_ids: np.ndarray, codes: np.ndarray, length: int, config: UnifiedVoiceConfig) -> Batch:
-    """One row of the table above: tokens, kinds, positions, targets (s,) int32 and weights (s,) float32."""
+    """One row of the table above: tokens, token_types, positions, targets (s,) int32 and weights (s,) float32."""
+    n = CONDITIONING_VECTORS
     text = np.array([config.start_text, *text_ids, config.stop_text], np.int32)
     mel = np.array([config.start_mel, *codes, config.stop_mel], np.int32)
-    arrays = {name: np.zeros(length, np.int32) for name in ("tokens", "kinds", "positions", "targets")}
-    arrays["kinds"][:] = CONDITIONING
+    arrays = {name: np.zeros(length, np.int32) for name in ("tokens", "token_types", "positions", "targets")}
+    arrays["token_types"][:] = CONDITIONING
     arrays["weights"] = np.zeros(length, np.float32)
-    for start, stream, kind in ((1, text, TEXT), (1 + len(text), mel, MEL)):
+    for start, stream, token_type in ((n, text, TEXT), (n + len(text), mel, MEL)):
         end = start + len(stream)
         arrays["tokens"][start:end] = stream
-        arrays["kinds"][start:end] = kind
+        arrays["token_types"][start:end] = token_type
         arrays["positions"][start:end] = np.arange(len(stream))
         arrays["targets"][start : end - 1] = stream[1:]
         arrays["weights"][start : end - 1] = 1.0
@@ -155,8 +156,8 @@ def row(text_ids: np.ndarray, codes: np.ndarray, length: int, config: UnifiedVoi
 
 def padding_row(length: int) -> Batch:
     """A row that counts for nothing."""
-    zeros = {name: np.zeros(length, np.int32) for name in ("tokens", "kinds", "positions", "targets")}
-    return zeros | {"kinds": np.full(length, CONDITIONING, np.int32), "weights": np.zeros(length, np.float32)}
+    zeros = {name: np.zeros(length, np.int32) for name in ("tokens", "token_types", "positions", "targets")}
+    return zeros | {"token_types": np.full(length, CONDITIONING, np.int32), "weights": np.zeros(length, np.float32)}
 
 
 def make_batch(
@@ -172,8 +173,8 @@ def make_batch(
 ) -> Batch:
     """The rows `host` of a batch of `rows` rows, reading no others.
 
-    tokens, kinds, positions, targets (b, s) int32; weights (b, s) float32; example (b,) int32, the clip's index or -1
-    in a padding row; conditioning_wav (b, n, 132300) int16. Dropout and crops follow (seed, step, example) alone.
+    tokens, token_types, positions, targets (b, s) int32; weights (b, s) float32; example (b,) int32, the clip's index,
+    or -1 in a padding row; conditioning_wav (b, u, 132300) int16. Dropout and crops follow (seed, step, example) alone.
     """
     members = [int(index) for index in indices] + [-1] * (rows - len(indices))
     made = [_row_of(dataset, index, length, config, seed, step, conditioning_clips) for index in members[host]]

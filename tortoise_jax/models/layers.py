@@ -2,7 +2,8 @@
 
 Axis letters, everywhere in this package:
   b rows of a batch   s positions of the joined sequence   t mel frames   m mel bands
-  d model width       h heads   k width of a head          n clips of one row
+  d model width       h heads   k width of a head
+  n vectors of the conditioning prefix                      u clips that a row's conditioning is the mean of
 Matrix products run on (rows, features): a 3-D product makes XLA transpose its output gradient on CPU, a reshape costs
 nothing.
 """

@@ -1,7 +1,7 @@
 """UnifiedVoice, the autoregressive model: [conditioning | text | codes] through a GPT-2 stack, two heads.
 
-A row is described by three integer arrays over its positions (tokens, kinds, positions), so one forward serves our
-joined rows, upstream's padded layout and generation alike. Follows tortoise's UnifiedVoice as released.
+A row is described by three integer arrays (tokens, token_types, positions), so one forward serves our joined rows,
+upstream's padded layout and generation alike. Follows tortoise's UnifiedVoice as released.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from tortoise_jax.models.layers import GPT2, Array, Compute, ConditioningEncoder, layer_norm
 
-CONDITIONING, TEXT, MEL = 0, 1, 2  # what stands at a position
+CONDITIONING, TEXT, MEL = 0, 1, 2  # types of what is at a position; padding is of type CONDITIONING
+CONDITIONING_VECTORS = 1  # n: positions that every row begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,35 +71,40 @@ class UnifiedVoice(nn.Module):
         self.mel_head = nn.Dense(c.mel_tokens, dtype=dtype)
 
     def condition(self, conditioning_mel: Array) -> Array:
-        """Mels of n clips a row (b, n, t, m) -> conditioning (b, d): the mean of the clips' vectors."""
-        b, n, t, m = conditioning_mel.shape
-        vectors = self.conditioning_encoder(conditioning_mel.reshape(b * n, t, m))
-        return vectors.reshape(b, n, -1).mean(axis=1)
+        """Mels of u clips per row (b, u, t, m) -> conditioning (b, 1, d): the mean of the clips' vectors."""
+        b, u, t, m = conditioning_mel.shape
+        vectors = self.conditioning_encoder(conditioning_mel.reshape(b * u, t, m))
+        return vectors.reshape(b, u, -1).mean(axis=1, keepdims=True)
 
-    def embed(self, conditioning: Array, tokens: Array, kinds: Array, positions: Array) -> Array:
-        """conditioning (b, d); tokens, kinds, positions (b, s) int32 -> (b, s, d)."""
-        is_text, is_mel = kinds == TEXT, kinds == MEL
+    def embed(self, conditioning: Array, tokens: Array, token_types: Array, positions: Array) -> Array:
+        """conditioning (b, n, d); tokens, token_types, positions (b, s) int32 -> (b, s, d).
+
+        The first n positions are the conditioning, whatever the arrays say there. Padding is embedded as zeros.
+        """
+        n = conditioning.shape[1]
+        tokens, token_types, positions = tokens[:, n:], token_types[:, n:], positions[:, n:]
+        is_text, is_mel = token_types == TEXT, token_types == MEL
         pick = lambda where, index: jnp.where(where, index, 0)  # an index of the other table may be out of range
         text = self.text_embedding(pick(is_text, tokens)) + self.text_pos_embedding(pick(is_text, positions))
         mel = self.mel_embedding(pick(is_mel, tokens)) + self.mel_pos_embedding(pick(is_mel, positions))
-        voice = conditioning[:, None].astype(text.dtype)
-        return jnp.where(is_text[..., None], text, jnp.where(is_mel[..., None], mel, voice))
+        read = jnp.where(is_text[..., None], text, jnp.where(is_mel[..., None], mel, jnp.zeros_like(mel)))
+        return jnp.concatenate([conditioning.astype(read.dtype), read], axis=1)
 
     def from_conditioning(
         self,
         conditioning: Array,
         tokens: Array,
-        kinds: Array,
+        token_types: Array,
         positions: Array,
         dropout_keys: Array | None = None,
     ) -> dict[str, Array]:
-        """conditioning (b, d); tokens, kinds, positions (b, s); dropout_keys (b,) or None -> intermediates.
+        """conditioning (b, n, d); tokens, token_types, positions (b, s); dropout_keys (b,) or None -> intermediates.
 
         embedded (b, s, d), blocks (layers, b, s, d), hidden (b, s, d) after ln_f and final_norm,
         text_logits (b, s, text_tokens) and mel_logits (b, s, mel_tokens) float32, the prediction of what follows.
         """
         b, s = tokens.shape
-        embedded = self.embed(conditioning, tokens, kinds, positions)
+        embedded = self.embed(conditioning, tokens, token_types, positions)
         normed, blocks = self.gpt(embedded, dropout_keys)
         hidden = self.final_norm(normed)  # on top of GPT-2's own ln_f: upstream applies both
         flat = hidden.reshape(b * s, -1)
@@ -114,13 +120,13 @@ class UnifiedVoice(nn.Module):
         self,
         conditioning_mel: Array,
         tokens: Array,
-        kinds: Array,
+        token_types: Array,
         positions: Array,
         dropout_keys: Array | None = None,
     ) -> dict[str, Array]:
-        """conditioning_mel (b, n, t, m) and the arrays of `from_conditioning` -> its dict and `conditioning` (b, d)."""
+        """conditioning_mel (b, u, t, m), the arrays of `from_conditioning` -> its dict and `conditioning` (b, 1, d)."""
         conditioning = self.condition(conditioning_mel)
         return {
             "conditioning": conditioning,
-            **self.from_conditioning(conditioning, tokens, kinds, positions, dropout_keys),
+            **self.from_conditioning(conditioning, tokens, token_types, positions, dropout_keys),
         }

@@ -27,7 +27,14 @@ from tortoise_jax.audio import griffin_lim
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.layers import LAYER_NORM_EPSILON, Array, Compute, layer_norm
-from tortoise_jax.models.unified_voice import CONDITIONING, MEL, TEXT, UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import (
+    CONDITIONING,
+    CONDITIONING_VECTORS,
+    MEL,
+    TEXT,
+    UnifiedVoice,
+    UnifiedVoiceConfig,
+)
 from tortoise_jax.synthesis import logits as sampling
 
 Tree = Any
@@ -154,7 +161,7 @@ def lay_out(params: Tree, config: UnifiedVoiceConfig, dtype: str) -> tuple[list[
 def prompt_arrays(
     config: UnifiedVoiceConfig, text_ids: Sequence[Sequence[int]], extra_text_stop: bool
 ) -> dict[str, np.ndarray]:
-    """Text ids of r prompts -> tokens, kinds, positions (r, p) int32 and lengths (r,), padded to a common length.
+    """Text ids of r prompts -> tokens, token_types, positions (r, p) int32 and lengths (r,), padded to a common length.
 
     A prompt is [conditioning | start, text, stop (twice with the extra one)]. Raises UserError for a text that is
     empty, too long for the position table, or has ids outside the text table.
@@ -170,15 +177,16 @@ def prompt_arrays(
         if min(ids) < 0 or max(ids) >= config.text_tokens:
             raise UserError(f"text ids must be 0 to {config.text_tokens - 1}, found {min(ids)} to {max(ids)}")
         rows.append([config.start_text, *ids, *stops])
-    lengths = np.array([1 + len(row) for row in rows], np.int32)
+    n = CONDITIONING_VECTORS
+    lengths = np.array([n + len(row) for row in rows], np.int32)
     p = next((length for length in PROMPT_LENGTHS if length >= lengths.max()), int(lengths.max()))
     tokens = np.full((len(rows), p), config.stop_text, np.int32)
     for i, row in enumerate(rows):
-        tokens[i, 1 : 1 + len(row)] = row
-    places = np.arange(p) - 1
+        tokens[i, n : n + len(row)] = row
+    places = np.arange(p) - n
     positions = np.where(np.arange(p) < lengths[:, None], places, 0).clip(0).astype(np.int32)
-    kinds = np.broadcast_to(np.where(places < 0, CONDITIONING, TEXT), tokens.shape).astype(np.int32)
-    return {"tokens": tokens, "kinds": kinds, "positions": positions, "lengths": lengths}
+    token_types = np.broadcast_to(np.where(places < 0, CONDITIONING, TEXT), tokens.shape).astype(np.int32)
+    return {"tokens": tokens, "token_types": token_types, "positions": positions, "lengths": lengths}
 
 
 def max_text_ids(config: UnifiedVoiceConfig, extra_text_stop: bool = True) -> int:
@@ -195,16 +203,16 @@ def read_prompts(
     params: Tree,
     conditioning: Array,
     tokens: Array,
-    kinds: Array,
+    token_types: Array,
     positions: Array,
     *,
     config: UnifiedVoiceConfig,
     dtype: str,
 ) -> list[KeysAndValues]:
-    """Runs the prompts -> keys and values (r, h, p, k) of every layer, from what the training forward gives it."""
+    """Runs the prompts, conditioning (r, n, d) first -> keys and values (r, h, p, k) of every layer."""
     r, p, d = *tokens.shape, config.width
     outputs: Any = UnifiedVoice(config, Compute(dtype=dtype)).apply(
-        {"params": params}, conditioning, tokens, kinds, positions, method=UnifiedVoice.from_conditioning
+        {"params": params}, conditioning, tokens, token_types, positions, method=UnifiedVoice.from_conditioning
     )
     inputs = jnp.concatenate([outputs["embedded"][None], outputs["blocks"][:-1]])  # (l, r, p, d)
 
@@ -422,7 +430,9 @@ def sample(
     keys = layout.keys(seed, first_candidate)
     spread = lambda array: parallel.rows_on_devices(array[layout.prompt])
     read = _read_prompts(config, prepared.dtype)
-    shared = read(prepared.params, spread(voices), *(spread(prompts[n]) for n in ("tokens", "kinds", "positions")))
+    shared = read(
+        prepared.params, spread(voices[:, None]), *(spread(prompts[n]) for n in ("tokens", "token_types", "positions"))
+    )
     in_prompt = np.arange(prompts["tokens"].shape[1]) < prompts["lengths"][layout.prompt_of_rows(), None]
     state = jax.tree.map(parallel.rows_on_devices, start_state(config, keys, options.max_codes))
     loop = _decode(config, options.top_k, options.temperature == 0, CODES_A_CALL)
@@ -585,13 +595,13 @@ def hand_over(
         repaired[-3:] = ending
     prompt = prompt_arrays(config, [text_ids], extra_text_stop=True)
     p = int(prompt["lengths"][0])
-    tokens, kinds, positions = (prompt[name][:, :p] for name in ("tokens", "kinds", "positions"))
+    tokens, token_types, positions = (prompt[name][:, :p] for name in ("tokens", "token_types", "positions"))
     read = np.concatenate([[config.start_mel], repaired[:-1]])[None].astype(np.int32)
     hidden = _hidden(config)(
         params,
-        np.asarray(conditioning, np.float32)[None],
+        np.asarray(conditioning, np.float32)[None, None],
         np.concatenate([tokens, read], axis=1),
-        np.concatenate([kinds, np.full_like(read, MEL)], axis=1),
+        np.concatenate([token_types, np.full_like(read, MEL)], axis=1),
         np.concatenate([positions, np.arange(total, dtype=np.int32)[None]], axis=1),
     )
     return repaired, np.asarray(hidden)[0, p : p + silent_from(repaired, silence)]

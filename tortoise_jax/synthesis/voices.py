@@ -63,9 +63,12 @@ def condition(params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, cr
 @functools.cache
 def _vector(config: UnifiedVoiceConfig) -> Callable[[Any, jax.Array], jax.Array]:
     model = UnifiedVoice(config)
-    return jax.jit(
-        lambda params, mel: model.apply({"params": params}, mel[None, None], method=UnifiedVoice.condition)[0]
-    )
+
+    def vector(params: Any, mel: jax.Array) -> jax.Array:
+        conditioning: Any = model.apply({"params": params}, mel[None, None], method=UnifiedVoice.condition)
+        return conditioning[0, 0]
+
+    return jax.jit(vector)
 
 
 def save_voice(path: Path, vector: np.ndarray, diffusion: np.ndarray | None = None) -> None:

@@ -65,7 +65,7 @@ def describe(recipe: Recipe, params: Any, settings: ConfigDict, lengths: np.ndar
 def device_batch(length: int, rows: int, accumulation: int, clips: int = 2) -> dict[str, Any]:
     """One device's batch as shapes, without the device axis."""
     row = lambda dtype: jax.ShapeDtypeStruct((accumulation, rows, length), dtype)
-    names = ("tokens", "kinds", "positions", "targets")
+    names = ("tokens", "token_types", "positions", "targets")
     return {
         **{name: row(np.int32) for name in names},
         "weights": row(np.float32),

@@ -29,12 +29,12 @@ def zero_sums() -> Sums:
     return {f"{name}_sum": jnp.zeros(()) for name in STREAMS} | {"position_sum": jnp.zeros(POSITION_BUCKETS)}
 
 
-def stream_weights(kinds: Array, weights: Array, targets: Array, stop_mel: int) -> dict[str, Array]:
+def stream_weights(token_types: Array, weights: Array, targets: Array, stop_mel: int) -> dict[str, Array]:
     """The weight (b, s) with which each position counts as text, as mel, and as the stop of mel.
 
     A position is counted by the stream of its *input*: what a text position predicts is text.
     """
-    text, mel = (jnp.where(kinds == kind, weights, 0.0) for kind in (TEXT, MEL))
+    text, mel = (jnp.where(token_types == stream, weights, 0.0) for stream in (TEXT, MEL))
     return {"text": text, "mel": mel, "stop": jnp.where(targets == stop_mel, mel, 0.0)}
 
 
@@ -47,9 +47,9 @@ def by_position(values: Array, positions: Array) -> Array:
 def counts(batch: Arrays, stop_mel: int) -> Sums:
     """How much weight each stream's targets carry: known before any forward, so gradients can be scaled first.
 
-    batch: kinds, weights, targets, positions, each (b, s).
+    batch: token_types, weights, targets, positions, each (b, s).
     """
-    streams = stream_weights(batch["kinds"], batch["weights"], batch["targets"], stop_mel)
+    streams = stream_weights(batch["token_types"], batch["weights"], batch["targets"], stop_mel)
     total = {f"{name}_count": jnp.sum(weight) for name, weight in streams.items()}
     return total | {"position_count": by_position(streams["mel"], batch["positions"])}
 
@@ -58,12 +58,12 @@ def loss_sums(outputs: Arrays, batch: Arrays, stop_mel: int) -> Sums:
     """Summed losses of a batch: text_sum, mel_sum, stop_sum (the stop targets' part of mel_sum), and position_sum
     (POSITION_BUCKETS,), mel_sum by where in the codes the target stands.
 
-    outputs: the model's dict; batch: kinds, weights, targets, positions, each (b, s); weight 0 for padding.
+    outputs: the model's dict; batch: token_types, weights, targets, positions, each (b, s); weight 0 for padding.
     """
-    kinds, targets = batch["kinds"], batch["targets"]
-    streams = stream_weights(kinds, batch["weights"], targets, stop_mel)
-    text = cross_entropy(outputs["text_logits"], jnp.where(kinds == TEXT, targets, 0))
-    mel = cross_entropy(outputs["mel_logits"], jnp.where(kinds == MEL, targets, 0))
+    token_types, targets = batch["token_types"], batch["targets"]
+    streams = stream_weights(token_types, batch["weights"], targets, stop_mel)
+    text = cross_entropy(outputs["text_logits"], jnp.where(token_types == TEXT, targets, 0))
+    mel = cross_entropy(outputs["mel_logits"], jnp.where(token_types == MEL, targets, 0))
     losses = {"text": text, "mel": mel, "stop": mel}
     total = {f"{name}_sum": jnp.sum(losses[name] * weight) for name, weight in streams.items()}
     return total | {"position_sum": by_position(mel * streams["mel"], batch["positions"])}

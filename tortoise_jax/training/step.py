@@ -1,8 +1,8 @@
 """One training step and one evaluation step, written per device: pure functions of (state, batch).
 
 A device's batch has a leading axis of micro-batches, so that gradients of a large batch fit a small card:
-  tokens, kinds, positions, targets (a, b, s) int32, weights (a, b, s) float32, example (a, b) int32,
-  conditioning_wav (a, b, n, samples) int16, or conditioning_mel (a, b, n, t, m) float32.
+  tokens, token_types, positions, targets (a, b, s) int32, weights (a, b, s) float32, example (a, b) int32,
+  conditioning_wav (a, b, u, samples) int16, or conditioning_mel (a, b, u, t, m) float32.
 Sums are taken over the `axis` of devices once, in float32, after the micro-batches and the layers.
 """
 
@@ -19,12 +19,12 @@ import optax
 
 from tortoise_jax.audio import log_mel, waveform_from_int16
 from tortoise_jax.models.layers import Array
-from tortoise_jax.models.unified_voice import CONDITIONING, UnifiedVoice
+from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, UnifiedVoice
 from tortoise_jax.training.losses import Sums, counts, loss_sums, means, total_loss, zero_sums
 from tortoise_jax.training.optimizer import Tree, group_labels, group_norms, part_norms
 
 Batch = dict[str, Array]
-ROW_ARRAYS = ("tokens", "kinds", "positions", "targets", "weights")
+ROW_ARRAYS = ("tokens", "token_types", "positions", "targets", "weights")
 
 
 @flax.struct.dataclass
@@ -61,7 +61,7 @@ def sum_over_devices(tree: Tree, axis: str | None) -> Tree:
 
 
 def conditioning_mel(batch: Batch, mel_norms: Any) -> Array:
-    """The clips' mels (b, n, t, m), from waveforms where the batch carries those."""
+    """The clips' mels (b, u, t, m), from waveforms where the batch carries those."""
     if "conditioning_mel" in batch:
         return batch["conditioning_mel"]
     return log_mel(waveform_from_int16(batch["conditioning_wav"]), mel_norms)
@@ -71,7 +71,7 @@ def forward_sums(recipe: Recipe, params: Tree, batch: Batch, dropout_keys: Array
     """Loss sums of one micro-batch."""
     mel = jax.lax.stop_gradient(conditioning_mel(batch, recipe.mel_norms))
     outputs: Any = recipe.model.apply(
-        {"params": params}, mel, batch["tokens"], batch["kinds"], batch["positions"], dropout_keys
+        {"params": params}, mel, batch["tokens"], batch["token_types"], batch["positions"], dropout_keys
     )
     return loss_sums(outputs, batch, recipe.model.config.stop_mel)
 
@@ -134,14 +134,14 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainSt
     metrics = {f"loss/{name}": value for name, value in means(sums, total).items()}
     metrics |= norms | part_norms(gradient)
     metrics |= {"loss/total": loss, "learning_rate": learning_rate, "finite": finite}
-    metrics["padding_share"] = padding_share(batch["kinds"], recipe.axis)
+    metrics["padding_share"] = padding_share(batch["token_types"], recipe.axis)
     return new_state, metrics | total
 
 
-def padding_share(kinds: Array, axis: str | None) -> Array:
-    """Which part of the positions (a, b, s) computed on all devices is padding, the conditioning's own one apart."""
-    real = sum_over_devices(jnp.sum(kinds != CONDITIONING), axis)
-    return 1 - real / sum_over_devices(jnp.asarray(kinds[..., 1:].size), axis)
+def padding_share(token_types: Array, axis: str | None) -> Array:
+    """Which part of the positions (a, b, s) computed on all devices is padding, the conditioning's own apart."""
+    real = sum_over_devices(jnp.sum(token_types != CONDITIONING), axis)
+    return 1 - real / sum_over_devices(jnp.asarray(token_types[..., CONDITIONING_VECTORS:].size), axis)
 
 
 def eval_step(recipe: Recipe, params: Tree, batch: Batch) -> Sums:
