@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.checkpoints.pretrained import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
+from tortoise_jax.checkpoints.parts import AR, DVAE
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
 from tortoise_jax.data.batches import Plan
 from tortoise_jax.data.dataset import Dataset, is_dataset
@@ -56,7 +58,7 @@ def main() -> None:
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 
     # 2. Checkpoint.
-    pretrained = load_pretrained(settings.checkpoint)
+    pretrained = load_pretrained(settings.checkpoint, (AR, DVAE))
     say(f"checkpoint: {settings.checkpoint}")
 
     # 3. Data.
@@ -78,7 +80,7 @@ def main() -> None:
     for line in run.begin(folder, settings, pretrained, data_digest(dataset)):
         say(f"changed since the run began: {line}")
     checkpoints = RunCheckpoints(folder, settings.keep_last)
-    state = resume_or_start(checkpoints, recipe, pretrained.params)
+    state = resume_or_start(checkpoints, recipe, pretrained.ar.params)
     step = int(parallel.first_copy(state.step))
     history = History(folder, step, parallel.is_main())
 
@@ -117,7 +119,7 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
         source = prepared
     dataset = Dataset.open(source)
     ours = {
-        "dvae_digest": pretrained.dvae_digest,
+        "dvae_digest": pretrained.dvae.digest,
         "tokenizer_digest": pretrained.tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
     }
@@ -130,8 +132,7 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
                 f"{source} was prepared with another {part} than {settings.checkpoint} has; "
                 f"prepare it again: python -m tortoise_jax.prepare --checkpoint {settings.checkpoint} …"
             )
-    assert pretrained.config is not None
-    check_room(dataset, pretrained.config)
+    check_room(dataset, pretrained.ar.config)
     return dataset
 
 
@@ -189,7 +190,7 @@ def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
         say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
     fill_recipe(settings, len(lengths))
     recipe = make_recipe(settings, pretrained)
-    for line in planning.describe(recipe, pretrained.params, settings, lengths):
+    for line in planning.describe(recipe, pretrained.ar.params, settings, lengths):
         say(line)
 
 
@@ -214,8 +215,7 @@ def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[Plan, Plan]:
 
 
 def make_recipe(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
-    assert pretrained.config is not None
-    unroll = pretrained.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
+    unroll = pretrained.ar.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
     compute = config.compute(settings, parallel.best_dtype(), unroll)
     say(
         f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
@@ -223,8 +223,8 @@ def make_recipe(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
     )
     optimizer_config = config.optimizer(settings)
     return Recipe(
-        model=UnifiedVoice(pretrained.config, compute),
-        optimizer=make_optimizer(optimizer_config, pretrained.params),
+        model=UnifiedVoice(pretrained.ar.config, compute),
+        optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
         schedule=learning_rate_schedule(optimizer_config),
         mel_norms=pretrained.mel_norms,
         seed=settings.seed,
@@ -257,12 +257,11 @@ def resume_or_start(checkpoints: RunCheckpoints, recipe: Recipe, params: Any) ->
 
 def export(folder: Path, name: str, dataset: Dataset) -> None:
     """Writes the best checkpoint for TorToiSe where torch is installed, else says how; and the voice's vector."""
-    best = load_pretrained(folder, ("ar",))
-    assert best.config is not None
+    best = load_pretrained(folder, (AR,))
     for speaker, clips in fixed_voices(dataset).items():
         file = folder / "voices" / f"{re.sub(r'[^A-Za-z0-9_-]', '_', speaker)}.npz"
         file.parent.mkdir(exist_ok=True)
-        voices.save_voice(file, voices.condition(best.params, best.config, best.mel_norms, list(clips)))
+        voices.save_voice(file, voices.condition(best.ar.params, best.ar.config, best.mel_norms, list(clips)))
         say(f"{file}: the conditioning vector of {speaker}; vectors made with other weights are stale")
     if not name:
         return

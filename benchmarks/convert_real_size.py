@@ -62,8 +62,8 @@ def orbax_alone(folder: Path, seconds: dict[str, float]) -> None:
     import orbax.checkpoint as ocp
 
     from convert.source import AR, DVAE, open_source
-    from tortoise_jax.checkpoints.pretrained import save_tree
     from tortoise_jax.checkpoints.state_dict import nest
+    from tortoise_jax.checkpoints.trees import save_tree
 
     rng = np.random.default_rng(0)
     shapes = {
@@ -93,7 +93,6 @@ def to_flax(folder: Path, seconds: dict[str, float]) -> None:
     steps = {
         "opening and checksums": "open_with_bar",
         "converting and looking for NaN": "convert_part",
-        "digest of the dVAE": "digest",
         "writing": "save_pretrained",
     }
     for label, name in steps.items():

@@ -57,27 +57,25 @@ def train(mel: np.ndarray, config: DVAEConfig, steps: int, seed: int = 0) -> Tre
     opt_state = optimizer.init(params)
 
     @jax.jit
-    def step(params: Tree, opt_state: Any, mel: jax.Array) -> tuple[Tree, Any, jax.Array]:
+    def step(params: Tree, codebook: Tree, opt_state: Any, mel: jax.Array) -> tuple[Tree, Tree, Any, jax.Array]:
         def loss(params: Tree) -> tuple[jax.Array, dict[str, Any]]:
-            outputs: Any = model.apply({"params": params}, mel)
+            outputs: Any = model.apply({"params": params, "codebook": {"codebook": codebook}}, mel)
             return outputs["recon_loss"] + COMMITMENT * outputs["commit_loss"], outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state)
-        return optax.apply_updates(params, updates) | {"codebook": outputs["codebook"]}, opt_state, value
+        return optax.apply_updates(params, updates), outputs["codebook"], opt_state, value
 
     features: Any = model.apply({"params": params}, windows(), method=DiscreteVAE.features)
     picked = random.permutation(np.asarray(features).reshape(-1, config.codebook_dim))[: config.codes].T
-    params = params | {
-        "codebook": {"embed": jnp.array(picked), "embed_avg": jnp.array(picked), "cluster_size": jnp.ones(config.codes)}
-    }
+    codebook = {"embed": jnp.array(picked), "embed_avg": jnp.array(picked), "cluster_size": jnp.ones(config.codes)}
     for _ in tqdm(range(steps), unit="step", desc="training a small dVAE", leave=False, disable=None):
-        params, opt_state, _ = step(params, opt_state, windows())
-    return params
+        params, codebook, opt_state, _ = step(params, codebook, opt_state, windows())
+    return {"params": params, "codebook": {"codebook": codebook}}
 
 
 def compare(
-    params: Tree, config: DVAEConfig, mel_norms: np.ndarray, waveforms: list[np.ndarray], out: Path | None = None
+    variables: Tree, config: DVAEConfig, mel_norms: np.ndarray, waveforms: list[np.ndarray], out: Path | None = None
 ) -> dict[str, float]:
     """The mean distance of some recordings (samples,) after each part of the way."""
     mel_of = lambda waveform: np.asarray(log_mel(waveform, mel_norms))
@@ -85,15 +83,15 @@ def compare(
     found: dict[str, list[float]] = {}
     for number, waveform in enumerate(waveforms):
         mel = mel_of(waveform)
-        codes = np.asarray(encode({"params": params}, mel[None]))[0]
+        codes = np.asarray(encode(variables, mel[None]))[0]
         other = np.random.default_rng(number).integers(0, config.codes, len(codes))
         made = {
             "mel -> waveform": griffin_lim(mel, mel_norms),
-            "codes -> waveform": draft(params, config, mel_norms, codes),
+            "codes -> waveform": draft(variables, config, mel_norms, codes),
         }
         mels = {name: mel_of(sound) for name, sound in made.items()}
-        mels["codes -> mel"] = decode_mel(params, config, codes[None])[0]
-        mels["random codes -> mel"] = decode_mel(params, config, other[None])[0]
+        mels["codes -> mel"] = decode_mel(variables, config, codes[None])[0]
+        mels["random codes -> mel"] = decode_mel(variables, config, other[None])[0]
         for name, copy in mels.items():
             found.setdefault(name, []).append(distance(mel, copy, mel_norms))
         if out:
@@ -111,14 +109,13 @@ def main() -> None:
     waveforms = [read_audio(path) for path in sorted(VOICE.iterdir())]
     if arguments.checkpoint:
         pretrained = load_pretrained(arguments.checkpoint, ("dvae",))
-        params, config, mel_norms = pretrained.dvae_params, pretrained.dvae_config, pretrained.mel_norms
-        assert config is not None
+        variables, config, mel_norms = pretrained.dvae.variables, pretrained.dvae.config, pretrained.mel_norms
     else:
         config, mel_norms = SMALL, default_mel_norms()
         mels = [log_mel(waveform, mel_norms) for waveform in waveforms[:-HELD_OUT]]
-        params = train(np.concatenate(mels), config, arguments.steps)
+        variables = train(np.concatenate(mels), config, arguments.steps)
     start = time.perf_counter()
-    found = compare(params, config, mel_norms, waveforms[-HELD_OUT:], arguments.out)
+    found = compare(variables, config, mel_norms, waveforms[-HELD_OUT:], arguments.out)
     seconds = sum(map(len, waveforms[-HELD_OUT:])) / 22050
     print(f"{HELD_OUT} clips of {seconds:.1f} s together, each said twice, in {time.perf_counter() - start:.1f} s")
     for name, value in found.items():

@@ -25,7 +25,7 @@ import torch
 from tests.support.parity import dvae_twin
 from tests.support.torch_reference import DiscreteVAE, log_mel
 from tortoise_jax.audio import SAMPLE_RATE, code_count, default_mel_norms, int16_from_waveform, read_audio
-from tortoise_jax.checkpoints.pretrained import Pretrained, digest
+from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data import batches
 from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.data.recordings import Hearing
@@ -77,11 +77,10 @@ def throughput(clips: int, rounds: int, folder: Path) -> None:
     torch.manual_seed(0)
     model = DiscreteVAE().eval()
     twin, norms = dvae_twin(model), default_mel_norms()
-    tokenizer = Tokenizer.default()
-    pretrained = Pretrained(None, None, twin.config, twin.params, digest(twin.params), tokenizer, norms, {})
+    pretrained = Pretrained({"dvae": twin.part}, Tokenizer.default(), norms, {})
     waveforms = [int16_from_waveform(read_audio(path)) for path, _ in sources]
     hours = sum(map(len, waveforms)) / SAMPLE_RATE / 3600
-    encoder = CodeEncoder(twin.config, twin.params, norms)
+    encoder = CodeEncoder(twin.config, twin.variables, norms)
     outs = iter(range(1000))
     works: dict[str, Callable[[], object]] = {
         "torch, one clip at a time": lambda: encode_by_torch(model, sources, torch.from_numpy(norms)),

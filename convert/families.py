@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from convert.torch_files import Loaded, tensors
+from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.errors import UserError
 
-AR, DVAE = "ar", "dvae"
 TITLES = {AR: "TorToiSe AR model (UnifiedVoice)", DVAE: "TorToiSe dVAE (DiscreteVAE)"}
 WRAPPERS = ("state_dict", "model", "model_g")
 PREFIXES = ("module.", "_orig_mod.")

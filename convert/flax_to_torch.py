@@ -22,17 +22,10 @@ from convert.source import RELEASED_TEXT_TOKENS, TABLES, card_beside
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
 from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.pretrained import (
-    STEPS,
-    Pretrained,
-    RunCheckpoints,
-    load_pretrained,
-    mel_norms_digest,
-    read_card,
-    read_json,
-    write_json,
-)
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, read_metadata
+from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
 from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.files import read_json, write_json
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 
 CONDITIONING_INPUTS = 2  # of the released model
@@ -56,17 +49,12 @@ def export(
     Raises UserError.
     """
     check_names(out, source)
-    present = read_card(checkpoint)
+    present = read_metadata(checkpoint)
     part = part or (AR if present.get(AR) else DVAE)
     step = chosen_step(checkpoint, part, step)
     pretrained = load_pretrained(checkpoint, (part,), step)
-    config, params = (
-        (pretrained.config, pretrained.params) if part == AR else (pretrained.dvae_config, pretrained.dvae_params)
-    )
-    assert config is not None
-    assert params is not None
-
-    state = state_dict.to_torch(TABLES[part], params)
+    config = pretrained.part(part).config
+    state = state_dict.to_torch(TABLES[part], pretrained.part(part).tree)
     own = len(state)
     extra = carried_over(state, source, part) if source else {}
     if attn_masks is False or (attn_masks and part == AR):
@@ -157,8 +145,7 @@ def by_reason(part: str, extra: dict[str, np.ndarray]) -> dict[str, list[str]]:
 
 def card(pretrained: Pretrained, part: str, checkpoint: Path, step: int | None, dtype: str) -> dict[str, Any]:
     """What shapes cannot tell, for whoever converts the file again or builds the torch model."""
-    config = pretrained.config if part == AR else pretrained.dvae_config
-    assert config is not None
+    config = pretrained.part(part).config
     content: dict[str, Any] = {
         "tortoise_jax": __version__,
         "model": part,

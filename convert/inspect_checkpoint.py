@@ -18,7 +18,9 @@ from convert.families import AR, DVAE, Found
 from convert.source import Source, card_beside, decide, describe, nonfinite, sha256
 from convert.torch_files import Loaded, load
 from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.pretrained import CARD, STEPS, RunCheckpoints, load_pretrained, parameter_count
+from tortoise_jax.checkpoints.pretrained import METADATA, load_pretrained
+from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
+from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.errors import UserError, exit_with_one_line
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".state", ".ckpt", ".bin")
@@ -31,11 +33,11 @@ def inspect(path: Path, heads: int | None = None) -> list[str]:
     """
     if not path.is_dir():
         return inspect_file(path, heads)
-    if (path / CARD).exists():
+    if (path / METADATA).exists():
         return inspect_ours(path)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not files:
-        raise UserError(f"{path} holds neither {CARD} nor a file named *{', *'.join(SUFFIXES)}: nothing to inspect")
+        raise UserError(f"{path} holds neither {METADATA} nor a file named *{', *'.join(SUFFIXES)}: nothing to inspect")
     lines: list[str] = []
     for file in files:
         try:
@@ -87,20 +89,18 @@ def inspect_ours(path: Path) -> list[str]:
     """A converted checkpoint or a run, every array read once."""
     is_run = (path / STEPS).is_dir()
     lines = [f"{path}: {'a run' if is_run else 'a converted checkpoint'} of tortoise_jax"]
-    card = load_pretrained(path, ())
-    parts = [part for part, config in ((AR, card.config), (DVAE, card.dvae_config)) if config]
-    whole = load_pretrained(path, parts)
-    if whole.config:
-        c = whole.config
+    whole = load_pretrained(path)
+    if AR in whole.parts:
+        c = whole.ar.config
         lines.append(
             f"  AR model: {c.layers} layers, width {c.width}, {c.heads} heads, {c.codes} codes, {c.text_tokens} text "
-            f"tokens, positions {c.mel_positions} and {c.text_positions}, {parameter_count(whole.params):,} parameters"
+            f"tokens, positions {c.mel_positions} and {c.text_positions}, {parameter_count(whole.ar.tree):,} parameters"
         )
-    if whole.dvae_config:
-        d = whole.dvae_config
+    if DVAE in whole.parts:
+        d = whole.dvae.config
         lines.append(
             f"  dVAE: {d.layers} strided layers, {d.res_blocks} residual blocks, hidden {d.hidden}, {d.codes} codes, "
-            f"codebook_dim {d.codebook_dim}, {parameter_count(whole.dvae_params):,} parameters and buffers"
+            f"codebook_dim {d.codebook_dim}, {parameter_count(whole.dvae.tree):,} parameters and buffers"
         )
     if is_run:
         checkpoints = RunCheckpoints(path)

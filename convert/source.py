@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from convert import families
 from convert.download import DVAE_SHA256
 from convert.families import AR, DVAE, Found
 from convert.torch_files import ZIP, Progress, load, silent
 from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.pretrained import dvae_shapes, unified_voice_shapes
+from tortoise_jax.checkpoints.parts import abstract_tree
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
@@ -92,8 +93,7 @@ def decide(found: Found, part: str, heads: int | None = None) -> Source:
 @functools.lru_cache(maxsize=4)
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every Flax path of a model of these dimensions, with its shape."""
-    tree = unified_voice_shapes(config) if isinstance(config, UnifiedVoiceConfig) else dvae_shapes(config)
-    return {path: leaf.shape for path, leaf in state_dict.flatten(tree).items()}
+    return {path: leaf.shape for path, leaf in flatten_dict(abstract_tree(config), sep="/").items()}
 
 
 def refuse_numberless(found: Found, planned: state_dict.Plan) -> None:

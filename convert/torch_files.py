@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from tortoise_jax.checkpoints.pretrained import CARD
+from tortoise_jax.checkpoints.pretrained import METADATA
 from tortoise_jax.checkpoints.state_dict import same_bits
 from tortoise_jax.errors import UserError
 
@@ -84,7 +84,7 @@ def format_of(path: Path) -> str:
     """Which format a file's first bytes show; UserError for what cannot be a checkpoint."""
     try:
         if path.is_dir():
-            ours = f", converted already (it holds {CARD})" if (path / CARD).exists() else ""
+            ours = f", converted already (it holds {METADATA})" if (path / METADATA).exists() else ""
             raise UserError(f"{path} is a directory{ours}, expected a checkpoint file (.pth or .safetensors)")
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -15,12 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert import download
 from convert.command_line import Parser, positive
 from convert.families import AR, DVAE
-from convert.progress import byte_bar, growing
+from convert.progress import byte_bar
 from convert.source import (
     RELEASED_TEXT_TOKENS,
     TABLES,
@@ -34,7 +35,8 @@ from convert.source import (
 )
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.pretrained import Pretrained, digest, mel_norms_digest, save_pretrained
+from tortoise_jax.checkpoints.parts import Part
+from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
@@ -74,31 +76,19 @@ def convert(
     bpe = choose_tokenizer(sources.get(AR), tokenizer)
 
     lines: list[str] = []
-    configs: dict[str, Any] = {}
-    params: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
     origin: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(1) as beside:  # hashing keeps a core busy while the other converts
         for part in list(sources):
             source = sources.pop(part)  # so that its mapped file is let go before the next
             checksum = beside.submit(sha256, source.path)
-            configs[part] = source.config
-            params[part], remarks = convert_part(source, allow_nonfinite)
+            parts[part], remarks = convert_part(source, allow_nonfinite)
             origin[part] = where_from(source, checksum.result())
             lines += describe(source, checksum.result()) + remarks
             del source
-    pretrained = Pretrained(
-        config=configs.get(AR),
-        params=params.get(AR),
-        dvae_config=configs.get(DVAE),
-        dvae_params=params.get(DVAE),
-        dvae_digest=digest(params[DVAE]) if DVAE in params else "",
-        tokenizer=bpe,
-        mel_norms=norms,
-        source=origin,
-    )
-    with growing(out.with_name(f"{out.name}.partial"), f"writing {out.name}", total=bytes_of(params)):
-        save_pretrained(pretrained, out)
-    return [*lines, f"written to {out} ({bytes_of(params) / 1e9:.2f} GB, float32)"]
+    size = sum(leaf.nbytes for part in parts.values() for leaf in jax.tree.leaves(part.variables))
+    save_pretrained(Pretrained(parts, bpe, norms, origin), out)
+    return [*lines, f"written to {out} ({size / 1e9:.2f} GB, float32)"]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -123,8 +113,8 @@ def open_with_bar(path: Path, part: str, heads: int | None, checksums: bool) -> 
         return open_source(path, part, heads, checksums, bar.update)
 
 
-def convert_part(source: Source, allow_nonfinite: bool) -> tuple[dict[str, Any], list[str]]:
-    """The Flax parameters, and what a person should know about them. UserError for NaN or Inf that is not allowed."""
+def convert_part(source: Source, allow_nonfinite: bool) -> tuple[Part, list[str]]:
+    """The model in Flax, and what a person should know about them. UserError for NaN or Inf that is not allowed."""
     broken: dict[str, int] = {}
     with byte_bar(f"converting {source.path.name}", 4 * source.parameters) as bar:
 
@@ -134,14 +124,15 @@ def convert_part(source: Source, allow_nonfinite: bool) -> tuple[dict[str, Any],
             bar.update(4 * tensor.size)
 
         converted = state_dict.to_flax(TABLES[source.part], source.found.state, source.expected, str(source.path), each)
+    part = Part.of_tree(source.config, converted.params)
     if not broken:
-        return converted.params, []
+        return part, []
     key, count = next(iter(broken.items()))
     more = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
     remark = f"{source.path}: {key} has {count} values that are NaN or infinite{more}"
     if not allow_nonfinite:
         raise UserError(f"{remark}; such a model computes nothing. --allow_nonfinite converts it all the same")
-    return converted.params, [f"  warning: {remark} (allowed by --allow_nonfinite)"]
+    return part, [f"  warning: {remark} (allowed by --allow_nonfinite)"]
 
 
 def where_from(source: Source, checksum: str) -> dict[str, Any]:
@@ -151,10 +142,6 @@ def where_from(source: Source, checksum: str) -> dict[str, Any]:
     if source.part == AR:
         origin["conditioning_inputs"] = number_beside(source.path, "conditioning_inputs") or CONDITIONING_INPUTS
     return origin | ({"training": card["training"]} if "training" in card else {})
-
-
-def bytes_of(params: dict[str, Any]) -> int:
-    return sum(leaf.nbytes for leaf in state_dict.flatten(params).values())
 
 
 # --- what belongs together --------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import tortoise_jax as tj
 from tests.support import runs
 from tortoise_jax import api
 from tortoise_jax.audio import CONDITIONING_SAMPLES
+from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +82,38 @@ def test_every_public_name_is_there() -> None:
 def test_params_are_a_plain_tree_of_the_models_size(model: api.Tortoise) -> None:
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(model.params))
     assert type(model.params) is dict
+
+
+@pytest.mark.parametrize(("kept", "gone"), [("ar", "dvae"), ("dvae", "ar")])
+def test_a_checkpoint_of_one_model_is_loaded_and_says_what_it_lacks(tmp_path: Path, kept: str, gone: str) -> None:
+    whole = load_pretrained(runs.write_checkpoint(tmp_path / "both"))
+    save_pretrained(dataclasses.replace(whole, parts={kept: whole.part(kept)}), tmp_path / kept)
+    model = tj.load(tmp_path / kept)
+    codes = np.arange(3)
+    needs = {
+        "ar": lambda: model.conditioning([clip(1.0)]),
+        "dvae": lambda: model.decode(codes),
+    }
+    assert np.isfinite(needs[kept]()).all()
+    with pytest.raises(tj.UserError, match=f"{kept} holds no .*; convert one with --{gone}"):
+        needs[gone]()
+
+
+def test_what_was_not_asked_for_has_shapes_in_place_of_weights(tmp_path: Path) -> None:
+    path = runs.write_checkpoint(tmp_path / "checkpoint")
+    bare, whole = load_pretrained(path, ()), load_pretrained(path)
+    for name, part in whole.parts.items():
+        leaves = jax.tree.leaves(bare.part(name).variables)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+        assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in jax.tree.leaves(part.variables)]
+        assert bare.part(name).digest == part.digest != ""
+
+
+def test_checkpoints_of_before_the_digests_of_parts_open(tmp_path: Path) -> None:
+    path = runs.write_checkpoint(tmp_path / "checkpoint")
+    metadata = json.loads((path / "tortoise.json").read_text())
+    del metadata["digests"]
+    (path / "tortoise.json").write_text(json.dumps(metadata))
+    old = load_pretrained(path, ())
+    assert old.dvae.digest == metadata["dvae_digest"] != ""
+    assert old.ar.digest == ""

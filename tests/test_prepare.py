@@ -189,7 +189,7 @@ def test_the_report_counts_hours_speakers_and_splits(checkpoint, tmp_path):
 def test_records_are_what_the_parts_make_of_a_line(checkpoint, tmp_path, dvae):
     prepare(VOICE, checkpoint, tmp_path / "set", QUICK)
     made = Dataset.open(tmp_path / "set")
-    encoder, tokenizer = CodeEncoder(dvae.config, dvae.params, default_mel_norms()), Tokenizer.default()
+    encoder, tokenizer = CodeEncoder(dvae.config, dvae.variables, default_mel_norms()), Tokenizer.default()
     rows = [line.split("|") for line in (VOICE / "metadata.csv").read_text(encoding="utf-8").splitlines()]
     assert [(clip.id, clip.text) for clip in made.clips] == [(name, text) for name, _, text in rows]
     waveforms = [int16_from_waveform(read_audio(VOICE / "wavs" / f"{name}.flac")) for name, _, _ in rows]
@@ -466,7 +466,7 @@ def test_limits_can_rise_to_what_the_tables_hold_and_fall_with_them(checkpoint):
     report = check(VOICE, None, Options(max_seconds=28.14, max_text=402, workers=0))
     assert (report["settings"]["seconds"], report["settings"]["text_tokens"]) == (28.14, 402)
     tiny = check(VOICE, checkpoint, QUICK)["settings"]
-    held = int(((preparing.load_pretrained(checkpoint, ()).config.mel_positions - 2) * 1024 - 1) / 22050 * 100) / 100
+    held = int(((preparing.load_pretrained(checkpoint, ()).ar.config.mel_positions - 2) * 1024 - 1) / 22050 * 100) / 100
     assert tiny["seconds"] == min(11.6, held)
 
 

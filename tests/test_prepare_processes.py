@@ -65,7 +65,7 @@ def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     code = (
-        "import sys; from pathlib import Path; from tortoise_jax import parallel, shards, prepare\n"
+        "import sys; from tortoise_jax import parallel, prepare; from tortoise_jax.data import shards\n"
         "written = []; write = shards.write_group\n"
         "shards.write_group = lambda out, number, *rest: (written.append(number), write(out, number, *rest))[1]\n"
         "data, checkpoint, out, address, rank = sys.argv[1:]\n"

@@ -15,7 +15,7 @@ import soundfile
 from tests.support.parity import Twin
 from tortoise_jax import speak
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, default_mel_norms
-from tortoise_jax.checkpoints.pretrained import Pretrained, digest, save_pretrained
+from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.errors import UserError
 from tortoise_jax.synthesis import ranking, voices
 from tortoise_jax.synthesis import sampler as generate
@@ -30,8 +30,8 @@ NORMS = default_mel_norms()
 
 
 def pretrained(voice: Twin, dvae: Twin | None) -> Pretrained:
-    made = (dvae.config, dvae.params, digest(dvae.params)) if dvae else (None, None, "")
-    return Pretrained(voice.config, voice.params, *made, Tokenizer.default(), NORMS, {})
+    parts = {"ar": voice.part} | ({"dvae": dvae.part} if dvae else {})
+    return Pretrained(parts, Tokenizer.default(), NORMS, {})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import random
@@ -22,6 +21,7 @@ import soundfile
 
 from tests.support import runs
 from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 
 STEPS = runs.FIELDS["steps"]
@@ -43,7 +43,7 @@ def undisturbed(project: Path) -> Path:
 
 def assert_same_run(run: Path, other: Path) -> None:
     """Equal final weights, optimiser state and loss curves, bit for bit."""
-    ours, theirs = (load_pretrained(path, ("ar",), STEPS).params for path in (run, other))
+    ours, theirs = (load_pretrained(path, ("ar",), STEPS).ar.params for path in (run, other))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     checksums = [
         json.loads(next((path / "steps" / str(STEPS)).glob("progress/*")).read_text()) for path in (run, other)
@@ -213,9 +213,9 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
 
 def test_a_run_that_overflows_stops_and_can_be_replayed(project: Path, tmp_path: Path) -> None:
     whole = load_pretrained(project / "checkpoint")
-    huge = jax.tree.map(np.array, whole.params)
+    huge = jax.tree.map(np.array, whole.ar.params)
     huge["mel_head"]["bias"][:2] = np.inf
-    save_pretrained(dataclasses.replace(whole, params=huge), tmp_path / "huge")
+    save_pretrained(whole.with_part("ar", Part.of_tree(whole.ar.config, huge)), tmp_path / "huge")
     fields = dict(checkpoint=tmp_path / "huge", max_nonfinite=2)
     done = runs.train(project, tmp_path / "run", **fields)
     assert_one_line(done, "2 steps in a row", "not finite", "optimizer.learning_rate")
@@ -275,8 +275,8 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "recipe for tens of clips (11), optimizer.learning_rate=2e-06" in done.stdout
-    before = load_pretrained(project / "checkpoint", ("ar",)).params
-    after = load_pretrained(tmp_path / "run", ("ar",), 2).params
+    before = load_pretrained(project / "checkpoint", ("ar",)).ar.params
+    after = load_pretrained(tmp_path / "run", ("ar",), 2).ar.params
     jax.tree.map(np.testing.assert_array_equal, after["conditioning_encoder"], before["conditioning_encoder"])
     assert not np.array_equal(after["mel_head"]["kernel"], before["mel_head"]["kernel"])
 

@@ -32,16 +32,25 @@ from tortoise_jax.training import losses as loss
 
 @dataclasses.dataclass(frozen=True)
 class Tortoise:
-    """Both models of a converted checkpoint or a run. Rows b, samples, frames t, bands m = 80, codes c, width d."""
+    """The models of a converted checkpoint or a run. Rows b, samples, frames t, bands m = 80, codes c, width d.
+
+    Where a checkpoint holds one of them only, what needs the other raises UserError.
+    """
 
     pretrained: Pretrained
-    model: UnifiedVoice
-    dvae: DiscreteVAE
 
     @property
     def params(self) -> Any:
         """The AR model's parameter tree."""
-        return self.pretrained.params
+        return self.pretrained.ar.params
+
+    @property
+    def model(self) -> UnifiedVoice:
+        return UnifiedVoice(self.pretrained.ar.config)
+
+    @property
+    def dvae(self) -> DiscreteVAE:
+        return DiscreteVAE(self.pretrained.dvae.config)
 
     def text_ids(self, text: str, cleaner: str = "english") -> list[int]:
         """Text, cleaned, as token ids, without start and stop."""
@@ -58,14 +67,13 @@ class Tortoise:
     def decode(self, codes: np.ndarray | Array) -> Array:
         """codes (c,) or (b, c), each below the codebook's size -> mel (4 c, m) or (b, 4 c, m)."""
         codes = jnp.asarray(codes)
-        assert self.dvae.config is not None
         if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < self.dvae.config.codes:
             raise UserError(f"codes must lie in 0..{self.dvae.config.codes - 1}, found {codes.min()}..{codes.max()}")
         return self._dvae("decode", codes, rank=2)
 
     def _dvae(self, method: str, x: np.ndarray | Array, rank: int) -> Array:
         batch = jnp.asarray(x)[None] if np.ndim(x) == rank - 1 else jnp.asarray(x)
-        out = _apply_dvae(self.dvae, method, self.pretrained.dvae_params, batch)
+        out = _apply_dvae(self.dvae, method, self.pretrained.dvae.variables, batch)
         return out[0] if np.ndim(x) == rank - 1 else out
 
     def conditioning(self, waveforms: Sequence[np.ndarray]) -> Array:
@@ -104,15 +112,12 @@ class Tortoise:
 
 def load(path: str | Path, step: int | None = None) -> Tortoise:
     """A directory written by convert/torch_to_flax.py, or a run (its best step, or the one given)."""
-    pretrained = load_pretrained(path, ("ar", "dvae"), step)
-    assert pretrained.config is not None
-    assert pretrained.dvae_config is not None
-    return Tortoise(pretrained, UnifiedVoice(pretrained.config), DiscreteVAE(pretrained.dvae_config))
+    return Tortoise(load_pretrained(path, step=step))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_dvae(dvae: DiscreteVAE, method: str, params: Any, x: Array) -> Any:
-    return dvae.apply({"params": params}, x, method=method)
+def _apply_dvae(dvae: DiscreteVAE, method: str, variables: Any, x: Array) -> Any:
+    return dvae.apply(variables, x, method=method)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -16,6 +16,7 @@ import numpy as np
 
 from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB
+from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.data import dataset, report, shards
 from tortoise_jax.data.filters import Verdict, judge
@@ -82,8 +83,8 @@ def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Optio
     check_out(out)
     inputs = read_inputs(_paths(data), options.format)
     pretrained = load_pretrained(checkpoint, parts=("dvae",))
-    tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer, pretrained.config)
-    limits = limits_of(pretrained.config, options)
+    tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer, ar_config(pretrained))
+    limits = limits_of(ar_config(pretrained), options)
     sources, places = sources_of([line for one in inputs for line in one.lines])
     hearing = Hearing(limits.seconds, options.trim_silence)
     encoded, keys = encode_all(out, sources, pretrained, hearing, options.workers, options.group)
@@ -105,7 +106,7 @@ def check(data: Paths, checkpoint: str | Path | None, options: Options = Options
     options.check()
     inputs = read_inputs(_paths(data), options.format)
     pretrained = load_pretrained(checkpoint, parts=()) if checkpoint else None
-    config = pretrained.config if pretrained else RELEASED
+    config = ar_config(pretrained) if pretrained else RELEASED
     tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer if pretrained else Tokenizer.default(), config)
     limits = limits_of(config, options)
     sources, places = sources_of([line for one in inputs for line in one.lines])
@@ -153,6 +154,11 @@ def choose_tokenizer(file: Path | None, of_checkpoint: Tokenizer, config: Unifie
             f"tokenizer with a vocabulary of {config.text_tokens - 1}"
         )
     return tokenizer
+
+
+def ar_config(pretrained: Pretrained) -> UnifiedVoiceConfig | None:
+    """Dimensions of the AR model; None in a checkpoint of a dVAE alone."""
+    return pretrained.ar.config if AR in pretrained.parts else None
 
 
 def check_out(out: Path) -> None:
@@ -228,7 +234,7 @@ def write_dataset(
 ) -> None:
     """The index of what was kept, in the order of the lines."""
     digests = {
-        "dvae_digest": pretrained.dvae_digest,
+        "dvae_digest": pretrained.dvae.digest,
         "tokenizer_digest": tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
     }

@@ -56,15 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 2. The weights and the voice.
     pretrained = load_pretrained(arguments.checkpoint, ("ar", "dvae"), arguments.step)
-    config = pretrained.config
-    assert config is not None
-    voice = voices.load_voice(arguments.voice, pretrained.params, config, pretrained.mel_norms, arguments.seed)
+    params, config = pretrained.ar.params, pretrained.ar.config
+    voice = voices.load_voice(arguments.voice, params, config, pretrained.mel_norms, arguments.seed)
     if arguments.save_voice:
         voices.save_voice(arguments.save_voice, voice)
         print(f"{arguments.save_voice}: the voice; give it as --voice")
 
     # 3. Codes.
-    prepared = generate.prepare(pretrained.params, config, options.dtype)
+    prepared = generate.prepare(params, config, options.dtype)
     parts = [say(pretrained, prepared, voice, text, i, arguments, options) for i, text in enumerate(texts)]
     for part in parts:
         print(describe(part, arguments.n))
@@ -149,7 +148,6 @@ def check(arguments: argparse.Namespace) -> SamplingOptions:
 
 def read_text(text: str, cleaner: str, card: Pretrained) -> list[str]:
     """The text's parts. Raises UserError for an empty one and for characters the model does not know."""
-    assert card.config is not None
     if not any(character.isalnum() for character in clean(text, cleaner)):
         raise UserError(f'--text "{text}" has nothing to say: no letter or digit is left of it after cleaning')
     unknown = card.tokenizer.unknown_characters(text, cleaner)
@@ -160,15 +158,14 @@ def read_text(text: str, cleaner: str, card: Pretrained) -> list[str]:
     if changed:
         print("note: the cleaner reads " + ", ".join(f'{a} as "{b}"' for a, b in changed.items()))
     encode = lambda part: card.tokenizer.encode(part, cleaner)
-    return sentences.split(text, encode, COMFORTABLE_TOKENS, generate.max_text_ids(card.config))
+    return sentences.split(text, encode, COMFORTABLE_TOKENS, generate.max_text_ids(card.ar.config))
 
 
 def within_the_model(options: SamplingOptions, card: Pretrained, arguments: argparse.Namespace) -> SamplingOptions:
     """The options with as many codes as the model has room for, where no number was given."""
-    assert card.config is not None
     if arguments.latents:
-        generate.check_hand_over(card.config)
-    room = generate.max_codes(card.config)
+        generate.check_hand_over(card.ar.config)
+    room = generate.max_codes(card.ar.config)
     if arguments.max_codes is None:
         return dataclasses.replace(options, max_codes=min(options.max_codes, room))
     if arguments.max_codes > room:
@@ -189,8 +186,7 @@ def say(
     options: SamplingOptions,
 ) -> Part:
     """Draws candidates for one part of the text, judges them, and keeps the best."""
-    config = pretrained.config
-    assert config is not None
+    config = pretrained.ar.config
     ids = pretrained.tokenizer.encode(text, arguments.cleaner)
     codes: list[np.ndarray] = []
     judged: list[Judged] = []
@@ -222,18 +218,16 @@ def with_bar(draw: Callable[..., generate.Samples], total: int, title: str) -> g
 
 def decoded(pretrained: Pretrained, drawn: generate.Samples) -> list[np.ndarray]:
     """Each row's mel (4 c, m), all decoded at once: with the last code repeated behind, so its end is approximate."""
-    config = pretrained.dvae_config
-    assert config is not None
+    config = pretrained.dvae.config
     last = np.maximum(drawn.lengths - 1, 0)[:, None]
     places = np.minimum(np.arange(drawn.codes.shape[1]), last)
     filled = np.minimum(np.take_along_axis(drawn.codes, places, axis=1), config.codes - 1)
-    mels = generate.decode_mel(pretrained.dvae_params, config, filled)
+    mels = generate.decode_mel(pretrained.dvae.variables, config, filled)
     return [mel[: config.frames_per_code * length] for mel, length in zip(mels, drawn.lengths, strict=True)]
 
 
 def generate_draft(pretrained: Pretrained, codes: np.ndarray) -> np.ndarray:
-    assert pretrained.dvae_config is not None
-    return generate.draft(pretrained.dvae_params, pretrained.dvae_config, pretrained.mel_norms, codes)
+    return generate.draft(pretrained.dvae.variables, pretrained.dvae.config, pretrained.mel_norms, codes)
 
 
 def join(waveforms: list[np.ndarray]) -> np.ndarray:
@@ -278,8 +272,8 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
 
 def save_latents(path: Path, pretrained: Pretrained, voice: np.ndarray, part: Part, place: int) -> None:
     """What tortoise's diffusion model is given, with what it was made from."""
-    assert pretrained.config is not None
-    codes, latents = generate.hand_over(pretrained.params, pretrained.config, voice, part.text_ids, part.codes[place])
+    ar = pretrained.ar
+    codes, latents = generate.hand_over(ar.params, ar.config, voice, part.text_ids, part.codes[place])
     arrays: dict[str, Any] = {"latents": latents, "codes": codes, voices.VECTOR: voice}
     voices.save_npz(path, arrays)
     command = f"python convert/voices.py {path} --out {path.with_suffix('.pth')}"

@@ -130,9 +130,8 @@ def test_logits_of_the_exported_file_are_ours(converted, tmp_path) -> None:
     conditioning = model.conditioning_latent(batch["cond_mel"])
     text_logits, mel_logits = model.row_logits(conditioning[0], batch["text"][0], batch["codes"][0])
 
-    ours = load_pretrained(converted, ("ar",))
+    ours = load_pretrained(converted, ("ar",)).ar
     c = ours.config
-    assert c is not None
     text = [c.start_text, *batch["text"][0].tolist(), c.stop_text]
     codes = [c.start_mel, *batch["codes"][0].tolist(), c.stop_mel]
     row = lambda values: np.array([[0, *values]], np.int32)
@@ -155,9 +154,9 @@ def test_every_variant_gives_the_same_weights(voice, variant: str, tmp_path) -> 
     content = files.WITH[variant](files.state_of(voice))
     path = files.save(tmp_path / "a.pth", content)
     source = open_source(path, AR, HEADS)
-    params, remarks = convert_part(source, allow_nonfinite=False)
+    part, remarks = convert_part(source, allow_nonfinite=False)
     assert not remarks
-    assert_same(state_dict.to_torch(TABLES[AR], params), voice)
+    assert_same(state_dict.to_torch(TABLES[AR], part.tree), voice)
     mapped = [key for _, keys in source.plan.filled.values() for key in keys]
     assert sorted([*mapped, *source.plan.dropped]) == sorted(source.found.state)
     assert all(found.row.reason for found in source.plan.dropped.values())
@@ -187,7 +186,7 @@ def test_other_formats_and_dtypes(voice, write: Any, dtype: str, tmp_path) -> No
     source = open_source(path, AR, HEADS)
     assert source.dtypes == dtype
     assert any("has no checksums" in line for line in describe(source))
-    params, _ = convert_part(source, allow_nonfinite=False)
+    params = convert_part(source, allow_nonfinite=False)[0].tree
     back = state_dict.to_torch(TABLES[AR], params)
     for key, value in state.items():
         assert np.array_equal(back[key], value.float().numpy())
@@ -263,7 +262,7 @@ def test_any_model_saved_in_any_way_comes_back_bit_for_bit(saved: dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         path = saved["write"](Path(folder) / "a.pth", content)
         source = open_source(path, part, saved["dims"].get("heads"))
-        params, _ = convert_part(source, allow_nonfinite=False)
+        params = convert_part(source, allow_nonfinite=False)[0].tree
         check_values(model.float(), params)
         mapped = [key for _, keys in source.plan.filled.values() for key in keys]
         assert sorted([*mapped, *source.plan.dropped]) == sorted(keys)
@@ -581,7 +580,7 @@ def test_without_arguments_what_lies_in_checkpoints_is_taken(voice, dvae, tmp_pa
     code, said, _ = run(monkeypatch, capsys, torch_to_flax.main)
     assert code == 0
     assert "checkpoints/autoregressive.pth is not there: only checkpoints/dvae.pth is converted" in said
-    assert load_pretrained("checkpoints/tortoise", ("dvae",)).config is None
+    assert "ar" not in load_pretrained("checkpoints/tortoise", ("dvae",)).parts
     files.save(Path("checkpoints/autoregressive.pth"), files.state_of(voice))
     assert "exists already" in run(monkeypatch, capsys, torch_to_flax.main)[2]
     assert run(monkeypatch, capsys, torch_to_flax.main, "--heads", 4, "--out", "checkpoints/both")[0] == 0
@@ -674,15 +673,12 @@ def test_progress_bars_end_where_they_should(voice, tmp_path, monkeypatch) -> No
             bars.append(self)
 
     monkeypatch.setattr(progress, "tqdm", Terminal)
-    monkeypatch.setattr(progress, "POLL_SECONDS", 0.001)
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
     convert(None, path, tmp_path / "out", HEADS)
     size = sum(value.numel() * 4 for value in voice.state_dict().values())
-    assert [bar.desc.strip(": ") for bar in bars] == ["checking a.pth", "converting a.pth", "writing out"]
+    assert [bar.desc.strip(": ") for bar in bars] == ["checking a.pth", "converting a.pth"]
     assert 0.9 * path.stat().st_size < bars[0].n <= bars[0].total == path.stat().st_size
     assert bars[1].n == bars[1].total == size
-    assert bars[2].n > 0
-    assert bars[2].total == size
 
 
 def test_a_folder_that_cannot_be_written(voice, tmp_path) -> None:

@@ -18,7 +18,9 @@ from tests.convert.test_convert import HEADS, assert_same, run
 from tests.support import checkpoint_files as files
 from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
 from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.pretrained import RunCheckpoints, load_pretrained, save_tree, write_card
+from tortoise_jax.checkpoints.pretrained import load_pretrained, write_metadata
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tortoise_jax.checkpoints.trees import save_tree
 from tortoise_jax.errors import UserError
 
 
@@ -38,12 +40,12 @@ def a_run(folder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     run.mkdir()
     pretrained = load_pretrained(folder / "tortoise")
-    save_tree(run / "dvae", pretrained.dvae_params)
-    write_card(run, pretrained)
+    save_tree(run / "dvae", pretrained.dvae.tree)
+    write_metadata(run, pretrained)
     (run / "config.json").write_text(json.dumps({"seed": 7}))
     checkpoints = RunCheckpoints(run)
     for step, loss in ((10, 1.0), (20, 2.0)):
-        params = state_dict.nest({k: v + np.float32(step) for k, v in state_dict.flatten(pretrained.params).items()})
+        params = state_dict.nest({k: v + np.float32(step) for k, v in state_dict.flatten(pretrained.ar.params).items()})
         checkpoints.save(step, params, {"count": np.zeros((), np.int32)}, {"step": step}, loss)
     checkpoints.finish()
     return run
@@ -135,7 +137,7 @@ def test_a_run_and_its_export(a_run, tmp_path) -> None:
     assert "steps 10, 20; the best is 10" in said
     pretrained = load_pretrained(a_run, ("ar",), 10)
     assert "of step 10" in export(a_run, tmp_path / "best.pth")[0]
-    original = state_dict.to_torch(state_dict.UNIFIED_VOICE, pretrained.params)
+    original = state_dict.to_torch(state_dict.UNIFIED_VOICE, pretrained.ar.params)
     written = read_state_dict(tmp_path / "best.pth")
     assert all(state_dict.same_bits(written[key], value) for key, value in original.items())
     card = json.loads((tmp_path / "best.json").read_text())

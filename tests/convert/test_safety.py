@@ -158,7 +158,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(state, tmp_path, monkey
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tortoise_jax.checkpoints.pretrained.write_card", interrupted)
+    monkeypatch.setattr("tortoise_jax.checkpoints.pretrained.write_metadata", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(None, path, tmp_path / "out", HEADS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
@@ -215,7 +215,7 @@ def test_a_thousand_damaged_files(format_: str, state, tmp_path) -> None:
         started = time.perf_counter()
         try:
             source = open_source(given, AR, HEADS)
-            params, _ = convert_part(source, allow_nonfinite=False)
+            params = convert_part(source, allow_nonfinite=False)[0].tree
         except UserError as error:
             message = str(error)
             refused += 1

@@ -38,7 +38,7 @@ def speech() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def encoder(dvae: Twin) -> CodeEncoder:
-    return CodeEncoder(dvae.config, dvae.params, NORMS, rows=1)
+    return CodeEncoder(dvae.config, dvae.variables, NORMS, rows=1)
 
 
 @torch.no_grad()
@@ -100,14 +100,14 @@ _programs: dict[int, CodeEncoder] = {}
 def codes_at(dvae: Twin, clip: np.ndarray, padded: int, zeros: int | None = None) -> np.ndarray:
     """Codes of a clip encoded at a length of one's choice; zeros: only so many behind it, then noise."""
     if padded not in _programs:
-        _programs[padded] = CodeEncoder(dvae.config, dvae.params, NORMS, rows=1)
+        _programs[padded] = CodeEncoder(dvae.config, dvae.variables, NORMS, rows=1)
     one = _programs[padded]
     rows = np.zeros((one._rows, padded), np.int16)
     rows[0, : len(clip)] = clip
     if zeros is not None:
         behind = rows[0, len(clip) + zeros :]
         behind[:] = np.random.default_rng(1).integers(-9000, 9000, size=len(behind))
-    return np.asarray(one._codes(one._params, rows))[0, : code_count(len(clip))]
+    return np.asarray(one._codes(one._weights, rows))[0, : code_count(len(clip))]
 
 
 def test_so_many_zeros_are_enough_and_needed(dvae, speech):
@@ -132,19 +132,19 @@ def test_a_dvae_that_looks_further_ahead_gets_more(dvae):
     twin = dvae_twin(deep)
     assert zeros_behind(twin.config) == 14 * 1024
     clip = np.random.default_rng(0).integers(-9000, 9000, size=20_479).astype(np.int16)
-    encoder = CodeEncoder(twin.config, twin.params, NORMS, rows=1)
+    encoder = CodeEncoder(twin.config, twin.variables, NORMS, rows=1)
     (codes,) = encoder.encode([clip])
     rows = np.zeros((encoder._rows, padded_samples(len(clip), twin.config)), np.int16)
     rows[0, : len(clip)] = clip
     rows[0, len(clip) + zeros_behind(twin.config) :] = 9000
-    np.testing.assert_array_equal(np.asarray(encoder._codes(encoder._params, rows))[0, : len(codes)], codes)
+    np.testing.assert_array_equal(np.asarray(encoder._codes(encoder._weights, rows))[0, : len(codes)], codes)
 
 
 def test_another_stride_is_refused(dvae):
     with pytest.raises(UserError, match=r"a code of it stands for 2048 samples, expected 1024"):
-        CodeEncoder(dataclasses.replace(dvae.config, layers=3), dvae.params, NORMS)
+        CodeEncoder(dataclasses.replace(dvae.config, layers=3), dvae.variables, NORMS)
     with pytest.raises(UserError, match=r"70000 codes; a data set keeps them in 16 bits"):
-        CodeEncoder(dataclasses.replace(dvae.config, codes=70_000), dvae.params, NORMS)
+        CodeEncoder(dataclasses.replace(dvae.config, codes=70_000), dvae.variables, NORMS)
 
 
 def test_nothing_to_encode(encoder):

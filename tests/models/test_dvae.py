@@ -28,6 +28,7 @@ from tests.support.parity import (
     part_tree,
 )
 from tests.support.torch_reference import tiny_dvae
+from tortoise_jax.checkpoints.parts import abstract_variables, in_collections
 from tortoise_jax.checkpoints.state_dict import DVAE
 from tortoise_jax.models import dvae as dvae_module
 from tortoise_jax.models.dvae import Codebook, Decoder, DiscreteVAE, DVAEConfig, Encoder
@@ -115,7 +116,9 @@ def check_codes(torch_dvae: Any, twin: Twin, change: Change = unchanged) -> None
     mel = noise(16, 80, 256)
     features, want = torch_dvae.encode(mel)
     model = DiscreteVAE(twin.config)
-    got = jax.jit(functools.partial(model.apply, method="encode"))({"params": change(twin.params)}, channels_last(mel))
+    got = jax.jit(functools.partial(model.apply, method="encode"))(
+        in_collections(twin.config, change(twin.params)), channels_last(mel)
+    )
     distances = (features.double()[..., None] - torch_dvae.codebook.embed.double()).pow(2).sum(2)
     best, second = distances.topk(2, largest=False).values.unbind(-1)
     tossed = ((second - best) / best < CODE_MARGIN).numpy()
@@ -131,7 +134,7 @@ def test_codes_are_equal(torch_dvae: Any, dvae: Twin) -> None:
 
 def test_codes_of_an_odd_length(torch_dvae: Any, dvae: Twin) -> None:
     mel = noise(2, 80, 61)
-    codes = DiscreteVAE(dvae.config).apply({"params": dvae.params}, channels_last(mel), method="encode")
+    codes = DiscreteVAE(dvae.config).apply(dvae.variables, channels_last(mel), method="encode")
     assert np.array_equal(codes, torch_dvae.encode(mel)[1])
     assert codes.shape == (2, 16)
 
@@ -149,9 +152,9 @@ def test_decode(torch_dvae: Any, dvae: Twin) -> None:
     codes = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(3))
     decode = functools.partial(DiscreteVAE(dvae.config).apply, method="decode")
     want = torch_dvae.decode(codes).transpose(1, 2)
-    assert_close(decode({"params": dvae.params}, jnp.asarray(codes.numpy())), want, MODULE)
+    assert_close(decode(dvae.variables, jnp.asarray(codes.numpy())), want, MODULE)
     with pytest.raises(AssertionError):
-        assert_close(decode({"params": dvae.params}, jnp.asarray(codes.numpy()[:, ::-1])), want, MODULE)
+        assert_close(decode(dvae.variables, jnp.asarray(codes.numpy()[:, ::-1])), want, MODULE)
 
 
 # One training forward
@@ -165,18 +168,18 @@ def check_training_forward(torch_dvae: Any, twin: Twin, change: Change = unchang
     want_gradients = gradients_of(model, want_recon + COMMITMENT * want_commit)
 
     @jax.jit
-    def ours(params: Tree) -> Any:
+    def ours(params: Tree, codebook: Tree) -> Any:
         def loss(params: Tree) -> Any:
-            outputs = DiscreteVAE(twin.config).apply({"params": params}, channels_last(mel))
+            outputs = DiscreteVAE(twin.config).apply({"params": params, "codebook": codebook}, channels_last(mel))
             return outputs["recon_loss"] + COMMITMENT * outputs["commit_loss"], outputs
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (_, outputs), gradients = ours(change(twin.params))
+    (_, outputs), gradients = ours(**in_collections(twin.config, change(twin.params)))
     assert_close(outputs["out"], want_out.transpose(1, 2), MODULE, "out")
     assert_close(outputs["recon_loss"], want_recon, MODULE, "recon_loss")
     assert_close(outputs["commit_loss"], want_commit, MODULE, "commit_loss")
-    assert not any(np.any(value) for value in gradients.pop("codebook").values())  # it moves by averages alone
+    assert gradients.keys() == {"encoder", "decoder"}  # the codebook is no parameter: it moves by averages alone
     for name in ("encoder", "decoder"):
         named = {key.removeprefix(f"{name}."): g for key, g in want_gradients.items() if key.startswith(name)}
         assert_trees_close(gradients[name], part_tree(DVAE, name, named), MODULE, heads=1)
@@ -211,6 +214,7 @@ def test_training_forward_parity_fires_without_straight_through(
 
 def test_released_dimensions() -> None:
     config = DVAEConfig(codebook_dim=512, codes=8192, hidden=512, layers=2, res_blocks=3)
-    shapes = jax.eval_shape(lambda: DiscreteVAE(config).init(jax.random.key(0), jnp.zeros((1, 8, 80))))["params"]
+    shapes = abstract_variables(config)
+    assert shapes.keys() == {"params", "codebook"}
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 59_963_984
     assert config.frames_per_code == 4

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tests.support.torch_reference import UnifiedVoice as TorchUnifiedVoice
-from tortoise_jax.checkpoints.pretrained import dvae_shapes, unified_voice_shapes
+from tortoise_jax.checkpoints.parts import Part, abstract_tree, in_collections
 from tortoise_jax.checkpoints.state_dict import (
     DVAE,
     UNIFIED_VOICE,
@@ -102,7 +102,7 @@ def apart(tree: Tree, heads: int) -> tuple[dict[str, np.ndarray], dict[str, np.n
 
 @dataclasses.dataclass(frozen=True)
 class Twin:
-    """A torch model's dimensions and weights on our side."""
+    """A torch model's dimensions and weights on our side. params: all collections as one tree, as on disk."""
 
     config: Any
     params: Tree
@@ -110,6 +110,14 @@ class Twin:
     @property
     def heads(self) -> int:
         return self.config.heads
+
+    @property
+    def variables(self) -> Tree:
+        return in_collections(self.config, self.params)
+
+    @property
+    def part(self) -> Part:
+        return Part.of_tree(self.config, self.params)
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -128,11 +136,11 @@ def dvae_twin(model: torch.nn.Module) -> Twin:
 
 def voice_tree(config: UnifiedVoiceConfig, named: Mapping[str, torch.Tensor]) -> Tree:
     """Tensors under UnifiedVoice's key names (weights or gradients) -> a Flax tree."""
-    return _tree(UNIFIED_VOICE, unified_voice_shapes(config), named)
+    return _tree(UNIFIED_VOICE, abstract_tree(config), named)
 
 
 def dvae_tree(config: DVAEConfig, named: Mapping[str, torch.Tensor]) -> Tree:
-    return _tree(DVAE, dvae_shapes(config), named)
+    return _tree(DVAE, abstract_tree(config), named)
 
 
 def _tree(table: list[Row], shapes: Tree, named: Mapping[str, torch.Tensor]) -> Tree:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import soundfile
 
 from tests.support.parity import Twin
 from tortoise_jax.audio import SAMPLE_RATE, default_mel_norms, read_audio
-from tortoise_jax.checkpoints.pretrained import Pretrained, digest, save_pretrained
+from tortoise_jax.checkpoints.parts import Part, abstract_tree
+from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.text.tokenizer import Tokenizer
 
 VOICE = Path(__file__).parents[2] / "examples" / "voice"
@@ -23,10 +26,8 @@ def write_speech(path: Path, number: int) -> None:
 
 def checkpoint_at(path: Path, dvae: Twin, voice: Twin) -> Path:
     """A converted checkpoint of a tiny dVAE, with the dimensions of an AR model that holds 11.6 s."""
-    import dataclasses
-
     config = dataclasses.replace(voice.config, text_tokens=256, text_positions=404, mel_positions=608)
-    params = dvae.params
-    norms = np.asarray(default_mel_norms())
-    save_pretrained(Pretrained(config, None, dvae.config, params, digest(params), Tokenizer.default(), norms, {}), path)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_tree(config))
+    parts = {"ar": Part.of_tree(config, zeros), "dvae": dvae.part}
+    save_pretrained(Pretrained(parts, Tokenizer.default(), default_mel_norms(), {}), path)
     return path

@@ -15,7 +15,8 @@ import numpy as np
 
 from tests.support import small
 from tortoise_jax.audio import default_mel_norms
-from tortoise_jax.checkpoints.pretrained import Pretrained, digest, dvae_shapes, save_pretrained, unified_voice_shapes
+from tortoise_jax.checkpoints.parts import Part, abstract_tree
+from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.prepare import Options, prepare
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -48,12 +49,10 @@ def random_params(shapes: Any, seed: int) -> Any:
 
 
 def write_checkpoint(target: Path, seed: int = 0) -> Path:
-    dvae = random_params(dvae_shapes(DVAE), seed + 1)
-    ar = random_params(unified_voice_shapes(AR), seed)
-    save_pretrained(
-        Pretrained(AR, ar, DVAE, dvae, digest(dvae), Tokenizer.default(), default_mel_norms(), {"made": "by tests"}),
-        target,
-    )
+    dvae = random_params(abstract_tree(DVAE), seed + 1)
+    ar = random_params(abstract_tree(AR), seed)
+    parts = {"ar": Part.of_tree(AR, ar), "dvae": Part.of_tree(DVAE, dvae)}
+    save_pretrained(Pretrained(parts, Tokenizer.default(), default_mel_norms(), {"made": "by tests"}), target)
     return target
 
 

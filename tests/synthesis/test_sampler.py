@@ -328,7 +328,7 @@ def test_hand_over_refuses_what_tortoise_could_not_use(voice: Twin, changes: dic
 
 
 def test_draft_has_the_length_its_codes_imply_and_does_not_clip(dvae: Twin) -> None:
-    waveform = generate.draft(dvae.params, dvae.config, default_mel_norms(), np.array([5, 60]))
+    waveform = generate.draft(dvae.variables, dvae.config, default_mel_norms(), np.array([5, 60]))
     assert waveform.dtype == np.float32
     assert len(waveform) == 2 * SAMPLES_PER_CODE - 256
     assert code_count(len(waveform)) == 2
@@ -339,9 +339,9 @@ def test_draft_leaves_out_what_is_no_code(dvae: Twin, monkeypatch: pytest.Monkey
     mels: list[np.ndarray] = []
     monkeypatch.setattr(generate, "griffin_lim", lambda mel, norms: mels.append(mel))
     for codes in ([1, 64, 2, 65, 3], [1, 2, 3]):
-        generate.draft(dvae.params, dvae.config, default_mel_norms(), np.array(codes))
+        generate.draft(dvae.variables, dvae.config, default_mel_norms(), np.array(codes))
     np.testing.assert_array_equal(*mels)
-    assert len(generate.draft(dvae.params, dvae.config, default_mel_norms(), np.array([64]))) == 0
+    assert len(generate.draft(dvae.variables, dvae.config, default_mel_norms(), np.array([64]))) == 0
     assert len(mels) == 2
 
 
@@ -349,7 +349,7 @@ def test_decoded_mel_is_torchs(torch_dvae: torch_reference.DiscreteVAE, dvae: Tw
     codes = np.random.default_rng(1).integers(0, 64, (2, 9))
     want = torch_dvae.decode(torch.from_numpy(codes))
     want = want[0] if isinstance(want, tuple) else want
-    assert_close(generate.decode_mel(dvae.params, dvae.config, codes), want.numpy().swapaxes(1, 2), STACK)
+    assert_close(generate.decode_mel(dvae.variables, dvae.config, codes), want.numpy().swapaxes(1, 2), STACK)
 
 
 # Bad input

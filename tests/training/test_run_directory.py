@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support import small
-from tortoise_jax.checkpoints.pretrained import RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.checkpoints.state_dict import flatten
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay
@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path: Path) -> 
     program = f"""
 import resource, numpy as np
 from pathlib import Path
-from tortoise_jax.checkpoints.pretrained import RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.errors import exit_with_one_line
 def main():
     checkpoints = RunCheckpoints(Path({str(tmp_path)!r}))

@@ -45,12 +45,12 @@ def padded_samples(samples: int, config: DVAEConfig) -> int:
 
 @functools.cache
 def _program(config: DVAEConfig) -> Callable[[Tree, np.ndarray], Array]:
-    """((params, mel norms), waveforms (b, samples) int16) -> codes (b, codes), compiled once a length."""
+    """((variables, mel norms), waveforms (b, samples) int16) -> codes (b, codes), compiled once per length."""
     model = DiscreteVAE(config)
 
     def codes(weights: Tree, waveforms: Array) -> Array:
-        params, mel_norms = weights
-        return jnp.asarray(model.apply({"params": params}, log_mel(waveforms, mel_norms), method="encode"))
+        variables, mel_norms = weights
+        return jnp.asarray(model.apply(variables, log_mel(waveforms, mel_norms), method="encode"))
 
     return parallel.by_rows(codes, replicated=1, sharded=1)
 
@@ -61,7 +61,7 @@ class CodeEncoder:
     Raises UserError if a code of it does not stand for 1024 samples, which all lengths of the AR model count on.
     """
 
-    def __init__(self, config: DVAEConfig, params: Tree, mel_norms: np.ndarray, rows: int = ROWS) -> None:
+    def __init__(self, config: DVAEConfig, variables: Tree, mel_norms: np.ndarray, rows: int = ROWS) -> None:
         if config.frames_per_code * HOP != SAMPLES_PER_CODE:
             raise UserError(
                 f"the dVAE has {config.layers} strided layers: a code of it stands for {config.frames_per_code * HOP} "
@@ -70,7 +70,7 @@ class CodeEncoder:
         if config.codes > 2**16:
             raise UserError(f"the dVAE has {config.codes} codes; a data set keeps them in 16 bits (65536 at most)")
         self._config, self._rows = config, rows * parallel.local_device_count()
-        self._params = parallel.on_every_device((params, np.asarray(mel_norms)))
+        self._weights = parallel.on_every_device((variables, np.asarray(mel_norms)))
         self._codes = _program(config)
 
     def encode(
@@ -80,7 +80,7 @@ class CodeEncoder:
         batches = self._batches([len(waveform) for waveform in waveforms])
         # Dispatch is asynchronous: the devices work while later batches are being put together.
         running = [
-            (members, self._codes(self._params, self._joined(waveforms, members, length)))
+            (members, self._codes(self._weights, self._joined(waveforms, members, length)))
             for length, members in batches
         ]
         codes: dict[int, np.ndarray] = {}

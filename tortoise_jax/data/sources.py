@@ -84,7 +84,7 @@ def encode_all(
     Each host does its share of what is missing; all of them return the same.
     """
     audio = [SAMPLE_RATE, N_FFT, HOP, mel_norms_digest(pretrained.mel_norms)]
-    codes_key = shards.digest_of([shards.LAYOUT, pretrained.dvae_digest, audio])
+    codes_key = shards.digest_of([shards.LAYOUT, pretrained.dvae.digest, audio])
     groups = grouped(sources, group_size)
     keys = [shards.group_key(group, {"codes": codes_key, "hearing": dataclasses.asdict(hearing)}) for group in groups]
     parallel.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)
@@ -111,8 +111,7 @@ def encode_groups(
     workers: int | None,
 ) -> None:
     """Decodes, encodes and writes groups, by their number with their key."""
-    assert pretrained.dvae_config is not None
-    encoder = CodeEncoder(pretrained.dvae_config, pretrained.dvae_params, pretrained.mel_norms)
+    encoder = CodeEncoder(pretrained.dvae.config, pretrained.dvae.variables, pretrained.mel_norms)
     found = shards.reusable(out, codes_key)
     known = {key: one for key, one in found.items() if one.sound.seconds <= hearing.max_seconds}
     recordings = [group for _, group in groups.values()]

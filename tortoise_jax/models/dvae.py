@@ -88,15 +88,19 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Columns of `embed` (codebook_dim, codes) are the codes; the other two are the running sums that move them."""
+    """Columns of `embed` (codebook_dim, codes) are the codes; the other two are the running sums that move them.
+
+    No gradient trains any of them, so they are in a collection of their own, "codebook", outside "params".
+    """
 
     config: DVAEConfig
 
     def setup(self) -> None:
         shape = (self.config.codebook_dim, self.config.codes)
-        self.embed = self.param("embed", nn.initializers.normal(1.0), shape)
-        self.cluster_size = self.param("cluster_size", nn.initializers.zeros, (self.config.codes,))
-        self.embed_avg = self.param("embed_avg", nn.initializers.normal(1.0), shape)
+        normal = lambda: nn.initializers.normal(1.0)(self.make_rng("params"), shape)
+        self.embed = self.variable("codebook", "embed", normal).value
+        self.cluster_size = self.variable("codebook", "cluster_size", jnp.zeros, (self.config.codes,)).value
+        self.embed_avg = self.variable("codebook", "embed_avg", normal).value
 
     def nearest(self, x: Array) -> Array:  # (b, c, codebook_dim) -> (b, c) int32
         """Index of the nearest column by squared distance; the term |x|^2 is the same for all and left out."""
@@ -131,7 +135,7 @@ class DiscreteVAE(nn.Module):
         """One training forward of mel (b, t, m), t a multiple of 4.
 
         Returns features, codes, out (b, t, m), recon_loss and commit_loss (mean squared errors), and the codebook
-        after the moving-average update (decay 0.99, cluster sizes Laplace-smoothed) as `codebook`.
+        collection after the moving-average update (decay 0.99, cluster sizes Laplace-smoothed) as `codebook`.
         """
         features = self.encoder(mel)
         codes = self.codebook.nearest(features)

@@ -546,18 +546,18 @@ def collect(config: UnifiedVoiceConfig, state: Tree) -> Samples:
 # --- after sampling ---------------------------------------------------------------------------------------------------
 
 
-def decode_mel(dvae_params: Tree, config: DVAEConfig, codes: np.ndarray) -> np.ndarray:
+def decode_mel(dvae_variables: Tree, config: DVAEConfig, codes: np.ndarray) -> np.ndarray:
     """Codes (b, c) -> log-mel (b, 4 c, m), mel norms applied."""
-    return np.asarray(_dvae_decode(config)(dvae_params, np.asarray(codes, np.int32)))
+    return np.asarray(_dvae_decode(config)(dvae_variables, np.asarray(codes, np.int32)))
 
 
 @functools.cache
 def _dvae_decode(config: DVAEConfig) -> Callable[..., Any]:
     model = DiscreteVAE(config)
-    return jax.jit(lambda params, codes: model.apply({"params": params}, codes, method=DiscreteVAE.decode))
+    return jax.jit(lambda variables, codes: model.apply(variables, codes, method=DiscreteVAE.decode))
 
 
-def draft(dvae_params: Tree, config: DVAEConfig, mel_norms: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def draft(dvae_variables: Tree, config: DVAEConfig, mel_norms: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Codes (c,) -> a draft waveform float32 (1024 c - 256,), whose code count is c: dVAE decoder, then Griffin-Lim.
 
     No codes give no samples. What is no code of the dVAE (a model may draw its own start token) is left out.
@@ -565,7 +565,7 @@ def draft(dvae_params: Tree, config: DVAEConfig, mel_norms: np.ndarray, codes: n
     codes = codes[(codes >= 0) & (codes < config.codes)]
     if not len(codes):
         return np.zeros(0, np.float32)
-    return griffin_lim(decode_mel(dvae_params, config, codes[None])[0], mel_norms)
+    return griffin_lim(decode_mel(dvae_variables, config, codes[None])[0], mel_norms)
 
 
 def hand_over(

@@ -30,10 +30,7 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
     """A function of (step, params on the host, watch, history) that writes drafts, or None where none are wanted."""
     if not settings.sample_every or not settings.prompts:
         return None
-    config = pretrained.config
-    dvae_config = pretrained.dvae_config
-    assert config is not None
-    assert dvae_config is not None
+    config, dvae = pretrained.ar.config, pretrained.dvae
     text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
     room = generate.max_text_ids(config)
     for prompt, ids in zip(settings.prompts, text_ids, strict=True):
@@ -56,7 +53,7 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
             drawn = generate.sample(ready, config, vectors, text_ids, SEED, options)
             for i, prompt in enumerate(settings.prompts):
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
-                waveform = generate.draft(pretrained.dvae_params, dvae_config, pretrained.mel_norms, drawn.row(i))
+                waveform = generate.draft(dvae.variables, dvae.config, pretrained.mel_norms, drawn.row(i))
                 soundfile.write(run / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
                 watch.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, code_count
-from tortoise_jax.checkpoints.pretrained import parameter_count
+from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches
 from tortoise_jax.training.step import Recipe, TrainState, initial_state, train_step
 

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.pretrained import RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
 from tortoise_jax.data.batches import Batch, Plan
 from tortoise_jax.data.dataset import Dataset

@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.pretrained import first_line
-from tortoise_jax.checkpoints.state_dict import flatten, nest
 from tortoise_jax.data.batches import Batch
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.training.losses import STREAMS, means
 from tortoise_jax.training.step import Recipe, eval_step, gradients
 
@@ -28,7 +27,7 @@ def save(run: Path, step: int, batch: Batch, params: Any) -> Path:
     path = run / FOLDER / f"step-{step}-host-{parallel.process_index()}.npz"
     partial = path.with_suffix(".partial")
     arrays: dict[str, Any] = {BATCH + name: value for name, value in batch.items()}
-    arrays |= {PARAMS + name: value for name, value in flatten(params).items()}
+    arrays |= {PARAMS + name: value for name, value in flatten_dict(params, sep="/").items()}
     try:
         path.parent.mkdir(exist_ok=True)
         with partial.open("wb") as file:
@@ -50,7 +49,7 @@ def load(path: Path) -> tuple[int, Batch, Any]:
     part = lambda prefix: {
         name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)
     }
-    return step, part(BATCH), nest(part(PARAMS))
+    return step, part(BATCH), unflatten_dict(part(PARAMS), sep="/")
 
 
 def explain(recipe: Recipe, step: int, batch: Batch, params: Any, names: list[str]) -> list[str]:
@@ -69,6 +68,6 @@ def explain(recipe: Recipe, step: int, batch: Batch, params: Any, names: list[st
             if not all(np.isfinite(alone[f"{name}_sum"]) for name in STREAMS):
                 lines.append(f"clip {names[example]}: its own loss is not finite")
     for what, tree in (("parameter", params), ("gradient of", gradient)):
-        bad = [path for path, value in sorted(flatten(tree).items()) if not np.isfinite(value).all()]
+        bad = [path for path, value in sorted(flatten_dict(tree, sep="/").items()) if not np.isfinite(value).all()]
         lines += [f"{what} {path} is not finite" for path in bad]
     return lines if len(lines) > 1 else [*lines, "everything is finite when computed again on this machine"]

@@ -14,9 +14,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.pretrained import CARD, Pretrained, read_json, save_tree, write_card
+from tortoise_jax.checkpoints.pretrained import METADATA, Pretrained, write_metadata
+from tortoise_jax.checkpoints.trees import save_tree
 from tortoise_jax.errors import UserError
-from tortoise_jax.files import remove_partials, write_atomically
+from tortoise_jax.files import read_json, remove_partials, write_atomically
 from tortoise_jax.training import config
 
 CONFIG = "config.json"
@@ -44,15 +45,15 @@ def begin(run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: 
         try:
             run.mkdir(parents=True, exist_ok=True)
             remove_partials(run)
-            if not (run / CARD).exists():
+            if not (run / METADATA).exists():
                 if not (run / "dvae").exists():
-                    save_tree(run / "dvae", pretrained.dvae_params)
-                write_card(run, pretrained)
+                    save_tree(run / "dvae", pretrained.dvae.tree)
+                write_metadata(run, pretrained)
             write_atomically(run / CONFIG, json.dumps(now, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
     parallel.wait_for_all("writing the run's directory")
-    if not (run / CARD).exists():
+    if not (run / METADATA).exists():
         raise UserError(f"--workdir {run} is not on storage that all hosts share; a run's directory must be")
     return changed
 

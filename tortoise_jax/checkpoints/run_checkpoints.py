@@ -1,0 +1,124 @@
+"""The checkpoints of a run: its steps under `RUN/steps`, written in the background, the last and the best kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tortoise_jax import parallel
+from tortoise_jax.checkpoints.trees import Tree, checksum, restore_tree
+from tortoise_jax.errors import UserError, first_line
+
+STEPS = "steps"
+
+
+class RunCheckpoints:
+    """The steps of a run under `RUN/steps`: params and optimiser state apart, so that weights alone can be read."""
+
+    def __init__(self, run: Path, keep_last: int = 2) -> None:
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+        self.folder = run / STEPS
+        policy = keep.AnyPreservationPolicy(
+            [keep.LatestN(keep_last), keep.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, best_fn=lambda metrics: metrics["loss"], best_mode="min"
+        )
+        self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def newest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step of the lowest validation loss, or the newest where none was evaluated."""
+        return self.manager.best_step() or self.newest()
+
+    def save(self, step: int, params: Tree, opt_state: Tree, progress: dict[str, Any], loss: float | None) -> None:
+        """Starts writing in the background; every host must call it with the same step.
+
+        A step that is there already is kept. Old checkpoints go only after the new one is whole.
+        """
+        if step in self.manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            opt_state=ocp.args.StandardSave(opt_state),
+            progress=ocp.args.JsonSave(progress | {"crc32": checksum((params, opt_state))}),
+        )
+        with self.failing_as_one_line():
+            self.manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
+
+    @contextlib.contextmanager
+    def failing_as_one_line(self) -> Iterator[None]:
+        """A write that failed, now or in the background, as a UserError that says what is still whole."""
+        try:
+            yield
+        except Exception as error:
+            whole = [step for step in self.manager.all_steps(read=True) if (self.folder / str(step)).is_dir()]
+            rest = f"the checkpoints of steps {whole} are whole" if whole else "there is no older one"
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {rest}; "
+                "make room and run the same command again"
+            ) from None
+
+    def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
+        """Arrays shaped like the given trees, as numpy, exactly as they were saved; else a UserError."""
+        blank = lambda tree: jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(blank(params)),
+            opt_state=ocp.args.StandardRestore(blank(opt_state)),
+            progress=ocp.args.JsonRestore(),
+        )
+        try:
+            restored = self.manager.restore(step, args=items)
+            found = checksum((restored["params"], restored["opt_state"]))
+            if found != restored["progress"]["crc32"]:
+                raise ValueError("its checksum is not what was written")
+        except Exception as error:
+            raise UserError(f"{self.folder / str(step)} cannot be resumed from: {first_line(error)}") from None
+        return restored["params"], restored["opt_state"], restored["progress"]
+
+    def restore_newest(
+        self, params: Tree, opt_state: Tree, say: Callable[[str], None]
+    ) -> tuple[Tree, Tree, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        A damaged one is put aside as `N.damaged` and the one before it taken, which `say` is told.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                return self.restore(step, params, opt_state)
+            except UserError as error:
+                say(f"{error}; put aside as {step}.damaged, trying the one before it")
+                self.put_aside(step)
+        if any(self.folder.glob("*.damaged")):
+            raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to start the run anew")
+        return None
+
+    def put_aside(self, step: int) -> None:
+        parallel.wait_for_all(f"putting aside {step}")
+        if parallel.is_main():
+            (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+        parallel.wait_for_all(f"put aside {step}")
+        self.manager.reload()
+
+    def restore_params(self, shapes: Tree, step: int | None) -> Tree:
+        chosen = self.best() if step is None else step
+        if chosen is None:
+            raise UserError(f"{self.folder} holds no finished checkpoint yet")
+        if chosen not in self.manager.all_steps():
+            raise UserError(f"{self.folder} holds no step {chosen}, only {sorted(self.manager.all_steps())}")
+        return restore_tree(self.folder / str(chosen) / "params", shapes)
+
+    def finish(self) -> None:
+        """Waits for what is being written; nothing is complete before this returns."""
+        with self.failing_as_one_line():
+            self.manager.wait_until_finished()
+            self.manager.close()

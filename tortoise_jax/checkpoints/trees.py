@@ -1,0 +1,64 @@
+"""Trees of arrays on disk, written by orbax; what tells one tree from another, and a whole one from a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from tortoise_jax.errors import UserError, first_line
+
+Tree = Any
+
+# orbax narrates every save through absl's logger, and failures by tracebacks; what users should know is said by us.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def digest(tree: Tree) -> str:
+    """sha256 over paths, shapes and float32 bytes of a parameter tree."""
+    total = hashlib.sha256()
+    for path, value in sorted(flatten_dict(tree, sep="/").items()):
+        array = np.ascontiguousarray(value, np.float32)
+        total.update(f"{path} {array.shape}\n".encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def parameter_count(tree: Tree) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def save_tree(path: Path, tree: Tree) -> None:
+    """Uncompressed: float32 weights hardly compress, and it would double both the time and the memory."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+    except Exception as error:  # orbax and tensorstore raise many kinds where a disk is full or not writable
+        raise UserError(f"{path}: cannot be written: {first_line(error)}") from None
+
+
+def restore_tree(path: Path, shapes: Tree) -> Tree:
+    """Numpy arrays of exactly these shapes; anything else on disk is a UserError."""
+    if not path.is_dir():
+        raise UserError(f"{path} is missing: the checkpoint is incomplete")
+    target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), target)
+    except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+
+
+def checksum(tree: Tree) -> int:
+    """crc32 over the bytes of all arrays in order, which the file format does not check."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
+    return total
