@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import ar
 from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import AR, DVAE
@@ -32,21 +33,21 @@ from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.prepare import prepare
 from tortoise_jax.synthesis import voices
-from tortoise_jax.training import config, presets, replay, stopping
-from tortoise_jax.training import estimate as planning
-from tortoise_jax.training import report as run_report
-from tortoise_jax.training import run_directory as run
-from tortoise_jax.training.drafts import fixed_voices, make_sampler
+from tortoise_jax.training import config, estimate, presets, replay, report, run_directory, schemas, stopping
+from tortoise_jax.training.drafts import fixed_voices, make_drafter
+from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.loop import INTERRUPTED, Loop
-from tortoise_jax.training.metrics import Watch
+from tortoise_jax.training.metrics import MetricWriter
 from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tortoise_jax.training.run_directory import History
+from tortoise_jax.training.run_directory import History, Run
 from tortoise_jax.training.step import Recipe, TrainState, initial_state
+
+SCHEMA = schemas.ar_schema(ar.get_config)
 
 
 def main() -> None:
-    config.show_help_and_exit(sys.argv)
-    settings = config.parse(sys.argv)
+    config.show_help_and_exit(sys.argv, SCHEMA)
+    settings = config.parse(sys.argv, SCHEMA)
     flags = config.FLAGS
     folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
 
@@ -68,34 +69,34 @@ def main() -> None:
     dataset = find_data(settings, pretrained)
     pretrained = with_text_of(dataset, pretrained)
 
-    # 4. Recipe, where the configuration leaves it open by the size of the data set.
-    fill_recipe(settings, len(dataset.split("train")))
-    plan, validation = make_plans(settings, dataset)
-    recipe = make_recipe(settings, pretrained)
+    # 4. What the configuration leaves open, by the size of the data set; the step and what it is fed.
+    fill_presets(settings, len(dataset.split("train")))
+    feed = make_feed(settings, pretrained, dataset)
+    step_config = make_step_config(settings, pretrained)
     if flags.replay:
-        show_replay(recipe, Path(flags.replay), dataset)
+        show_replay(step_config, Path(flags.replay), dataset)
         return
 
-    # 5. Run: its newest whole checkpoint, else the converted weights.
-    for line in run.begin(folder, settings, pretrained, data_digest(dataset)):
+    # 5. State: of the run's newest whole checkpoint, else of the converted weights.
+    for line in run_directory.begin(folder, settings, pretrained, data_digest(dataset), SCHEMA.renamed):
         say(f"changed since the run began: {line}")
     checkpoints = RunCheckpoints(folder, settings.keep_last)
-    state = resume_or_start(checkpoints, recipe, pretrained.ar.params)
-    step = int(parallel.first_copy(state.step))
-    history = History(folder, step, parallel.is_main())
+    state = resume_or_start(checkpoints, step_config, pretrained.ar.params)
+    first = int(parallel.first_copy(state.step))
+    history = History(folder, first, parallel.is_main())
 
     # 6. Loop.
-    with Watch(folder, step, settings.steps, parallel.is_main()) as watch:
-        sampler = make_sampler(settings, folder, pretrained, dataset)
-        loop = Loop(settings, folder, recipe, checkpoints, dataset, plan, validation, watch, history, sampler)
-        ended = loop.run(state, interrupted)
+    with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
+        run = Run(folder, checkpoints, history, writer)
+        loop = Loop(settings, step_config, run, feed, make_drafter(settings, pretrained, dataset))
+        ended = loop.train(state, lambda step: parallel.any_host(interrupted()))
     checkpoints.finish()
 
-    # 7. What it leaves.
+    # 7. Export.
     if ended == INTERRUPTED:
         say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
     elif parallel.is_main():
-        run_report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
+        report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
         say(f"{ended}; report: {folder / 'report.html'}")
         export(folder, settings.export, dataset)
     parallel.wait_for_all("the end of the run")
@@ -118,6 +119,12 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
             prepare([source], settings.checkpoint, prepared)
         source = prepared
     dataset = Dataset.open(source)
+    if not len(dataset.split("train")):
+        held_out = len(dataset.split("validation"))
+        raise UserError(
+            f"{source} has no clip to train on: all {held_out} are held out for validation. A list or table named dev, "
+            "val or test, or a column split, says so; rename it, or add recordings to train on, and prepare again"
+        )
     ours = {
         "dvae_digest": pretrained.dvae.digest,
         "tokenizer_digest": pretrained.tokenizer.digest,
@@ -174,7 +181,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def fill_recipe(settings: ConfigDict, clips: int) -> None:
+def fill_presets(settings: ConfigDict, clips: int) -> None:
     chosen = presets.fill(settings, clips)
     if chosen:
         say(f"recipe for {', '.join(chosen)}")
@@ -186,42 +193,42 @@ def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
         dataset = find_data(settings, pretrained)
         lengths = batches.row_lengths(dataset, dataset.split("train"))
     else:
-        lengths = planning.assumed_lengths()
+        lengths = estimate.assumed_lengths()
         say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
-    fill_recipe(settings, len(lengths))
-    recipe = make_recipe(settings, pretrained)
-    for line in planning.describe(recipe, pretrained.ar.params, settings, lengths):
+    fill_presets(settings, len(lengths))
+    step_config = make_step_config(settings, pretrained)
+    for line in estimate.describe(step_config, pretrained.ar.params, settings, lengths):
         say(line)
 
 
-def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[Plan, Plan]:
+def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Feed:
     """Which clips are in which batch: training shuffled by the seed, validation always alike."""
-    unit = parallel.device_count() * settings.accumulation
+    accumulation = settings.gradient_accumulation_steps
+    unit = parallel.device_count() * accumulation
     clips = {split: dataset.split(split) for split in ("train", "validation")}
-    if not len(clips["train"]):
-        raise UserError(f"{dataset.path} has no clip to train on")
-    plan = Plan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
+    training = Plan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
     validation = Plan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
-    if plan.batch_size < settings.batch_size:
-        say(f"batch: {settings.batch_size} asked for, {plan.batch_size} used, all the training clips there are")
+    if training.batch_size < settings.batch_size:
+        say(f"batch: {settings.batch_size} asked for, {training.batch_size} used, all the training clips there are")
     say(
         f"data: {dataset.path}: {len(clips['train'])} clips to train on, {len(clips['validation'])} held out; "
-        f"{plan.batches_per_epoch} steps an epoch"
+        f"{training.batches_per_epoch} steps per epoch"
     )
     alone = batches.conditioned_on_themselves(dataset)
     if alone:
         say(f"{alone} clips have no other clip of their speaker and are conditioned on themselves")
-    return plan, validation
+    model = pretrained.ar.config
+    return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
 
 
-def make_recipe(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
+def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
     unroll = pretrained.ar.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
-    compute = config.compute(settings, parallel.best_dtype(), unroll)
+    compute = schemas.compute(settings, parallel.best_dtype(), unroll)
     say(
         f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
         f"{compute.residual_dropout}, attention {compute.attention_dropout}"
     )
-    optimizer_config = config.optimizer(settings)
+    optimizer_config = schemas.optimizer(settings)
     return Recipe(
         model=UnifiedVoice(pretrained.ar.config, compute),
         optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
@@ -234,21 +241,21 @@ def make_recipe(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
     )
 
 
-def show_replay(recipe: Recipe, file: Path, dataset: Dataset) -> None:
+def show_replay(step_config: Recipe, file: Path, dataset: Dataset) -> None:
     """Computes a kept step again, on one device, and says what is not finite."""
     step, batch, params = replay.load(file)
     for line in replay.explain(
-        dataclasses.replace(recipe, axis=None), step, batch, params, [clip.id for clip in dataset.clips]
+        dataclasses.replace(step_config, axis=None), step, batch, params, [clip.id for clip in dataset.clips]
     ):
         print(line)
 
 
-def resume_or_start(checkpoints: RunCheckpoints, recipe: Recipe, params: Any) -> TrainState:
+def resume_or_start(checkpoints: RunCheckpoints, step_config: Recipe, params: Any) -> TrainState:
     """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
-    blank = jax.eval_shape(functools.partial(initial_state, optimizer=recipe.optimizer), params)
+    blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, say)
     if found is None:
-        return parallel.replicate(initial_state(params, recipe.optimizer))
+        return parallel.replicate(initial_state(params, step_config.optimizer))
     restored, opt_state, progress = found
     say(f"going on from step {progress['step']}")
     step, skipped = (np.asarray(progress[name], np.int32) for name in ("step", "skipped"))

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.steps = 50
     config.batch_size = 8
     config.conditioning_clips = 1  # encoding six seconds of conditioning is most of a tiny model's work
-    config.accumulation = 1
+    config.gradient_accumulation_steps = 1
     config.optimizer.learning_rate = 5e-3  # random weights, not fine-tuning
     config.optimizer.milestones = (40,)
     config.remat = False

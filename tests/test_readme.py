@@ -19,8 +19,8 @@ from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # What makes the commands quick; none changes what they do.
-QUICK = "--config.steps=2 --config.eval_every=2 --config.batch_size=2 --config.accumulation=1 --config.sample_every=0"
-FAST = shlex.split(QUICK + " --config.conditioning_clips=1")
+QUICK = "--config.steps=2 --config.eval_every=2 --config.batch_size=2 --config.sample_every=0"
+FAST = shlex.split(QUICK + " --config.gradient_accumulation_steps=1 --config.conditioning_clips=1")
 RUN_ELSEWHERE = {
     "make demo": "by CI",
     "make test": "by CI",

@@ -258,6 +258,18 @@ def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbe
     assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
 
 
+def test_a_data_set_without_a_clip_to_train_on_is_refused(project: Path, tmp_path: Path) -> None:
+    """A table whose name says that all of it is held out."""
+    recordings = runs.write_recordings(tmp_path / "recordings", clips=4)
+    lines = (recordings / "metadata.csv").read_text().splitlines()
+    paths = {path.stem: path for path in (recordings / "wavs").iterdir()}
+    rows = [f"wavs/{paths[name].name}\t{text}" for name, text, *_ in (line.split("|") for line in lines)]
+    table = recordings / "dev.tsv"
+    table.write_text("\n".join(["audio\ttext", *rows]) + "\n")
+    done = runs.train(project, tmp_path / "run", data=table, batch_size=None)
+    assert_one_line(done, "no clip to train on", "all 4 are held out")
+
+
 def test_a_data_set_of_another_dvae_is_refused(project: Path, tmp_path: Path) -> None:
     other = runs.write_checkpoint(tmp_path / "other", seed=5)
     assert_one_line(runs.train(project, tmp_path / "run", checkpoint=other), "another dvae", "prepare it again")

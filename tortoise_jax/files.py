@@ -61,6 +61,12 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of a folder, whole or not there at all. Raises UserError."""
+    with written_whole(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
 def sync(folder: Path) -> None:
     """Makes a directory and the files in it survive a power cut."""
     for path in [folder, *(p for p in folder.rglob("*"))] if folder.is_dir() else [folder]:

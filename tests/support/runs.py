@@ -32,7 +32,7 @@ CLIPS = 12
 FIELDS = {
     "steps": 6,
     "batch_size": 4,
-    "accumulation": 1,
+    "gradient_accumulation_steps": 1,
     "eval_every": 3,
     "log_every": 1,
     "sample_every": 0,

@@ -11,8 +11,9 @@ import pytest
 
 from configs import ar
 from tortoise_jax.errors import UserError
-from tortoise_jax.training import config, presets
+from tortoise_jax.training import config, presets, schemas
 
+SCHEMA = schemas.ar_schema(ar.get_config)
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
@@ -20,11 +21,11 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_loads(name: str) -> None:
     settings = importlib.import_module(f"configs.{name}").get_config()
-    config.check(settings)
+    config.check(settings, SCHEMA)
     presets.fill(settings, 100)
     assert None not in config.flat(settings).values()
-    assert config.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
-    assert config.compute(settings, "bfloat16", 1).dtype == "bfloat16"
+    assert schemas.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
+    assert schemas.compute(settings, "bfloat16", 1).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,7 @@ def test_every_config_loads(name: str) -> None:
         ("optimizer.milestones", ("5",), "rising step numbers"),
         ("seed", None, "expected int"),
         ("stepps", 3, 'did you mean "steps"'),
+        ("accumulation", 4, "is called gradient_accumulation_steps now"),
         ("optimizer.lerning_rate", 1e-5, 'did you mean "optimizer.learning_rate"'),
     ],
 )
@@ -57,7 +59,7 @@ def test_wrong_fields_are_named(field: str, value: object, said: str) -> None:
     with settings.unlocked(), node.ignore_type():
         node[name] = value
     with pytest.raises(UserError, match=field) as raised:
-        config.check(settings)
+        config.check(settings, SCHEMA)
     assert said in str(raised.value)
 
 
@@ -66,11 +68,11 @@ def test_missing_fields_and_impossible_pairs_are_named() -> None:
     with settings.unlocked():
         del settings.remat
     with pytest.raises(UserError, match="field remat is missing"):
-        config.check(settings)
+        config.check(settings, SCHEMA)
     settings = ar.get_config()
     settings.attention, settings.attention_dropout = "xla", 0.1
     with pytest.raises(UserError, match="attention=xla has no dropout"):
-        config.check(settings)
+        config.check(settings, SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,7 @@ def test_missing_fields_and_impossible_pairs_are_named() -> None:
         (["--config", "configs/ar.py", "--config.optimizer.learning_rte=1"], 'did you mean "optimizer.learning_rate"'),
         (["--config", "configs/ar.py", "--config.steps=many"], "many"),
         (["--config", "configs/ar.py", "--wokdir=x"], "wokdir"),
+        (["--config", "configs/ar.py", "--config.accumulation=2"], "is called gradient_accumulation_steps now"),
         (["--config", "configs/ar.py", "stray"], "stray"),
         (["--config", "README.md"], "README.md"),
     ],
@@ -90,7 +93,7 @@ def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypa
     config.FLAGS.unparse_flags()
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # ml_collections reads overrides from there
     with pytest.raises(UserError) as raised:
-        config.parse(["train.py", *arguments])
+        config.parse(["train.py", *arguments], SCHEMA)
     assert said in str(raised.value)
 
 
@@ -116,7 +119,7 @@ def test_presets_keep_what_is_given(clips: int) -> None:
     assert settings.steps >= 20
     assert settings.eval_every <= settings.steps
     assert all(0 < step <= settings.steps for step in settings.optimizer.milestones)
-    config.check(settings)
+    config.check(settings, SCHEMA)
 
 
 def test_dlas_numbers_stand_for_thousands_of_clips() -> None:

@@ -16,9 +16,7 @@ from tests.support import small
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.checkpoints.state_dict import flatten
 from tortoise_jax.errors import UserError
-from tortoise_jax.training import replay
-from tortoise_jax.training import report as run_report
-from tortoise_jax.training import run_directory as run
+from tortoise_jax.training import replay, report, run_directory
 from tortoise_jax.training.run_directory import History
 
 PARAMS = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
@@ -110,7 +108,7 @@ def test_history_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("losses", "waited"), [([], 0), ([1.0], 0), ([3, 2, 1], 0), ([1, 2, 3], 2), ([2, 1, 1], 1)])
 def test_patience_counts_evaluations_without_gain(losses: list[float], waited: int) -> None:
-    assert run.evaluations_without_gain(losses) == waited
+    assert run_directory.evaluations_without_gain(losses) == waited
 
 
 def test_overfitting_is_said_only_where_both_curves_show_it() -> None:
@@ -118,11 +116,11 @@ def test_overfitting_is_said_only_where_both_curves_show_it() -> None:
     steady = [(step, 5.0) for step in range(1, 21)]
     worse = [(0, 5.0), (4, 4.0), (8, 4.1), (12, 4.2), (16, 4.3)]
     better = [(0, 5.0), (4, 4.5), (8, 4.3), (12, 4.2), (16, 4.1)]
-    assert "since step 4" in run.overfitting_remark(worse, falling)
-    assert not run.overfitting_remark(worse, steady)
-    assert not run.overfitting_remark(better, falling)
-    assert not run.overfitting_remark(worse[:3], falling)
-    assert not run.overfitting_remark([], falling)
+    assert "since step 4" in run_directory.overfitting_remark(worse, falling)
+    assert not run_directory.overfitting_remark(worse, steady)
+    assert not run_directory.overfitting_remark(better, falling)
+    assert not run_directory.overfitting_remark(worse[:3], falling)
+    assert not run_directory.overfitting_remark([], falling)
 
 
 def test_a_report_names_what_to_do(tmp_path: Path) -> None:
@@ -131,7 +129,7 @@ def test_a_report_names_what_to_do(tmp_path: Path) -> None:
         history.add("train", step, dict.fromkeys(("mel", "text", "stop", "total"), 5.0 - 0.1 * step))
     for step, loss in ((0, 5.0), (4, 4.0), (8, 4.1), (12, 4.2), (16, 4.3)):
         history.add("validation", step, dict.fromkeys(("mel", "text", "stop", "total"), loss))
-    run_report.write(tmp_path, history, "finished", {"steps": 20, "data": "<voice>"}, {"speakers": 1})
+    report.write(tmp_path, history, "finished", {"steps": 20, "data": "<voice>"}, {"speakers": 1})
     page = (tmp_path / "report.html").read_text()
     assert "overfitting" in page
     assert "add recordings" in page

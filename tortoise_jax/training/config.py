@@ -1,43 +1,24 @@
-"""A run's configuration: from a Python file and --config.field flags, checked before anything is loaded."""
+"""A run's configuration: from a Python file and --config.field flags, checked before anything is loaded.
+
+What fields there are and what they may hold is a `Schema`, one per kind of run, which train.py hands in.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import ar
 from tortoise_jax.errors import UserError, did_you_mean
-from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, Compute
-from tortoise_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
-DTYPES = ("auto", "float32", "bfloat16")
-CHOICES = {
-    "dtype": DTYPES,
-    "attention": ATTENTION_IMPLEMENTATIONS,
-    "optimizer.name": OPTIMIZERS,
-    "optimizer.schedule": SCHEDULES,
-}
 ONE_OR_MORE = (1, math.inf)
-NONE_OR_MORE = (0, math.inf)
-BELOW_ONE = (0, 0.99)
-RANGES = {
-    **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every", "log_every", "keep_last"), ONE_OR_MORE),
-    **dict.fromkeys(("conditioning_clips", "max_nonfinite"), ONE_OR_MORE),
-    **dict.fromkeys(("seed", "save_every", "sample_every", "patience", "text_weight"), NONE_OR_MORE),
-    **dict.fromkeys(("optimizer.warmup", "optimizer.weight_decay"), NONE_OR_MORE),
-    **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
-    **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), (0, 0.999999)),
-    "optimizer.learning_rate": (1e-12, 1),
-    "optimizer.gamma": (1e-6, 1),
-    "optimizer.epsilon": (1e-30, 1),
-    "optimizer.clip_norm": (1e-6, math.inf),
-}
+ZERO_OR_MORE = (0, math.inf)
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
@@ -49,9 +30,35 @@ flags.DEFINE_integer("num_processes", 0, "hosts of the run, with --coordinator")
 flags.DEFINE_integer("process_id", -1, "this host's number, with --coordinator")
 
 
-def parse(argv: list[str]) -> ConfigDict:
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What a kind of run can be told.
+
+    file: the configuration to start from, which has every field and its default. defaults: makes it. choices: fields
+    that hold one of a few strings. ranges: lowest and highest value of a field. renamed: old name -> new name.
+    rule: raises UserError for fields that do not go together, given all as {dotted name: value}.
+    """
+
+    file: str
+    defaults: Callable[[], ConfigDict]
+    choices: Mapping[str, tuple[str, ...]]
+    ranges: Mapping[str, tuple[float, float]]
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rule: Callable[[dict[str, Any]], None] = lambda given: None
+
+    def types(self) -> dict[str, type]:
+        return types(self.defaults())
+
+    def unknown(self, name: str) -> str:
+        """Why a name is no field, and what it may be meant for."""
+        if name in self.renamed:
+            return f"the field {name} is called {self.renamed[name]} now"
+        return f"unknown field {name}{did_you_mean(name, self.types())}"
+
+
+def parse(argv: list[str], schema: Schema) -> ConfigDict:
     """The command line's configuration. Raises UserError for anything unknown or of a wrong type."""
-    check_overrides(argv)
+    check_overrides(argv, schema)
     try:
         rest = FLAGS(argv)
         if FLAGS.config is not None:
@@ -63,25 +70,25 @@ def parse(argv: list[str]) -> ConfigDict:
     if FLAGS.config is None:
         raise UserError("which configuration? e.g. --config configs/ar.py")
     if not isinstance(FLAGS.config, ConfigDict):
-        raise UserError("--config: get_config() must return an ml_collections ConfigDict, as configs/ar.py does")
-    check(FLAGS.config)
+        raise UserError(f"--config: get_config() must return an ml_collections ConfigDict, as {schema.file} does")
+    check(FLAGS.config, schema)
     return FLAGS.config
 
 
-def check_overrides(argv: list[str]) -> None:
+def check_overrides(argv: list[str], schema: Schema) -> None:
     """Names and numbers of --config.field=value, and the file, before ml_collections, whose messages are bare."""
-    known = types(ar.get_config())
-    for place, argument in enumerate(argv):
+    known = schema.types()
+    for index, argument in enumerate(argv):
         name, given, value = argument.lstrip("-").partition("=")
         if name == "config":
-            file = value if given else next(iter(argv[place + 1 :]), "")
+            file = value if given else next(iter(argv[index + 1 :]), "")
             if not Path(file.partition(":")[0]).is_file():
-                raise UserError(f"--config {file}: there is no such file; configs/ar.py is the one to start from")
+                raise UserError(f"--config {file}: there is no such file; {schema.file} is the one to start from")
         if not name.startswith("config."):
             continue
         field = name.removeprefix("config.")
         if field not in known:
-            raise UserError(f"--{name}: unknown field{did_you_mean(field, known)}; --help lists all")
+            raise UserError(f"--{name}: {schema.unknown(field)}; --help lists all")
         if given and known[field] in (int, float):
             try:
                 known[field](value)
@@ -97,14 +104,14 @@ def root_cause(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def show_help_and_exit(argv: list[str]) -> None:
-    """--help lists this program's own flags and the fields of the recipe, not absl's hundred."""
+def show_help_and_exit(argv: list[str], schema: Schema) -> None:
+    """--help lists this program's own flags and the fields of the configuration, not absl's hundred."""
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         print("usage: python train.py --config FILE [--config.FIELD=VALUE …] [--workdir RUN]\n")
         for name in ("config", "workdir", "plan", "replay", "coordinator", "num_processes", "process_id"):
             print(f"  --{name:14} {FLAGS[name].help}")
-        print("\nfields, with configs/ar.py's values (its comments say what each is for):\n")
-        for name, value in flat(ar.get_config()).items():
+        print(f"\nfields, with the values of {schema.file} (its comments say what each is for):\n")
+        for name, value in flat(schema.defaults()).items():
             print(f"  --config.{name}={value}")
         sys.exit(0)
 
@@ -127,14 +134,13 @@ def types(config: ConfigDict, prefix: str = "") -> dict[str, type]:
     return found
 
 
-def check(config: ConfigDict) -> None:
-    """Every field must be one of configs/ar.py's, of its type, and in its range."""
-    known = types(ar.get_config())
-    given = flat(config)
-    optional = {name for name, value in flat(ar.get_config()).items() if value is None}
+def check(config: ConfigDict, schema: Schema) -> None:
+    """Every field must be one of the schema's, of its type, and in its range."""
+    known, given = schema.types(), flat(config)
+    optional = {name for name, value in flat(schema.defaults()).items() if value is None}
     for name, value in given.items():
         if name not in known:
-            raise UserError(f"config: unknown field {name}{did_you_mean(name, known)}")
+            raise UserError(f"config: {schema.unknown(name)}")
         accepted: tuple[type, ...] = (float, int) if known[name] is float else (known[name],)
         if isinstance(value, bool) and known[name] is not bool:
             accepted = ()
@@ -142,38 +148,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config: {name} is {value!r}, expected {known[name].__name__}")
     for name in known:
         if name not in given:
-            raise UserError(f"config: field {name} is missing; start from configs/ar.py's get_config()")
-    for name, allowed in CHOICES.items():
+            raise UserError(f"config: field {name} is missing; start from get_config() of {schema.file}")
+    for name, allowed in schema.choices.items():
         if given[name] not in allowed:
             raise UserError(f"config: {name} is {given[name]!r}, expected one of {', '.join(allowed)}")
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in schema.ranges.items():
         if given[name] is not None and not low <= given[name] <= high:
             expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
             raise UserError(f"config: {name} is {given[name]}, expected {expected}")
-    milestones = given["optimizer.milestones"] or ()
-    if any(not isinstance(step, int) or step < 1 for step in milestones) or sorted(set(milestones)) != [*milestones]:
-        raise UserError(
-            f"config: optimizer.milestones is {milestones}, expected rising step numbers such as (500, 1000)"
-        )
-    if given["attention_dropout"] and given["attention"] != "plain":
-        raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
-
-
-def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:
-    """How the model is computed, with `dtype` in place of "auto"."""
-    return Compute(
-        dtype=dtype if config.dtype == "auto" else config.dtype,
-        remat=config.remat,
-        unroll=unroll,
-        embed_dropout=config.embed_dropout,
-        residual_dropout=config.residual_dropout,
-        attention_dropout=config.attention_dropout,
-        attention=config.attention,
-    )
-
-
-def optimizer(config: ConfigDict) -> OptimizerConfig:
-    fields = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
-    values = {name: config.optimizer[name] for name in fields}
-    values["milestones"] = tuple(values["milestones"])
-    return OptimizerConfig(**values, total_steps=config.steps)
+    schema.rule(given)

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 from ml_collections import ConfigDict
 
+from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE, SILENCE_BELOW_PEAK_DB, fit_conditioning, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
 from tortoise_jax.synthesis import sampler as generate
 from tortoise_jax.synthesis import voices
-from tortoise_jax.training.metrics import Watch
-from tortoise_jax.training.run_directory import History
+from tortoise_jax.training.run_directory import Run
 
 FOLDER = "samples"
 VOICES, CLIPS_A_VOICE = 2, 3
 SEED = 0
 
-Sampler = Callable[[int, Any, Watch, History], None]
+Drafter = Callable[[int, Any, Run], None]
 
 
-def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, dataset: Dataset) -> Sampler | None:
-    """A function of (step, params on the host, watch, history) that writes drafts, or None where none are wanted."""
+def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Drafter | None:
+    """A function of (step, params on the host, run) that writes drafts; None where none are wanted.
+
+    The main host alone draws them, on its own devices; the others go on to the next step and wait there.
+    """
     if not settings.sample_every or not settings.prompts:
         return None
     config, dvae = pretrained.ar.config, pretrained.dvae
@@ -41,10 +43,10 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
     speakers = fixed_voices(dataset)
     options = generate.SamplingOptions(max_codes=min(500, generate.max_codes(config)))
 
-    def sample(step: int, params: Any, watch: Watch, history: History) -> None:
-        if not watch.active or history.has("sample", step):
+    def draft(step: int, params: Any, run: Run) -> None:
+        if run.history.has("sample", step):
             return
-        (run / FOLDER).mkdir(exist_ok=True)
+        (run.folder / FOLDER).mkdir(exist_ok=True)
         ready = generate.prepare(params, config, options.dtype)
         entries: list[dict[str, Any]] = []
         for voice, clips in speakers.items():
@@ -54,8 +56,8 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
             for i, prompt in enumerate(settings.prompts):
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
                 waveform = generate.draft(dvae.variables, dvae.config, pretrained.mel_norms, drawn.row(i))
-                soundfile.write(run / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
-                watch.audio(step, f"draft/{voice}/{i}", waveform)
+                soundfile.write(run.folder / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
+                run.writer.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(
                     {
                         "prompt": prompt,
@@ -66,16 +68,16 @@ def make_sampler(settings: ConfigDict, run: Path, pretrained: Pretrained, datase
                     }
                 )
         for entry in entries:
-            history.add("sample", step, entry)
+            run.history.add("sample", step, entry)
         share = float(np.mean([entry["stopped"] for entry in entries]))
         silence = float(np.mean([entry["trailing_silence"] for entry in entries]))
-        watch.scalars(step, {"sample/share_that_stops": share, "sample/trailing_silence": silence})
-        watch.say(
-            f"step {step}: {len(entries)} drafts in {run / FOLDER}; {share:.0%} stop by themselves, "
+        run.writer.scalars(step, {"sample/share_that_stops": share, "sample/trailing_silence": silence})
+        run.writer.say(
+            f"step {step}: {len(entries)} drafts in {run.folder / FOLDER}; {share:.0%} stop by themselves, "
             f"{silence:.1f} s of silence behind"
         )
 
-    return sample
+    return draft if parallel.is_main() else None
 
 
 def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ def describe(recipe: Recipe, params: Any, settings: ConfigDict, lengths: np.ndar
 
     lengths: of the training rows. settings: filled.
     """
-    model, accumulation, clips = recipe.model, settings.accumulation, len(lengths)
+    model, accumulation, clips = recipe.model, settings.gradient_accumulation_steps, len(lengths)
     batch_size = min(settings.batch_size, clips)
     epoch = batches.training_epoch(lengths, batch_size, settings.seed, 0)
     shapes = Counter(length for length, _ in epoch)

@@ -1,4 +1,4 @@
-"""The training loop: step, watch, evaluate, save, stop. It knows batches, steps and files, nothing of the model.
+"""The training loop: step, log, evaluate, save, stop. It knows batches, steps and files, nothing of the model.
 
 What decides anything (when to evaluate, save, stop) is a function of the step and the history on disk, so that a run
 taken up again goes on exactly as if it had never stopped.
@@ -7,163 +7,156 @@ taken up again goes on exactly as if it had never stopped.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
-from tortoise_jax.data import batches
-from tortoise_jax.data.batches import Batch, Plan
-from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.batches import Batch, prefetch
 from tortoise_jax.errors import UserError
-from tortoise_jax.training import replay
-from tortoise_jax.training import run_directory as run
-from tortoise_jax.training.drafts import Sampler
+from tortoise_jax.training import replay, run_directory
+from tortoise_jax.training.drafts import Drafter
+from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.losses import CODES_PER_BUCKET, STREAMS, means, total_loss
-from tortoise_jax.training.metrics import Watch
-from tortoise_jax.training.run_directory import History
+from tortoise_jax.training.run_directory import Run
 from tortoise_jax.training.step import Recipe, TrainState, eval_step, train_step
 
 FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
+T = TypeVar("T")
 
 
 class Loop:
     """One run from its state's step to the end. Every host runs the same; the main one writes and prints."""
 
-    def __init__(
-        self,
-        settings: ConfigDict,
-        folder: Path,
-        recipe: Recipe,
-        checkpoints: RunCheckpoints,
-        dataset: Dataset,
-        plan: Plan,
-        validation: Plan,
-        watch: Watch,
-        history: History,
-        sampler: Sampler | None = None,
-    ) -> None:
-        self.settings, self.folder, self.recipe, self.checkpoints = settings, folder, recipe, checkpoints
-        self.dataset, self.plan, self.validation = dataset, plan, validation
-        self.watch, self.history, self.sampler = watch, history, sampler
-        self.step_fn = parallel.mapped(functools.partial(train_step, recipe), donate=True)
-        self.eval_fn = parallel.mapped(functools.partial(eval_step, recipe), donate=False)
+    def __init__(self, settings: ConfigDict, config: Recipe, run: Run, feed: Feed, drafter: Drafter | None) -> None:
+        self.settings, self.config, self.run, self.feed, self.drafter = settings, config, run, feed, drafter
+        self.step_fn = parallel.mapped(functools.partial(train_step, config), donate=True)
+        self.eval_fn = parallel.mapped(functools.partial(eval_step, config), donate=False)
+        self.running: tuple[int, Any, Batch] | None = None  # the step that is not logged yet: number, metrics, batch
+        self.skipped = 0  # steps in a row that were not finite, up to the last one logged
         self.remarked = False
 
-    def run(self, state: TrainState, interrupted: Callable[[], bool]) -> str:
-        """Trains to `settings.steps` unless stopped; returns how it ended. The last state is saved either way."""
-        first = int(parallel.first_copy(state.step))
-        if first == 0 and not self.history.has("validation", 0):
-            self.judge(0, state)
+    def train(self, state: TrainState, stop_requested: Callable[[int], bool]) -> str:
+        """Trains to `settings.steps` unless stopped; returns how it ended. The last state is saved either way.
+
+        stop_requested(step): whether to end after this step; the same answer on every host.
+        """
+        first, self.skipped = int(parallel.first_copy(state.step)), int(parallel.first_copy(state.skipped))
+        if first == 0 and not self.run.history.has("validation", 0):
+            self.evaluate(0, state)
         if self.stops_early():
             return STOPPED_EARLY
         steps = range(first, self.settings.steps)
-        for step, batch in zip(steps, batches.prefetch(self.training_batch, steps), strict=True):
+        for step, batch in zip(steps, prefetch(self.feed.training_batch, steps), strict=True):
             state, metrics = self.step_fn(state, batch)
-            done = step + 1
-            self.note(done, metrics, batch, state)
-            last = done == self.settings.steps
-            if self.due(done, self.settings.eval_every) or last:
-                self.save(done, state, self.judge(done, state))
-                if self.stops_early() and not last:
-                    return STOPPED_EARLY
-            elif self.due(done, self.settings.save_every):
-                self.save(done, state, None)
-            if parallel.any_host(interrupted()) and not last:
-                self.save(done, state, None)
-                return INTERRUPTED
+            self.log_running(state)  # the step before, while this one runs
+            self.running = (step + 1, metrics, batch)
+            ended = self.after(step + 1, state, stop_requested(step + 1))
+            if ended:
+                return ended
         return FINISHED
+
+    def after(self, step: int, state: TrainState, stop: bool) -> str:
+        """Evaluates and saves where it is time to; returns how the run ends here, "" where it goes on."""
+        last = step == self.settings.steps
+        evaluate = last or self.due(step, self.settings.eval_every)
+        if evaluate or stop or self.due(step, self.settings.save_every):
+            self.log_running(state)
+            self.save(step, state, self.evaluate(step, state) if evaluate else None)
+        if last:
+            return FINISHED
+        if evaluate and self.stops_early():
+            return STOPPED_EARLY
+        return INTERRUPTED if stop else ""
 
     @staticmethod
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def training_batch(self, step: int) -> Batch:
-        return self.feed(self.plan, step)
+    def log_running(self, state: TrainState) -> None:
+        """Waits for the step that is not logged yet, if there is one, and records it.
 
-    def feed(self, plan: Plan, step: int) -> Batch:
-        """This host's part of a step's batch, laid out for its devices."""
-        length, indices = plan.batch(step)
-        batch = batches.make_batch(
-            self.dataset,
-            indices,
-            length,
-            rows=plan.rows,
-            config=self.recipe.model.config,
-            seed=self.settings.seed,
-            step=step,
-            conditioning_clips=self.settings.conditioning_clips,
-            host=parallel.host_rows(plan.rows),
-        )
-        return parallel.split_rows(batch, self.settings.accumulation)
-
-    def note(self, step: int, metrics: Any, batch: Batch, state: TrainState) -> None:
-        """Records one step; a step that was not finite is kept for replay, too many in a row end the run."""
-        arrays = parallel.first_copy(metrics)
-        values = {name: float(value) for name, value in arrays.items() if value.ndim == 0}
-        for place, loss in enumerate(arrays["loss/position"]):
-            if arrays["position_count"][place]:
-                values[f"loss/codes_from_{place * CODES_PER_BUCKET}"] = float(loss)
-        log = self.due(step, self.settings.log_every) or step == self.settings.steps
-        self.watch.step(step, values, clips=int((batch["example"] >= 0).sum()) * parallel.process_count(), log=log)
-        self.history.add("train", step, {name: values[f"loss/{name}"] for name in (*STREAMS, "total")})
-        if values["finite"]:
+        A step that was not finite is kept for replay, with the parameters there are now: those it was computed with,
+        unless the step after it, dispatched already, was finite. Too many in a row end the run.
+        """
+        if self.running is None:
             return
-        skipped = int(parallel.first_copy(state.skipped))
-        clips = sorted({self.dataset.clips[i].id for i in batch["example"].reshape(-1) if i >= 0})
-        line = f"step {step}: the loss or a gradient is not finite; the step was not applied. Clips: {', '.join(clips)}"
-        if skipped == 1:
-            kept = replay.save(self.folder, step, batch, parallel.first_copy(state.params))
+        (step, metrics, batch), self.running = self.running, None
+        finite = self.log_step(step, parallel.first_copy(metrics), clips=int((batch["example"] >= 0).sum()))
+        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
+            return
+        clips = ", ".join(self.feed.clip_ids(batch))
+        line = f"step {step}: the loss or a gradient is not finite; the step was not applied. Clips: {clips}"
+        if self.skipped == 1:
+            kept = replay.save(self.run.folder, step, batch, parallel.first_copy(state.params))
             line += f". To see where: --replay {kept}"
-        self.watch.say(line)
-        if skipped >= self.settings.max_nonfinite:
+        self.run.writer.say(line)
+        if self.skipped >= self.settings.max_nonfinite:
             raise UserError(
-                f"{skipped} steps in a row up to step {step} were not finite; lower optimizer.learning_rate, or look "
-                "at the clips above"
+                f"{self.skipped} steps in a row up to step {step} were not finite; lower optimizer.learning_rate, or "
+                "look at the clips above"
             )
 
-    def judge(self, step: int, state: TrainState) -> float | None:
+    def log_step(self, step: int, metrics: dict[str, np.ndarray], clips: int) -> bool:
+        """Writes one step's metrics; returns whether it was finite. clips: of this host."""
+        values = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+        for index, loss in enumerate(metrics["loss/position"]):
+            if metrics["position_count"][index]:
+                values[f"loss/codes_from_{index * CODES_PER_BUCKET}"] = float(loss)
+        log = self.due(step, self.settings.log_every) or step == self.settings.steps
+        self.run.writer.step(step, values, clips=clips * parallel.process_count(), log=log)
+        self.run.history.add("train", step, {name: values[f"loss/{name}"] for name in (*STREAMS, "total")})
+        return bool(values["finite"])
+
+    def evaluate(self, step: int, state: TrainState) -> float | None:
         """The loss over all held-out clips, without dropout, with fixed conditioning; None where there are none."""
         loss = None
-        if self.validation.batches_per_epoch:
+        batches = self.feed.validation.batches_per_epoch
+        if batches:
             totals: dict[str, np.ndarray] = {}
-            for batch in batches.prefetch(self.validation_batch, range(self.validation.batches_per_epoch)):
-                sums = parallel.first_copy(self.eval_fn(state.params, batch))
-                totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+            ahead = prefetch(self.feed.validation_batch, range(batches))
+            for sums in one_behind(self.eval_fn(state.params, batch) for batch in ahead):
+                totals = {name: totals.get(name, 0) + value for name, value in parallel.first_copy(sums).items()}
             losses = {name: float(means(totals, totals)[name]) for name in STREAMS}
-            loss = losses["total"] = float(total_loss(totals, totals, self.recipe.text_weight))
-            self.history.add("validation", step, losses)
-            self.watch.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
-            self.watch.say(
+            loss = losses["total"] = float(total_loss(totals, totals, self.config.text_weight))
+            self.run.history.add("validation", step, losses)
+            self.run.writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
+            self.run.writer.say(
                 f"step {step}: held-out loss: mel {losses['mel']:.4f}, text {losses['text']:.4f}, "
                 f"stop {losses['stop']:.4f}"
             )
             self.remark()
-        if self.sampler and (self.due(step, self.settings.sample_every) or step == 0) and self.settings.sample_every:
-            self.sampler(step, parallel.first_copy(state.params), self.watch, self.history)
+        if self.drafter and (step == 0 or self.due(step, self.settings.sample_every)):
+            self.drafter(step, parallel.first_copy(state.params), self.run)
         return loss
 
-    def validation_batch(self, index: int) -> Batch:
-        return self.feed(self.validation, index)
-
     def remark(self) -> None:
-        curves = self.history.curve("validation", "total"), self.history.curve("train", "total")
-        line = run.overfitting_remark(*curves)
+        curves = self.run.history.curve("validation", "total"), self.run.history.curve("train", "total")
+        line = run_directory.overfitting_remark(*curves)
         if line and not self.remarked:
-            self.watch.say(line)
+            self.run.writer.say(line)
         self.remarked = bool(line)
 
     def stops_early(self) -> bool:
         """Whether `patience` evaluations in a row brought no better validation loss."""
         patience = self.settings.patience
-        losses = [loss for _, loss in self.history.curve("validation", "total")]
-        return 0 < patience <= run.evaluations_without_gain(losses)
+        losses = [loss for _, loss in self.run.history.curve("validation", "total")]
+        return 0 < patience <= run_directory.evaluations_without_gain(losses)
 
     def save(self, step: int, state: TrainState, loss: float | None) -> None:
         host = parallel.first_copy(state)
         progress = {"step": step, "skipped": int(host.skipped)}
-        self.checkpoints.save(step, host.params, host.opt_state, progress, loss)
+        self.run.checkpoints.save(step, host.params, host.opt_state, progress, loss)
+
+
+def one_behind(results: Iterable[T]) -> Iterator[T]:
+    """Each result after the next one has been started, so that a device never waits for the host to read one."""
+    waiting: list[T] = []
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting

@@ -15,7 +15,7 @@ from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
 SMOOTHING = 0.9
 
 
-class Watch:
+class MetricWriter:
     """Writes for the main host; silent on the others."""
 
     def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
@@ -29,7 +29,7 @@ class Watch:
         self.smoothed: float | None = None
         self.clock = time.perf_counter()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

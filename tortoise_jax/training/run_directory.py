@@ -7,7 +7,9 @@ steps/           checkpoints                  tensorboard/, samples/, nonfinite/
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.pretrained import METADATA, Pretrained, write_metadata
-from tortoise_jax.checkpoints.trees import save_tree
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.errors import UserError
-from tortoise_jax.files import read_json, remove_partials, write_atomically
-from tortoise_jax.training import config
+from tortoise_jax.files import copy_folder, read_json, remove_partials, write_atomically
+from tortoise_jax.training.config import flat
+from tortoise_jax.training.metrics import MetricWriter
 
 CONFIG = "config.json"
 HISTORY = "history.jsonl"
@@ -29,13 +32,28 @@ OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
 
 
-def begin(run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: str) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is going on: where it is, and what it writes to. On other hosts than the main one only
+    `checkpoints` writes."""
+
+    folder: Path
+    checkpoints: RunCheckpoints
+    history: History
+    writer: MetricWriter
+
+
+def begin(
+    run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: str, renamed: Mapping[str, str]
+) -> list[str]:
     """Makes the run's directory a checkpoint of its own (card, dVAE), or checks that it is this run's.
 
-    Returns the settings that changed since the run began. Every host must call it.
+    Returns the settings that changed since the run began. Every host must call it. renamed: old names of fields, which
+    a run begun with an older version has.
     """
-    now = json.loads(json.dumps(config.flat(settings) | {"data_digest": data_digest}))
-    changed = changes(read_json(run / CONFIG), now) if (run / CONFIG).exists() else []
+    now = json.loads(json.dumps(flat(settings) | {"data_digest": data_digest}))
+    before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
+    changed = changes({renamed.get(name, name): value for name, value in before.items()}, now)
     refused = [line for line in changed if line.split(":")[0] in FIXED]
     if refused:
         advice = "begin another with --workdir, or put the old settings back"
@@ -47,7 +65,7 @@ def begin(run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: 
             remove_partials(run)
             if not (run / METADATA).exists():
                 if not (run / "dvae").exists():
-                    save_tree(run / "dvae", pretrained.dvae.tree)
+                    copy_folder(pretrained.path / "dvae", run / "dvae")
                 write_metadata(run, pretrained)
             write_atomically(run / CONFIG, json.dumps(now, indent=2) + "\n")
         except OSError as error:

@@ -1,0 +1,76 @@
+"""The fields of each kind of run: what they may hold, and the objects they become."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tortoise_jax.errors import UserError
+from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, Compute
+from tortoise_jax.training.config import ONE_OR_MORE, ZERO_OR_MORE, Schema
+from tortoise_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+
+BELOW_ONE = (0, 0.99)
+
+
+def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
+    """Of fine-tuning the AR model. defaults: `get_config` of configs/ar.py."""
+    one_or_more = ("steps", "batch_size", "gradient_accumulation_steps", "eval_every", "log_every", "keep_last")
+    zero_or_more = ("seed", "save_every", "sample_every", "patience", "text_weight")
+    return Schema(
+        file="configs/ar.py",
+        defaults=defaults,
+        choices={
+            "dtype": ("auto", "float32", "bfloat16"),
+            "attention": ATTENTION_IMPLEMENTATIONS,
+            "optimizer.name": OPTIMIZERS,
+            "optimizer.schedule": SCHEDULES,
+        },
+        ranges={
+            **dict.fromkeys((*one_or_more, "conditioning_clips", "max_nonfinite"), ONE_OR_MORE),
+            **dict.fromkeys((*zero_or_more, "optimizer.warmup", "optimizer.weight_decay"), ZERO_OR_MORE),
+            **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
+            **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), (0, 0.999999)),
+            "optimizer.learning_rate": (1e-12, 1),
+            "optimizer.gamma": (1e-6, 1),
+            "optimizer.epsilon": (1e-30, 1),
+            "optimizer.clip_norm": (1e-6, math.inf),
+        },
+        renamed={"accumulation": "gradient_accumulation_steps"},
+        rule=check_ar,
+    )
+
+
+def check_ar(given: dict[str, Any]) -> None:
+    """Raises UserError for milestones that do not rise and for dropout that an attention kernel does not have."""
+    milestones = given["optimizer.milestones"] or ()
+    if any(not isinstance(step, int) or step < 1 for step in milestones) or sorted(set(milestones)) != [*milestones]:
+        raise UserError(
+            f"config: optimizer.milestones is {milestones}, expected rising step numbers such as (500, 1000)"
+        )
+    if given["attention_dropout"] and given["attention"] != "plain":
+        raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
+
+
+def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:
+    """How the model is computed, with `dtype` in place of "auto"."""
+    return Compute(
+        dtype=dtype if config.dtype == "auto" else config.dtype,
+        remat=config.remat,
+        unroll=unroll,
+        embed_dropout=config.embed_dropout,
+        residual_dropout=config.residual_dropout,
+        attention_dropout=config.attention_dropout,
+        attention=config.attention,
+    )
+
+
+def optimizer(config: ConfigDict) -> OptimizerConfig:
+    fields = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
+    values = {name: config.optimizer[name] for name in fields}
+    values["milestones"] = tuple(values["milestones"])
+    return OptimizerConfig(**values, total_steps=config.steps)
