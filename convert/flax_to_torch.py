@@ -96,7 +96,7 @@ def chosen_step(checkpoint: Path, part: str, step: int | None) -> int | None:
         raise UserError(f"--step {step}: {what}")
     if not is_run or part == DVAE:
         return None
-    return step if step is not None else RunCheckpoints(checkpoint).best()
+    return step if step is not None else RunCheckpoints.to_read(checkpoint).best()
 
 
 # --- what the table drops ---------------------------------------------------------------------------------------------

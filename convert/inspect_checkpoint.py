@@ -103,9 +103,8 @@ def inspect_ours(path: Path) -> list[str]:
             f"codebook_dim {d.codebook_dim}, {parameter_count(whole.dvae.tree):,} parameters and buffers"
         )
     if is_run:
-        checkpoints = RunCheckpoints(path)
-        steps = checkpoints.manager.all_steps()
-        lines.append(f"  steps {', '.join(map(str, sorted(steps)))}; the best is {checkpoints.best()}")
+        checkpoints = RunCheckpoints.to_read(path)
+        lines.append(f"  steps {', '.join(map(str, checkpoints.steps()))}; the best is {checkpoints.best()}")
     for part, origin in whole.source.items():
         lines.append(f"  {part} from {json.dumps(origin.get('file'))}, sha256 {origin.get('sha256')}")
     command = f"python convert/flax_to_torch.py {path} --out voice.pth"

@@ -163,5 +163,5 @@ def read_weights(path: Path, name: str, config: Any, metadata: dict[str, Any], s
     """A part's tree; in a run the AR model's is that of a step, which has no checksum of its own."""
     shapes = abstract_tree(config)
     if name == AR and (path / STEPS).is_dir():
-        return RunCheckpoints(path).restore_params(shapes, step)
+        return RunCheckpoints.to_read(path).restore_params(shapes, step)
     return undamaged(path / name, restore_tree(path / name, shapes), metadata)

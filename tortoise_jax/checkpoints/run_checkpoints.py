@@ -12,16 +12,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.trees import Tree, checksum, restore_tree
+from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore_tree
 from tortoise_jax.errors import UserError, first_line
 
 STEPS = "steps"
 
 
 class RunCheckpoints:
-    """The steps of a run under `RUN/steps`: params and optimiser state apart, so that weights alone can be read."""
+    """The steps of a run under `RUN/steps`: params and optimiser state apart, so that weights alone can be read.
 
-    def __init__(self, run: Path, keep_last: int = 2) -> None:
+    Made, saved, restored and finished by every host of a run, since orbax waits for all of them at each call;
+    `to_read` is for one host alone.
+    """
+
+    def __init__(self, run: Path, keep_last: int = 2, *, alone: bool = False) -> None:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
         self.folder = run / STEPS
@@ -29,9 +33,23 @@ class RunCheckpoints:
             [keep.LatestN(keep_last), keep.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=lambda metrics: metrics["loss"], best_mode="min"
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            create=not alone,
+            read_only=alone,
+            multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
         self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    @classmethod
+    def to_read(cls, run: Path) -> RunCheckpoints:
+        """Opened by this host for itself; nothing can be saved."""
+        return cls(run, alone=True)
+
+    def steps(self) -> list[int]:
+        """The steps that are whole, rising."""
+        return sorted(self.manager.all_steps())
 
     def newest(self) -> int | None:
         return self.manager.latest_step()
@@ -92,7 +110,7 @@ class RunCheckpoints:
 
         A damaged one is put aside as `N.damaged` and the one before it taken, which `say` is told.
         """
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             try:
                 return self.restore(step, params, opt_state)
             except UserError as error:
@@ -113,8 +131,8 @@ class RunCheckpoints:
         chosen = self.best() if step is None else step
         if chosen is None:
             raise UserError(f"{self.folder} holds no finished checkpoint yet")
-        if chosen not in self.manager.all_steps():
-            raise UserError(f"{self.folder} holds no step {chosen}, only {sorted(self.manager.all_steps())}")
+        if chosen not in self.steps():
+            raise UserError(f"{self.folder} holds no step {chosen}, only {self.steps()}")
         return restore_tree(self.folder / str(chosen) / "params", shapes)
 
     def finish(self) -> None:

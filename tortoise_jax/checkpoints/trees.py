@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
+from tortoise_jax import parallel
 from tortoise_jax.errors import UserError, first_line
 
 Tree = Any
@@ -44,13 +45,21 @@ def save_tree(path: Path, tree: Tree) -> None:
         raise UserError(f"{path}: cannot be written: {first_line(error)}") from None
 
 
+def on_this_host() -> ocp.options.MultiprocessingOptions:
+    """For what one host of a run reads for itself: by default orbax waits for all hosts at every call."""
+    host = parallel.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host{host}"
+    )
+
+
 def restore_tree(path: Path, shapes: Tree) -> Tree:
-    """Numpy arrays of exactly these shapes; anything else on disk is a UserError."""
+    """Numpy arrays of exactly these shapes, read by this host alone; anything else on disk is a UserError."""
     if not path.is_dir():
         raise UserError(f"{path} is missing: the checkpoint is incomplete")
     target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=on_this_host()) as checkpointer:
             return checkpointer.restore(path.absolute(), target)
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
