@@ -26,9 +26,9 @@ from tortoise_jax.checkpoints.pretrained import Pretrained, RunCheckpoints, load
 from tortoise_jax.data import batches
 from tortoise_jax.data.batches import Plan
 from tortoise_jax.data.dataset import Dataset, is_dataset
+from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
-from tortoise_jax.prepare import prepare
 from tortoise_jax.synthesis import voices
 from tortoise_jax.training import config, presets, replay, stopping
 from tortoise_jax.training import estimate as planning

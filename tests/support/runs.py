@@ -16,8 +16,8 @@ import numpy as np
 from tests.support import small
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.pretrained import Pretrained, digest, dvae_shapes, save_pretrained, unified_voice_shapes
+from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.models.dvae import DVAEConfig
-from tortoise_jax.prepare import Options, prepare
 from tortoise_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
