@@ -10,7 +10,8 @@ import numpy as np
 
 from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB
 from tortoise_jax.data.clips import Clip, Sound
-from tortoise_jax.text.tokenizer import STOP_ID, Tokenizer, clean
+from tortoise_jax.text.cleaners import clean
+from tortoise_jax.text.tokenizer import STOP_ID, Tokenizer
 
 MAX_SECONDS, MAX_TEXT = 11.6, 200  # DLAS's
 MIN_SECONDS = 0.6  # the shortest clip upstream trains on

@@ -19,7 +19,8 @@ from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION_PART, assign_splits, moved_to_validation
 from tortoise_jax.errors import UserError, did_you_mean
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-from tortoise_jax.text.tokenizer import CLEANERS, Tokenizer
+from tortoise_jax.text.cleaners import CLEANERS
+from tortoise_jax.text.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
 

@@ -17,7 +17,7 @@ from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.manifests import Input
 from tortoise_jax.data.splits import SPLITS, VALIDATION
 from tortoise_jax.files import write_atomically
-from tortoise_jax.text.tokenizer import letters_changed
+from tortoise_jax.text.cleaners import letters_changed
 
 REPORT, REJECTED, PICTURE = "report.json", "rejected.tsv", "report.png"
 EXAMPLES = 3
