@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.state_dict import flatten
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import write_atomically
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
@@ -169,10 +169,6 @@ def checksum(tree: Tree) -> int:
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
     return total
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def write_card(folder: Path, pretrained: Pretrained) -> None:

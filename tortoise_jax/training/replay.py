@@ -12,10 +12,9 @@ import jax
 import numpy as np
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.pretrained import first_line
 from tortoise_jax.checkpoints.state_dict import flatten, nest
 from tortoise_jax.data.batches import Batch
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.training.losses import STREAMS, means
 from tortoise_jax.training.step import Recipe, eval_step, gradients
 
