@@ -29,9 +29,9 @@ from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
 from tortoise_jax.data.batches import Plan
 from tortoise_jax.data.dataset import Dataset, is_dataset
+from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
-from tortoise_jax.prepare import prepare
 from tortoise_jax.synthesis import voices
 from tortoise_jax.training import config, estimate, presets, replay, report, run_directory, schemas, stopping
 from tortoise_jax.training.drafts import fixed_voices, make_drafter

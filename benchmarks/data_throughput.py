@@ -28,14 +28,14 @@ from tortoise_jax.audio import SAMPLE_RATE, code_count, default_mel_norms, int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data import batches
 from tortoise_jax.data.encoding import CodeEncoder
-from tortoise_jax.data.recordings import Hearing
-from tortoise_jax.data.sources import encode_all, listen_to_all
+from tortoise_jax.data.filters import ClipLimits
+from tortoise_jax.data.groups import encode_all, measure_all
+from tortoise_jax.data.recordings import Recording
 from tortoise_jax.text.tokenizer import Tokenizer
 
 VOICE = Path(__file__).parent.parent / "examples" / "voice" / "wavs"
 TOKENS_PER_SECOND = 9  # of English read aloud, as in the example voice
 LJSPEECH = 13_100
-Source = tuple[Path, None]
 
 
 def ljspeech_seconds(clips: int, seed: int = 0) -> np.ndarray:
@@ -44,21 +44,21 @@ def ljspeech_seconds(clips: int, seed: int = 0) -> np.ndarray:
     return drawn[(drawn >= 1) & (drawn <= 10)][:clips]
 
 
-def write_recordings(folder: Path, clips: int) -> list[Source]:
+def write_recordings(folder: Path, clips: int) -> list[Recording]:
     speech = np.concatenate([read_audio(path) for path in sorted(VOICE.iterdir())])
     rng = np.random.default_rng(1)
     for i, seconds in enumerate(ljspeech_seconds(clips)):
         samples = int(seconds * SAMPLE_RATE)
         start = rng.integers(len(speech) - samples)
         soundfile.write(folder / f"{i:04}.wav", speech[start : start + samples], SAMPLE_RATE, subtype="PCM_16")
-    return [(path, None) for path in sorted(folder.iterdir())]
+    return [Recording(path) for path in sorted(folder.iterdir())]
 
 
 @torch.no_grad()
-def encode_by_torch(model: DiscreteVAE, sources: list[Source], norms: torch.Tensor) -> list[np.ndarray]:
+def encode_by_torch(model: DiscreteVAE, recordings: list[Recording], norms: torch.Tensor) -> list[np.ndarray]:
     codes = []
-    for path, _ in sources:
-        waveform = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    for recording in recordings:
+        waveform = torch.from_numpy(soundfile.read(recording.path, dtype="float32")[0])
         padded = torch.nn.functional.pad(waveform, (0, 8192))
         features = model.encoder(log_mel(padded, norms)[None])
         codes.append(model.codebook.codes(features.transpose(1, 2))[0, : code_count(len(waveform))].numpy())
@@ -73,25 +73,25 @@ def timed(work: Callable[[], object]) -> float:
 
 def throughput(clips: int, rounds: int, folder: Path) -> None:
     (folder / "wavs").mkdir()
-    sources = write_recordings(folder / "wavs", clips)
+    recordings = write_recordings(folder / "wavs", clips)
     torch.manual_seed(0)
     model = DiscreteVAE().eval()
     twin, norms = dvae_twin(model), default_mel_norms()
     pretrained = Pretrained({"dvae": twin.part}, Tokenizer.default(), norms, {})
-    waveforms = [int16_from_waveform(read_audio(path)) for path, _ in sources]
+    waveforms = [int16_from_waveform(read_audio(recording.path)) for recording in recordings]
     hours = sum(map(len, waveforms)) / SAMPLE_RATE / 3600
     encoder = CodeEncoder(twin.config, twin.variables, norms)
     outs = iter(range(1000))
     works: dict[str, Callable[[], object]] = {
-        "torch, one clip at a time": lambda: encode_by_torch(model, sources, torch.from_numpy(norms)),
+        "torch, one clip at a time": lambda: encode_by_torch(model, recordings, torch.from_numpy(norms)),
         "ours, recordings to shards": lambda: encode_all(
-            folder / f"out{next(outs)}", sources, pretrained, Hearing(11.6)
+            folder / f"out{next(outs)}", recordings, pretrained, ClipLimits()
         ),
         "  of this: mel and codes": lambda: encoder.encode(waveforms),
-        "  of this: decoding": lambda: listen_to_all(sources, Hearing(11.6), 0),
+        "  of this: decoding": lambda: measure_all(recordings, ClipLimits(), 0),
     }
     compiling = timed(works["ours, recordings to shards"])
-    encode_by_torch(model, sources[:4], torch.from_numpy(norms))
+    encode_by_torch(model, recordings[:4], torch.from_numpy(norms))
     times = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

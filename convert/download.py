@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, first_line
 
 DVAE_SHA256 = "a990825371506c16bcf0e8167bf24ccf82f65bb6a1dbcbfcf058d76f9b197e35"
 HUB = "https://huggingface.co"
@@ -108,11 +108,7 @@ def download(place: Place, folder: Path, hub: str | None) -> Path:
             hf_hub_download(place.repository, place.path, revision=place.revision, local_dir=beside, endpoint=hub)
         )
     except Exception as error:  # of the hub, of HTTP, of the disk: each library has its own
-        raise UserError(_first_line(error)) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        raise UserError(first_line(error)) from None
 
 
 def check(path: Path, name: str, place: Place) -> None:

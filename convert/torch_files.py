@@ -21,7 +21,7 @@ import torch
 
 from tortoise_jax.checkpoints.pretrained import METADATA
 from tortoise_jax.checkpoints.state_dict import same_bits
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, first_line
 
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"
 CHUNK = 1 << 23
@@ -229,7 +229,7 @@ def write_state_dict(path: Path, state: dict[str, np.ndarray]) -> None:
         check_written(partial, path, state)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"{path}: cannot be written: {reason}") from None
     finally:
         if partial.exists():

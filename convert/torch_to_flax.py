@@ -37,7 +37,7 @@ from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import UserError, exit_with_one_line, first_line
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -231,7 +231,7 @@ def read_mel_norms(path: Path) -> np.ndarray:
     try:
         norms = np.loadtxt(path, dtype=np.float32, ndmin=1)
     except (OSError, ValueError) as error:
-        raise UserError(f"--mel_norms {path}: {str(error).splitlines()[0]}; expected a number a line") from None
+        raise UserError(f"--mel_norms {path}: {first_line(error)}; expected a number a line") from None
     if norms.ndim != 1 or not np.isfinite(norms).all() or not norms.all():
         raise UserError(f"--mel_norms {path}: expected one number a line, none of them 0")
     return norms

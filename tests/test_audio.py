@@ -64,6 +64,23 @@ def test_the_stop_comes_after_the_last_code():
     assert audio.CONDITIONING_FRAMES == 517
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_a_conditioning_crop_is_six_seconds_from_the_start_or_from_anywhere(dtype):
+    short, long = np.arange(1, 5, dtype=dtype), (np.arange(132_310) % 30_000).astype(dtype)
+    for rng in (None, np.random.default_rng(0)):
+        crop = audio.crop_conditioning(short, rng)
+        assert (crop.shape, crop.dtype) == ((132_300,), dtype)
+        assert crop[:5].tolist() == [1, 2, 3, 4, 0]
+        assert not crop[4:].any()
+    np.testing.assert_array_equal(audio.crop_conditioning(long), long[:132_300])
+    rng, starts = np.random.default_rng(0), set()
+    for _ in range(200):
+        crop = audio.crop_conditioning(long, rng)
+        starts.add(int(crop[0]))
+        np.testing.assert_array_equal(crop, long[int(crop[0]) :][:132_300])
+    assert starts == set(range(11))
+
+
 def test_codes_cover_the_frames():
     for samples in range(0, 5 * audio.SAMPLES_PER_CODE, 37):
         assert audio.code_count(samples) == math.ceil(audio.mel_frames(samples) / audio.MEL_FRAMES_PER_CODE)

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from tortoise_jax.audio import SAMPLE_RATE, read_audio
-from tortoise_jax.text.tokenizer import Tokenizer, clean_english
+from tortoise_jax.text.cleaners import clean_english
+from tortoise_jax.text.tokenizer import Tokenizer
 
 VOICE = Path(__file__).parent.parent / "examples" / "voice"
 LINES = [line.split("|") for line in (VOICE / "metadata.csv").read_text(encoding="utf-8").splitlines()]

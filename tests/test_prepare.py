@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,16 +14,18 @@ import numpy as np
 import pytest
 import soundfile
 
+import tortoise_jax
 from tests.support.parity import Twin
 from tests.support.recordings import VOICE, checkpoint_at, write_speech
-from tortoise_jax import prepare as preparing
 from tortoise_jax.audio import default_mel_norms, int16_from_waveform, read_audio, trim_silence
-from tortoise_jax.data import shards, sources
+from tortoise_jax.checkpoints.pretrained import load_pretrained, mel_norms_digest
+from tortoise_jax.data import groups, shards
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.data.encoding import CodeEncoder
-from tortoise_jax.data.filters import REASONS
+from tortoise_jax.data.filters import Reason
+from tortoise_jax.data.preparation import Options, check, prepare
+from tortoise_jax.data.recordings import Recording
 from tortoise_jax.errors import UserError
-from tortoise_jax.prepare import Options, check, prepare
 from tortoise_jax.text.tokenizer import Tokenizer
 
 
@@ -126,7 +129,7 @@ def test_every_reason_is_met_once_and_every_count_adds_up(faulty, checkpoint, tm
         check(folder, checkpoint, Options(workers=0, format="folder"))
     with pytest.raises(UserError, match=r"1 of 1 lines .* the commonest reason is outside the recording \(1\)"):
         check(spans, checkpoint, Options(workers=0))
-    assert set(want) | {"no transcript", "outside the recording"} == set(REASONS)
+    assert set(want) | {"no transcript", "outside the recording"} == set(Reason)
 
 
 def test_every_rejected_line_says_where_and_why(faulty, checkpoint, tmp_path, limits):
@@ -197,7 +200,7 @@ def test_records_are_what_the_parts_make_of_a_line(checkpoint, tmp_path, dvae):
         record = made.read(i)
         np.testing.assert_array_equal(record.waveform, waveforms[i])
         np.testing.assert_array_equal(record.codes, codes)
-        assert record.text_ids.tolist() == tokenizer.encode(rows[i][2])
+        assert made.text_ids(i).tolist() == tokenizer.encode(rows[i][2])
     assert made.header["cleaner"] == "english"
     assert made.tokenizer().digest == made.header["tokenizer_digest"] == tokenizer.digest
 
@@ -356,6 +359,19 @@ def test_a_second_run_encodes_only_what_is_new(growing, checkpoint, tmp_path, en
     assert sum(encoded_clips) == 0, "texts, splits and limits need no new codes"
 
 
+def test_groups_are_named_as_in_the_first_version(growing, checkpoint, tmp_path):
+    """So that a preparation begun then goes on."""
+    digest_of = lambda value: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+    dvae, norms = load_pretrained(checkpoint, ("dvae",)).dvae.digest, mel_norms_digest(default_mel_norms())
+    codes = digest_of([1, dvae, [22050, 1024, 256, norms]])
+    settings = {"codes": codes, "hearing": {"max_seconds": 9.5, "trim_silence": False}}
+    files = [growing / "wavs" / f"{i}.wav" for i in range(8)]
+    stated = [[str(path), path.stat().st_size, path.stat().st_mtime_ns, [None]] for path in files]
+    prepare(growing, checkpoint, tmp_path / "set", dataclasses.replace(SMALL, max_seconds=9.5))
+    names = {path.stem for path in (tmp_path / "set" / "finished").iterdir()}
+    assert names == {digest_of([1, settings, stated[i : i + 3]]) for i in (0, 3, 6)}
+
+
 def test_a_lower_limit_rejects_what_was_encoded(growing, checkpoint, tmp_path):
     prepare(growing, checkpoint, tmp_path / "set", SMALL)
     low = Options(workers=0, group=3, max_seconds=1.9, max_rejected=1.0)
@@ -404,10 +420,10 @@ def test_a_damaged_shard_is_made_again(growing, checkpoint, tmp_path, encoded_cl
     out = tmp_path / "set"
     prepare(growing, checkpoint, out, SMALL)
     before = snapshot(out)
-    clip = Dataset.open(out).clips[4]
-    shard = out / "shards" / clip.shard
+    sound = Dataset.open(out).clips[4].sound
+    shard = out / "shards" / sound.shard
     content = bytearray(shard.read_bytes())
-    content[clip.offset + 9] ^= 4
+    content[sound.offset + 9] ^= 4
     shard.write_bytes(content)
     encoded_clips.clear()
     prepare(growing, checkpoint, out, SMALL)
@@ -436,10 +452,10 @@ def test_workers_find_the_same(growing, checkpoint, tmp_path):
 
 
 def test_few_recordings_need_no_workers():
-    options = [[None] * 10] * 3
-    assert sources.workers_for(options, None) == 0
-    assert sources.workers_for(options, 5) == 5
-    assert sources.workers_for([[None] * 100], None) >= 1
+    recordings = [[Recording(Path("x.wav"))] * 10] * 3
+    assert groups.workers_for(recordings, None) == 0
+    assert groups.workers_for(recordings, 5) == 5
+    assert groups.workers_for([[Recording(Path("x.wav"))] * 100], None) >= 1
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -466,7 +482,7 @@ def test_limits_can_rise_to_what_the_tables_hold_and_fall_with_them(checkpoint):
     report = check(VOICE, None, Options(max_seconds=28.14, max_text=402, workers=0))
     assert (report["settings"]["seconds"], report["settings"]["text_tokens"]) == (28.14, 402)
     tiny = check(VOICE, checkpoint, QUICK)["settings"]
-    held = int(((preparing.load_pretrained(checkpoint, ()).ar.config.mel_positions - 2) * 1024 - 1) / 22050 * 100) / 100
+    held = int(((load_pretrained(checkpoint, ()).ar.config.mel_positions - 2) * 1024 - 1) / 22050 * 100) / 100
     assert tiny["seconds"] == min(11.6, held)
 
 
@@ -487,7 +503,7 @@ def test_a_tokenizer_of_ones_own_goes_with_the_data(checkpoint, tmp_path):
 
 
 def bundled_merges() -> list[str]:
-    path = Path(preparing.__file__).parent / "assets" / "tokenizer_merges.txt"
+    path = Path(tortoise_jax.__file__).parent / "assets" / "tokenizer_merges.txt"
     return path.read_text(encoding="utf-8").splitlines()
 
 

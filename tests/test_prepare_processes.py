@@ -65,13 +65,14 @@ def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     code = (
-        "import sys; from tortoise_jax import parallel, prepare; from tortoise_jax.data import shards\n"
+        "import sys; from pathlib import Path; from tortoise_jax import parallel\n"
+        "from tortoise_jax.data import shards, preparation\n"
         "written = []; write = shards.write_group\n"
         "shards.write_group = lambda out, number, *rest: (written.append(number), write(out, number, *rest))[1]\n"
         "data, checkpoint, out, address, rank = sys.argv[1:]\n"
         "hosts = int(address != 'alone') + 1\n"
         "parallel.initialize(address, hosts, int(rank)) if hosts > 1 else None\n"
-        "prepare.prepare(data, checkpoint, out, prepare.Options(workers=0, group=3, max_rejected=1.0))\n"
+        "preparation.prepare(data, checkpoint, out, preparation.Options(workers=0, group=3, max_rejected=1.0))\n"
         "print('groups', written)"
     )
 
@@ -95,10 +96,11 @@ def test_workers_end_with_their_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
         "from pathlib import Path\n"
-        "from tortoise_jax.data.recordings import Hearing, Recording, listen_ahead\n"
+        "from tortoise_jax.data.filters import ClipLimits\n"
+        "from tortoise_jax.data.recordings import Recording, load_ahead\n"
         "if __name__ == '__main__':\n"
-        "    groups = ([Recording(Path('nowhere.wav'), (None,))] for _ in range(1000))\n"
-        "    heard = listen_ahead(groups, Hearing(10.0), frozenset(), 2); next(heard)\n"
+        "    groups = ([Recording(Path('nowhere.wav'))] for _ in range(1000))\n"
+        "    loaded = load_ahead(groups, ClipLimits(10.0), frozenset(), 2); next(loaded)\n"
         "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "    time.sleep(600)\n"
     )

@@ -83,7 +83,7 @@ class Tortoise:
         """
         if not waveforms:
             raise UserError("conditioning needs at least one clip")
-        clips = np.stack([audio.fit_conditioning(np.asarray(clip, np.float32)) for clip in waveforms])
+        clips = np.stack([audio.crop_conditioning(np.asarray(clip, np.float32)) for clip in waveforms])
         return _condition(self.model, self.params, self.log_mel(clips)[None])[0, 0]
 
     def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:

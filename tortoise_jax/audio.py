@@ -52,9 +52,14 @@ assert CONDITIONING_SAMPLES == 6 * SAMPLE_RATE
 assert CONDITIONING_FRAMES == 517
 
 
-def fit_conditioning(waveform: np.ndarray) -> np.ndarray:
-    """The first six seconds of a clip (samples,), zero-padded where it is shorter: (132300,)."""
-    return np.pad(waveform[:CONDITIONING_SAMPLES], (0, max(0, CONDITIONING_SAMPLES - len(waveform))))
+def crop_conditioning(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Six seconds of a clip (samples,) of any dtype, zeros after a shorter one: (132300,).
+
+    rng: draws where they start, by one number from 0 to the last possible start; without it they are the first six.
+    """
+    start = 0 if rng is None else int(rng.integers(max(0, len(waveform) - CONDITIONING_SAMPLES) + 1))
+    crop = waveform[start : start + CONDITIONING_SAMPLES]
+    return np.pad(crop, (0, CONDITIONING_SAMPLES - len(crop)))
 
 
 SILENT_DB = -60.0  # loudness (RMS, full scale) below which nobody is speaking

@@ -23,12 +23,12 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, at most 300 characters; else the error's type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' (did you mean "x"?)' for the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error that is not empty, at most 300 characters; else its type's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, first_line
 
 AXIS = "data"
 Tree = Any
@@ -57,8 +57,8 @@ def unreachable_as_one_line(coordinator: str) -> Any:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"--coordinator {coordinator}: could not join the other hosts: {first}") from None
+        reason = first_line(error)
+        raise UserError(f"--coordinator {coordinator}: could not join the other hosts: {reason}") from None
 
 
 def is_main() -> bool:

@@ -28,7 +28,7 @@ from tortoise_jax.synthesis import sampler as generate
 from tortoise_jax.synthesis.ranking import Judged
 from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.text import sentences
-from tortoise_jax.text.tokenizer import CLEANERS, clean, letters_changed
+from tortoise_jax.text.cleaners import CLEANERS, clean, letters_changed
 
 PAUSE_SECONDS = 0.3  # between the parts of a long text
 COMFORTABLE_TOKENS = 150  # a part of a long text: 500 codes hold it, and the released models were trained on up to 200

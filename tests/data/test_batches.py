@@ -302,9 +302,9 @@ def test_prefetch_raises_where_the_batch_would_have_come():
 
 def test_what_the_loader_reads_is_checked(tmp_path: Path):
     made = small_dataset(tmp_path / "set", CLIPS)
-    shard = made.path / "shards" / made.clips[0].shard
+    shard = made.path / "shards" / made.clips[0].sound.shard
     content = bytearray(shard.read_bytes())
-    content[made.clips[4].offset] ^= 1
+    content[made.clips[4].sound.offset] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match="clip4"):
         batches.make_batch(made, np.array([4]), 64, 1, CONFIG, 0, 0)

@@ -28,7 +28,7 @@ def made(tmp_path: Path) -> Dataset:
 
 
 def shard_of(made: Dataset) -> Path:
-    return made.path / "shards" / made.clips[0].shard
+    return made.path / "shards" / made.clips[0].sound.shard
 
 
 def flip(path: Path, place: int) -> None:
@@ -45,7 +45,7 @@ def test_every_record_comes_back(made):
         record = made.read(i)
         np.testing.assert_array_equal(record.codes, codes)
         np.testing.assert_array_equal(record.waveform, waveform)
-        assert (record.codes.dtype, record.waveform.dtype, record.text_ids.dtype) == (np.uint16, np.int16, np.uint16)
+        assert (record.codes.dtype, record.waveform.dtype, made.text_ids(i).dtype) == (np.uint16, np.int16, np.uint16)
     for i, (_, _, _, tokens) in enumerate(CLIPS):
         np.testing.assert_array_equal(made.text_ids(i), rng.integers(1, 255, size=tokens))
     made.verify()
@@ -65,7 +65,7 @@ def test_header_splits_and_speakers(made):
 
 
 def test_a_corrupt_code_names_its_clip(made):
-    flip(shard_of(made), made.clips[3].offset)
+    flip(shard_of(made), made.clips[3].sound.offset)
     made.codes(0)
     made.waveform(3)
     with pytest.raises(UserError, match=r"clip 3 \(clip3\) is corrupt: the codes"):
@@ -73,7 +73,7 @@ def test_a_corrupt_code_names_its_clip(made):
 
 
 def test_a_corrupt_sample_names_its_clip(made):
-    flip(shard_of(made), made.clips[1].offset + 2 * made.clips[1].codes)
+    flip(shard_of(made), made.clips[1].sound.offset + 2 * made.clips[1].codes)
     made.codes(1)
     with pytest.raises(UserError, match=r"clip 1 \(clip1\) is corrupt: the waveform"):
         made.read(1)

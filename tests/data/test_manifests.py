@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tortoise_jax.data.manifests import FORMATS, Line, read_inputs, recognise
+from tortoise_jax.data.clips import Clip
+from tortoise_jax.data.manifests import FORMATS, read_inputs, recognise
 from tortoise_jax.errors import UserError
 
 
@@ -19,12 +20,12 @@ def tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def read(path: Path, format: str | None = None) -> list[Line]:
+def read(path: Path, format: str | None = None) -> list[Clip]:
     (one,) = read_inputs([path], format)
-    return one.lines
+    return one.clips
 
 
-def short(root: Path, lines: list[Line]) -> list[tuple]:
+def short(root: Path, lines: list[Clip]) -> list[tuple]:
     return [(line.number, str(line.audio.relative_to(root)), line.text, line.speaker, line.split) for line in lines]
 
 
@@ -46,7 +47,7 @@ def test_ljspeech_takes_the_normalised_column_where_there_is_one(tmp_path):
         (5, "wavs/d.wav", "", "ann", ""),
         (6, "wavs/e.wav", "", "ann", ""),
     ]
-    assert [line.problem for line in lines][3:] == [
+    assert [line.detail for line in lines][3:] == [
         "4 columns, expected ID|text or ID|text|normalised text",
         "1 columns, expected ID|text or ID|text|normalised text",
     ]
@@ -62,7 +63,7 @@ def test_ljspeech_folders_in_a_folder_are_speakers(tmp_path):
 def test_recordings_in_no_line_are_mentioned(tmp_path):
     root = tree(tmp_path, {"metadata.csv": "a|One\n", "wavs/a.wav": "", "wavs/b.wav": "", "wavs/c.wav": ""})
     (one,) = read_inputs([root])
-    assert one.notes == [f"{root}: 2 recordings are in no line of metadata.csv, e.g. b.wav"]
+    assert one.warnings == [f"{root}: 2 recordings are in no line of metadata.csv, e.g. b.wav"]
 
 
 def test_lists_of_path_and_text(tmp_path):
@@ -74,7 +75,7 @@ def test_lists_of_path_and_text(tmp_path):
         (1, "audio/a.wav", "One", "ann", "train"),
         (2, "audio/b.ogg", "Two", "ann", "train"),
     ]
-    assert [line.problem for line in lines[2:]] == ["1 columns, expected path|text", "3 columns, expected path|text"]
+    assert [line.detail for line in lines[2:]] == ["1 columns, expected path|text", "3 columns, expected path|text"]
     assert read(root / "val.txt")[0].split == "validation"
 
 
@@ -88,7 +89,7 @@ def test_csv_with_a_header(tmp_path):
         (2, "x/a.wav", 'One, "two"', "ann", "validation"),
         (4, "b.wav", "Three\nfour", "voice", "train"),
     ]
-    assert [(line.number, line.problem) for line in lines[2:]] == [
+    assert [(line.number, line.detail) for line in lines[2:]] == [
         (6, 'split "later", expected one of train, training, validation, valid, val, dev, eval, test'),
         (7, "1 columns, the header has 4 (text, audio, speaker, split)"),
     ]
@@ -142,7 +143,7 @@ def test_jsonl(tmp_path):
     lines = read(root / "data.jsonl")
     assert short(root, lines)[:2] == [(1, "a.wav", "One", "ann", "validation"), (2, "b.wav", "Two", "voice", "")]
     assert [(line.start, line.end, line.id) for line in lines][:2] == [(None, None, "a"), (1.5, 3.0, "b@1.50")]
-    assert [line.problem.split(":")[0] for line in lines[2:]] == [
+    assert [line.detail.split(":")[0] for line in lines[2:]] == [
         "from 3 to 2",
         'expected an object with strings "audio" and "text"',
         "not JSON (Expecting property name enclosed in double quotes",
@@ -219,7 +220,7 @@ def test_srt(tmp_path):
 def test_several_inputs_each_in_its_format(tmp_path):
     tree(tmp_path, {"lj/metadata.csv": "a|One\n", "list.txt": "b.wav|Two\n"})
     inputs = read_inputs([tmp_path / "lj", tmp_path / "list.txt"])
-    assert [(one.format, len(one.lines)) for one in inputs] == [("ljspeech", 1), ("list", 1)]
+    assert [(one.format, len(one.clips)) for one in inputs] == [("ljspeech", 1), ("list", 1)]
 
 
 def test_format_overrides(tmp_path):

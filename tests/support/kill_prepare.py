@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tortoise_jax.prepare import Options, prepare
+from tortoise_jax.data.preparation import Options, prepare
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -17,8 +17,8 @@ from tests.support import small
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
+from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.models.dvae import DVAEConfig
-from tortoise_jax.prepare import Options, prepare
 from tortoise_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]

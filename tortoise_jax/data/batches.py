@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tortoise_jax.audio import CONDITIONING_SAMPLES
+from tortoise_jax.audio import CONDITIONING_SAMPLES, crop_conditioning
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, MEL, TEXT, UnifiedVoiceConfig
@@ -207,7 +207,7 @@ def conditioning_crops(
     rng = _conditioning_rng(dataset, index, seed, step)
     candidates = conditioning_candidates(dataset, index)
     chosen = rng.choice(candidates, size=clips, replace=len(candidates) < clips)
-    return np.stack([_crop(dataset.waveform(int(other)), rng) for other in chosen])
+    return np.stack([crop_conditioning(dataset.waveform(int(other)), rng) for other in chosen])
 
 
 def conditioning_candidates(dataset: Dataset, index: int) -> np.ndarray:
@@ -233,12 +233,6 @@ def _conditioning_rng(dataset: Dataset, index: int, seed: int, step: int) -> np.
     if clip.split == VALIDATION:
         return np.random.default_rng(zlib.crc32(clip.id.encode()))
     return np.random.default_rng([seed, step, index])
-
-
-def _crop(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    start = int(rng.integers(max(0, len(waveform) - CONDITIONING_SAMPLES) + 1))
-    crop = waveform[start : start + CONDITIONING_SAMPLES]
-    return np.pad(crop, (0, CONDITIONING_SAMPLES - len(crop)))
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------

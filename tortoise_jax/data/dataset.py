@@ -1,13 +1,13 @@
 """A prepared data set on disk: text ids, codes and waveforms of every clip, checked as they are read.
 
     dataset.json        what it was made with and the digests of the three files below; written last
-    clips.jsonl         a line a clip: id, text, speaker, split, lengths, where its record is and its checksums
-    text_ids.bin        the clips' text ids, one behind the other, uint16
-    tokenizer.json      the tokenizer the ids are of
+    clips.jsonl         one line per clip: id, text, speaker, split, lengths, where its record is and its checksums
+    text_ids.bin        the text ids of all clips, joined in order, uint16
+    tokenizer.json      the tokenizer that made the ids
     shards/NAME.bin     records: a clip's codes (uint16), then its waveform (int16 at 22050 Hz); all little-endian
 
-Plain arrays behind an index, because that is all training asks for: any clip at random, by many hosts at once, without
-a library that has to be there in ten years. Shards are named after their content and never changed.
+An index and plain arrays are all that training needs: it reads any clip at random, from many hosts at once, and no
+library has to exist in ten years. Shards are named after their content and never changed.
 """
 
 from __future__ import annotations
@@ -24,45 +24,20 @@ from typing import Any
 import numpy as np
 
 from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.data.clips import Clip, Record, Sound
+from tortoise_jax.data.splits import SPLITS
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import write_atomically
 from tortoise_jax.text.tokenizer import Tokenizer
 
 FORMAT = "tortoise_jax data set 1"
 HEADER, CLIPS, TEXT_IDS, SHARDS, TOKENIZER = "dataset.json", "clips.jsonl", "text_ids.bin", "shards", "tokenizer.json"
-SPLITS = ("train", "validation")
-REMEDY = "prepare the data set again (what is whole is kept)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """One line of clips.jsonl. Lengths: samples at 22050 Hz, text_tokens without start and stop, codes without stop."""
-
-    id: str
-    text: str
-    speaker: str
-    split: str
-    samples: int
-    text_tokens: int
-    codes: int
-    shard: str
-    offset: int
-    codes_crc32: int
-    waveform_crc32: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """text_ids (text_tokens,) uint16, codes (codes,) uint16, waveform (samples,) int16."""
-
-    text_ids: np.ndarray
-    codes: np.ndarray
-    waveform: np.ndarray
+REMEDY = "prepare the data set again (what is not damaged is kept)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Reading is thread-safe and keeps no file open; every array is compared with its checksum."""
+    """A data set opened for reading. Reading is thread-safe, keeps no file open and checks every array's checksum."""
 
     path: Path
     header: dict[str, Any]
@@ -74,10 +49,10 @@ class Dataset:
         path = Path(path)
         header = _header(path)
         lines = _verified(path, header, CLIPS).decode().split("\n")[:-1]
-        return cls(path, header, tuple(Clip(**json.loads(line)) for line in lines))
+        return cls(path, header, tuple(_clip_from_line(line) for line in lines))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the text ids are of, which a checkpoint trained on them must carry."""
+        """The tokenizer that made the text ids; a checkpoint trained on them must carry it."""
         content = _verified(self.path, self.header, TOKENIZER).decode()
         return Tokenizer.from_json(content, str(self.path / TOKENIZER))
 
@@ -95,24 +70,30 @@ class Dataset:
         return self._by_speaker.get((speaker, split), np.zeros(0, np.int64))
 
     def read(self, i: int) -> Record:
-        return Record(self.text_ids(i), self.codes(i), self.waveform(i))
+        """Codes and waveform of clip i."""
+        return Record(self.codes(i), self.waveform(i))
 
     def text_ids(self, i: int) -> np.ndarray:
+        """Token ids of clip i's text, without start and stop: (text_tokens,) uint16."""
         start = self._text_offsets[i]
         return self._all_text_ids[start : start + self.clips[i].text_tokens]
 
     def codes(self, i: int) -> np.ndarray:
-        clip = self.clips[i]
-        return self._checked(self._part(clip, 0, clip.codes, "<u2"), clip.codes_crc32, i, f"the codes in {clip.shard}")
+        """dVAE codes of clip i, without start and stop: (samples // 1024 + 1,) uint16."""
+        sound = self.clips[i].sound
+        codes = self._read(i, sound.offset, sound.codes, "<u2")
+        return self._checked(codes, sound.codes_crc32, i, f"the codes in {sound.shard}")
 
     def waveform(self, i: int) -> np.ndarray:
-        clip = self.clips[i]
-        samples = self._part(clip, 2 * clip.codes, clip.samples, "<i2")
-        return self._checked(samples, clip.waveform_crc32, i, f"the waveform in {clip.shard}")
+        """Clip i at 22050 Hz: (samples,) int16."""
+        sound = self.clips[i].sound
+        samples = self._read(i, sound.offset + 2 * sound.codes, sound.samples, "<i2")
+        return self._checked(samples, sound.waveform_crc32, i, f"the waveform in {sound.shard}")
 
     def verify(self) -> None:
         """Reads everything once. Raises UserError naming the first record that is not what was written."""
         for i in range(len(self)):
+            self.text_ids(i)
             self.read(i)
 
     @functools.cached_property
@@ -130,17 +111,18 @@ class Dataset:
     def _text_offsets(self) -> np.ndarray:
         return np.cumsum([0, *(clip.text_tokens for clip in self.clips)])
 
-    def _part(self, clip: Clip, skip: int, count: int, dtype: str) -> np.ndarray:
-        path = self.path / SHARDS / clip.shard
+    def _read(self, i: int, start: int, count: int, dtype: str) -> np.ndarray:
+        """`count` numbers of two bytes from byte `start` of the shard of clip i."""
+        path = self.path / SHARDS / self.clips[i].sound.shard
         try:
             # An open file for each read: a large data set has more shards than a process may keep open.
             with path.open("rb") as file:
-                file.seek(clip.offset + skip)
+                file.seek(start)
                 content = file.read(count * 2)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
         if len(content) < count * 2:
-            raise UserError(f"{path}: ends inside the record of clip {clip.id}; {REMEDY}")
+            raise UserError(f"{path}: ends inside the record of clip {self.clips[i].id}; {REMEDY}")
         return np.frombuffer(content, dtype)
 
     def _checked(self, array: np.ndarray, crc32: int, i: int, where: str) -> np.ndarray:
@@ -152,13 +134,11 @@ class Dataset:
         return array
 
 
-def write_index(
-    path: Path, clips: Sequence[Clip], text_ids: Sequence[np.ndarray], tokenizer: Tokenizer, about: dict[str, Any]
-) -> None:
-    """Makes a data set of shards that are there already. about: goes into the header, which is written last."""
+def write_index(path: Path, clips: Sequence[Clip], tokenizer: Tokenizer, about: dict[str, Any]) -> None:
+    """Makes a data set of clips whose shards are written. about: more fields of the header, which is written last."""
     files = {
-        CLIPS: "".join(json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in clips).encode(),
-        TEXT_IDS: b"".join(ids.astype("<u2").tobytes() for ids in text_ids),
+        CLIPS: "".join(_line_of_clip(clip) + "\n" for clip in clips).encode(),
+        TEXT_IDS: b"".join(np.array(clip.text_ids, "<u2").tobytes() for clip in clips),
         TOKENIZER: tokenizer.to_json().encode(),
     }
     samples = {name: sum(clip.samples for clip in clips if clip.split == name) for name in SPLITS}
@@ -173,6 +153,19 @@ def write_index(
     for name, content in files.items():
         write_atomically(path / name, content)
     write_atomically(path / HEADER, json.dumps(header, indent=2) + "\n")
+
+
+def _line_of_clip(clip: Clip) -> str:
+    lengths = {"samples": clip.samples, "text_tokens": clip.text_tokens, "codes": clip.codes}
+    about = {name: getattr(clip, name) for name in ("id", "text", "speaker", "split")}
+    stored = {name: getattr(clip.sound, name) for name in ("shard", "offset", "codes_crc32", "waveform_crc32")}
+    return json.dumps(about | lengths | stored, ensure_ascii=False)
+
+
+def _clip_from_line(line: str) -> Clip:
+    fields = json.loads(line)
+    about = {name: fields.pop(name) for name in ("id", "text", "speaker", "split", "text_tokens")}
+    return Clip(**about, sound=Sound(**fields))
 
 
 def is_dataset(path: str | Path) -> bool:

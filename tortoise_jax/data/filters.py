@@ -1,126 +1,105 @@
-"""Which lines become clips, and why the others do not. Every line is one or the other, with one reason."""
+"""Which clips are kept, and why the others are not: every reason and every rule. A clip has one reason at most."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable, Sequence
 
-from tortoise_jax.data.manifests import Line
-from tortoise_jax.data.recordings import Sound
-from tortoise_jax.text.tokenizer import STOP_ID, Tokenizer, clean, letters_changed
+import numpy as np
 
-# Nobody speaks more characters a second, and a transcript with fewer leaves out what is said. The slack is for
+from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB
+from tortoise_jax.data.clips import Clip, Sound
+from tortoise_jax.text.cleaners import clean
+from tortoise_jax.text.tokenizer import STOP_ID, Tokenizer
+
+MAX_SECONDS, MAX_TEXT = 11.6, 200  # DLAS's
+MIN_SECONDS = 0.6  # the shortest clip upstream trains on
+# Nobody speaks more characters per second, and a transcript with fewer leaves out what is said. The slack is for
 # clips of a word or two, and for silence around them.
 MAX_CHARACTERS_PER_SECOND, CHARACTERS_SLACK = 35.0, 10
 MIN_CHARACTERS_PER_SECOND, SECONDS_SLACK = 1.5, 2.0
 
-REASONS = (
-    "malformed line",
-    "no transcript",
-    "missing",
-    "unreadable",
-    "outside the recording",
-    "too short",
-    "too long",
-    "silent",
-    "empty text",
-    "unknown characters",
-    "text too long",
-    "text too long for the audio",
-    "text too short for the audio",
-    "duplicate",
-)
+
+class Reason(enum.StrEnum):
+    """Why a clip is rejected, in the order of the checks; reports and files show these words."""
+
+    MALFORMED = "malformed line"
+    NO_TRANSCRIPT = "no transcript"
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    OUTSIDE = "outside the recording"
+    TOO_SHORT = "too short"
+    TOO_LONG = "too long"
+    SILENT = "silent"
+    EMPTY_TEXT = "empty text"
+    UNKNOWN_CHARACTERS = "unknown characters"
+    TEXT_TOO_LONG = "text too long"
+    TEXT_TOO_LONG_FOR_AUDIO = "text too long for the audio"
+    TEXT_TOO_SHORT_FOR_AUDIO = "text too short for the audio"
+    DUPLICATE = "duplicate"
+
+
+Rejection = tuple[str, str]  # (reason, detail)
+ACCEPTED: Rejection = ("", "")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rejection:
-    line: Line
-    reason: str
-    detail: str
-    seconds: float = 0.0
+class ClipLimits:
+    """The longest clip, in seconds, and the longest text, in tokens. trim_silence: silent ends do not count, for they
+    are cut off."""
+
+    seconds: float = MAX_SECONDS
+    text_tokens: int = MAX_TEXT
+    trim_silence: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A line that becomes a clip. cleaned: its text as the model is given it; place: of its sound among all sounds."""
-
-    line: Line
-    place: int
-    sound: Sound
-    cleaned: str
-    text_ids: tuple[int, ...]
+# --- clips with their sounds ------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Changed:
-    """A text of which the cleaner changed letters of another language."""
+def filter_clips(
+    clips: Sequence[Clip], tokenizer: Tokenizer, cleaner: str, max_text: int
+) -> tuple[list[Clip], list[Clip]]:
+    """Measured clips -> (the kept ones, with their text ids; the rejected ones, with a reason), both in order.
 
-    line: Line
-    before: str
-    after: str
-    letters: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    kept: list[Kept]
-    rejected: list[Rejection]
-    changed: list[Changed]
-
-
-def judge(
-    lines: Sequence[Line],
-    places: Sequence[int | None],
-    sounds: Sequence[Sound],
-    tokenizer: Tokenizer,
-    cleaner: str,
-    max_text: int,
-) -> Verdict:
-    """lines[i] was found at sounds[places[i]], or nowhere. The order of lines alone decides which duplicate stays."""
-    verdict = Verdict([], [], [])
-    first_with: dict[str, Line] = {}
-    for line, place in zip(lines, places, strict=True):
-        sound = Sound("") if place is None else sounds[place]
-        cleaned = clean(line.text, cleaner)
+    Of several clips of one sound the first is kept.
+    """
+    kept: list[Clip] = []
+    rejected: list[Clip] = []
+    first_with: dict[str, Clip] = {}
+    for clip in clips:
+        cleaned = clean(clip.text, cleaner)
         ids = tuple(tokenizer.encode_cleaned(cleaned))
-        found = (
-            _problem_of_line(line)
-            or _problem_of_sound(sound)
-            or _problem_of_text(cleaned, ids, tokenizer, max_text)
-            or _problem_of_both(cleaned, sound)
-            or _problem_of_duplicates(line, first_with.get(sound.key))
+        reason, detail = (
+            _rejected_before(clip)
+            or _rejected_for_text(cleaned, ids, tokenizer, max_text)
+            or _rejected_for_pace(cleaned, clip.seconds)
+            or _rejected_as_duplicate(clip, first_with.get(clip.sound.key))
+            or ACCEPTED
         )
-        if found:
-            verdict.rejected.append(Rejection(line, *found, sound.seconds))
+        if reason:
+            rejected.append(dataclasses.replace(clip, reason=reason, detail=detail))
             continue
-        assert place is not None
-        first_with[sound.key] = line
-        verdict.kept.append(Kept(line, place, sound, cleaned, ids))
-        letters = letters_changed(line.text, cleaner)
-        if letters:
-            verdict.changed.append(Changed(line, line.text, cleaned, letters))
-    return verdict
+        first_with[clip.sound.key] = clip
+        kept.append(dataclasses.replace(clip, cleaned=cleaned, text_ids=ids, text_tokens=len(ids)))
+    return kept, rejected
 
 
-Found = tuple[str, str] | None
+def _rejected_before(clip: Clip) -> Rejection | None:
+    """By the reader of its manifest, else by the measurement of its sound."""
+    if clip.reason:
+        return clip.reason, clip.detail
+    return (clip.sound.reason, clip.sound.detail) if clip.sound.reason else None
 
 
-def _problem_of_line(line: Line) -> Found:
-    return (line.reason, line.problem) if line.reason else None
-
-
-def _problem_of_sound(sound: Sound) -> Found:
-    return (sound.reason, sound.detail) if sound.reason else None
-
-
-def _problem_of_text(cleaned: str, ids: Sequence[int], tokenizer: Tokenizer, max_text: int) -> Found:
+def _rejected_for_text(cleaned: str, ids: Sequence[int], tokenizer: Tokenizer, max_text: int) -> Rejection | None:
     if not any(character.isalnum() for character in cleaned):
-        return "empty text", f'no letter or digit in "{cleaned}"'
+        return Reason.EMPTY_TEXT, f'no letter or digit in "{cleaned}"'
     unknown = tokenizer.unknown_characters(cleaned, "none")
     if unknown or tokenizer.unknown_id in ids or STOP_ID in ids:
-        return "unknown characters", f"the tokenizer does not know {_listed(unknown)}"
+        return Reason.UNKNOWN_CHARACTERS, f"the tokenizer does not know {_listed(unknown)}"
     if len(ids) > max_text:
-        return "text too long", f"{len(ids)} tokens, at most {max_text}"
+        return Reason.TEXT_TOO_LONG, f"{len(ids)} tokens, at most {max_text}"
     return None
 
 
@@ -131,18 +110,50 @@ def _listed(characters: Iterable[str]) -> str:
     )
 
 
-def _problem_of_both(cleaned: str, sound: Sound) -> Found:
-    characters, seconds = len(cleaned.strip()), sound.seconds
+def _rejected_for_pace(cleaned: str, seconds: float) -> Rejection | None:
+    characters = len(cleaned.strip())
     pace = f"{characters} characters in {seconds:.1f} s"
     if characters > MAX_CHARACTERS_PER_SECOND * seconds + CHARACTERS_SLACK:
-        return "text too long for the audio", f"{pace}: more than {MAX_CHARACTERS_PER_SECOND:g} a second"
+        return Reason.TEXT_TOO_LONG_FOR_AUDIO, f"{pace}: more than {MAX_CHARACTERS_PER_SECOND:g} a second"
     if characters < MIN_CHARACTERS_PER_SECOND * (seconds - SECONDS_SLACK):
-        return "text too short for the audio", f"{pace}: fewer than {MIN_CHARACTERS_PER_SECOND:g} a second"
+        return Reason.TEXT_TOO_SHORT_FOR_AUDIO, f"{pace}: fewer than {MIN_CHARACTERS_PER_SECOND:g} a second"
     return None
 
 
-def _problem_of_duplicates(line: Line, first: Line | None) -> Found:
+def _rejected_as_duplicate(clip: Clip, first: Clip | None) -> Rejection | None:
     if first is None:
         return None
-    text = "same text" if first.text == line.text else f'there with the text "{first.text}"'
-    return "duplicate", f"the same recording as {first.where}, {text}"
+    text = "same text" if first.text == clip.text else f'there with the text "{first.text}"'
+    return Reason.DUPLICATE, f"the same recording as {first.where}, {text}"
+
+
+# --- one sound --------------------------------------------------------------------------------------------------------
+
+
+def rejected_for_span(span: tuple[float, float] | None, recording: np.ndarray) -> Rejection | None:
+    """A span (seconds) that ends more than a second after its recording (samples,)."""
+    length = len(recording) / SAMPLE_RATE
+    if span is None or span[1] <= length + 1:
+        return None
+    return Reason.OUTSIDE, f"from {span[0]:.2f} to {span[1]:.2f} s, but the recording ends at {length:.2f} s"
+
+
+def rejected_as_short(sound: Sound) -> Rejection | None:
+    return (Reason.TOO_SHORT, f"{_length(sound)}, at least {MIN_SECONDS} s") if sound.seconds < MIN_SECONDS else None
+
+
+def rejected_as_long(sound: Sound, limits: ClipLimits) -> Rejection | None:
+    if sound.seconds > limits.seconds:
+        return Reason.TOO_LONG, f"{_length(sound)}, at most {limits.seconds:g} s"
+    return None
+
+
+def _length(sound: Sound) -> str:
+    whole = (sound.samples + sound.trimmed) / SAMPLE_RATE
+    return f"{sound.seconds:.2f} s" + (f" ({whole:.2f} s before trimming)" if sound.trimmed else "")
+
+
+def rejected_as_silent(sound: Sound) -> Rejection | None:
+    if sound.loudness_db < SILENT_DB:
+        return Reason.SILENT, f"loudness {sound.loudness_db:.0f} dB, at least {SILENT_DB:.0f} dB"
+    return None

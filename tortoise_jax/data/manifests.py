@@ -1,6 +1,6 @@
-"""Which recordings with which transcripts: every format people have them in, read into lines.
+"""Recordings and their transcripts, in every format people have them in, read into clips.
 
-Every line of an input becomes a `Line`, also one that cannot be used as it stands: then `reason` and `problem` say why.
+Every line of an input becomes a `Clip`. Where a line cannot be used, the clip's `reason` and `detail` say why.
 """
 
 from __future__ import annotations
@@ -14,53 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax.audio import AUDIO_SUFFIXES
+from tortoise_jax.data.clips import Clip
+from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.splits import NAMES
 from tortoise_jax.errors import UserError, did_you_mean
 
-# Folders that hold one speaker's recordings without being named after him.
+# Folders of one speaker's recordings that are not named after the speaker.
 CONTAINERS = ("wavs", "wav", "clips", "audio", "audios", "segments")
-# Whisper ends a segment early and cuts the last syllable; what follows up to the next segment is given back, so far.
+# Whisper ends segments early and so cuts the last syllable: a segment is prolonged by so many seconds, at most up to
+# the next one.
 SEGMENT_TAIL = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One transcript. file and number: where it stands; id: its name; split: "train", "validation", or "" if not given.
-
-    start and end: seconds of a long recording; None for a file of its own.
-    """
-
-    file: str
-    number: int
-    id: str
-    audio: Path
-    text: str
-    speaker: str
-    split: str = ""
-    start: float | None = None
-    end: float | None = None
-    reason: str = ""
-    problem: str = ""
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}:{self.number}"
-
-
-@dataclasses.dataclass(frozen=True)
 class Input:
-    """One path as it was given, the format it was read in, its lines, and remarks on what is lying about."""
+    """One path of the command line, the format it was read in, a clip for each of its lines, and warnings."""
 
     path: Path
     format: str
-    lines: list[Line]
-    notes: list[str]
+    clips: list[Clip]
+    warnings: list[str]
 
 
 def read_inputs(paths: Sequence[Path], format: str | None = None) -> list[Input]:
-    """Reads every input in the format it is recognised to have, or in the one of `FORMATS` that is asked for.
+    """Reads every input in the format that `recognise` finds, or in `format`, one of `FORMATS`.
 
-    Raises UserError for what is not there, not recognised, not UTF-8 or without a single line.
+    Raises UserError for an input that does not exist, is in no known format, is not UTF-8, or has no line.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f'unknown format "{format}"{did_you_mean(format, FORMATS)}, choose {", ".join(FORMATS)}')
@@ -72,11 +51,10 @@ def _read_input(path: Path, format: str) -> Input:
         raise UserError(f"{path}: there is no such file or folder")
     if path.is_dir() and not FORMATS[format].of_folders:
         raise UserError(f"{path}: is a folder; the format {format} is {FORMATS[format].description}")
-    lines = list(FORMATS[format].read(path))
-    if not lines:
+    clips = list(FORMATS[format].read(path))
+    if not clips:
         raise UserError(f"{path}: empty, no line found in it; expected {FORMATS[format].description}")
-    notes = _unlisted(path, lines) if format == "ljspeech" else []
-    return Input(path, format, lines, notes)
+    return Input(path, format, clips, _unlisted(path, clips) if format == "ljspeech" else [])
 
 
 # --- recognising ------------------------------------------------------------------------------------------------------
@@ -96,7 +74,7 @@ def recognise(path: Path) -> str:
 
 def _what_is_there(path: Path) -> str:
     if path.is_file():
-        return f'a file that begins "{_first_line(path)[:60]}"'
+        return f'a file that begins "{_first_text(path)[:60]}"'
     lists = sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".txt", ".jsonl") and _of_file(p))
     if lists:
         return f"a folder with {', '.join(p.name for p in lists)}: give the files themselves (--data {lists[0]} …)"
@@ -118,7 +96,7 @@ def _of_folder(folder: Path) -> str | None:
 
 
 def _of_file(path: Path) -> str | None:
-    suffix, first = path.suffix.lower(), _first_line(path)
+    suffix, first = path.suffix.lower(), _first_text(path)
     if suffix == ".jsonl" or (suffix == ".json" and first.startswith("{") and '"audio"' in first):
         return "jsonl"
     if suffix in WHISPER_SUFFIXES:
@@ -133,14 +111,14 @@ def _of_file(path: Path) -> str | None:
     return "list" if Path(name).suffix.lower() in AUDIO_SUFFIXES or "/" in name else "ljspeech"
 
 
-def _first_line(path: Path) -> str:
+def _first_text(path: Path) -> str:
     return next((text for _, text in _text_lines(path) if text.strip()), "")
 
 
 # --- LJSpeech and path|text -------------------------------------------------------------------------------------------
 
 
-def read_ljspeech(path: Path) -> Iterator[Line]:
+def read_ljspeech(path: Path) -> Iterator[Clip]:
     """metadata.csv of ID|text or ID|text|normalised text; the recordings are wavs/ID.wav (or flac, ogg, mp3).
 
     A folder of such folders is several speakers.
@@ -149,26 +127,26 @@ def read_ljspeech(path: Path) -> Iterator[Line]:
     for file in [metadata] if metadata else sorted(path.glob("*/metadata.csv")):
         for number, text in _text_lines(file):
             if text.strip():
-                yield _ljspeech_line(file, number, text)
+                yield _ljspeech_clip(file, number, text)
 
 
 def _metadata(path: Path) -> Path | None:
     return path if path.is_file() else path / "metadata.csv" if (path / "metadata.csv").is_file() else None
 
 
-def _ljspeech_line(file: Path, number: int, row: str) -> Line:
+def _ljspeech_clip(file: Path, number: int, row: str) -> Clip:
     name, *texts = row.split("|")
     folder = file.parent / "wavs"
     audio = find_audio((folder if folder.is_dir() else file.parent) / name.strip())
-    line = Line(str(file), number, name.strip(), audio, "", speaker_of(audio))
+    clip = _clip(file, number, name.strip(), audio)
     if not 1 <= len(texts) <= 2 or not name.strip():
-        return malformed(line, f"{len(texts) + 1} columns, expected ID|text or ID|text|normalised text")
+        return malformed(clip, f"{len(texts) + 1} columns, expected ID|text or ID|text|normalised text")
     normalised = texts[-1].strip()
-    return dataclasses.replace(line, text=normalised or texts[0].strip())
+    return dataclasses.replace(clip, text=normalised or texts[0].strip())
 
 
-def _unlisted(path: Path, lines: Sequence[Line]) -> list[str]:
-    listed = {line.audio for line in lines}
+def _unlisted(path: Path, clips: Sequence[Clip]) -> list[str]:
+    listed = {clip.audio for clip in clips}
     unlisted = sorted(
         file for folder in {a.parent for a in listed} for file in _recordings(folder) if file not in listed
     )
@@ -177,16 +155,16 @@ def _unlisted(path: Path, lines: Sequence[Line]) -> list[str]:
     return [f"{path}: {len(unlisted)} recordings are in no line of metadata.csv, e.g. {unlisted[0].name}"]
 
 
-def read_list(path: Path) -> Iterator[Line]:
-    """DLAS's lists: path|text, paths relative to the list. One named train, val, dev … says which split it is."""
+def read_list(path: Path) -> Iterator[Clip]:
+    """DLAS's lists: path|text, paths relative to the list. A list named train, val, dev … is of that split."""
     for number, row in _text_lines(path):
         if not row.strip():
             continue
         name, *texts = row.split("|")
         audio = find_audio(path.parent / name.strip())
-        line = Line(str(path), number, _id(name), audio, texts[0].strip() if texts else "", speaker_of(audio))
-        line = dataclasses.replace(line, split=NAMES.get(path.stem.lower(), ""))
-        yield line if len(texts) == 1 else malformed(line, f"{len(texts) + 1} columns, expected path|text")
+        clip = _clip(path, number, _id(name), audio, texts[0].strip() if texts else "")
+        clip = dataclasses.replace(clip, split=NAMES.get(path.stem.lower(), ""))
+        yield clip if len(texts) == 1 else malformed(clip, f"{len(texts) + 1} columns, expected path|text")
 
 
 # --- tables and jsonl -------------------------------------------------------------------------------------------------
@@ -200,7 +178,7 @@ def _no_field(fields: Fields) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Where a table has what: needed names its columns, the others take a row's fields."""
+    """What is where in a table. needed: columns that must exist; the others: functions of a row's fields."""
 
     needed: tuple[str, ...]
     audio: Callable[[Fields], str]
@@ -239,7 +217,7 @@ TABLES = {
 }
 
 
-def read_table(path: Path, name: str) -> Iterator[Line]:
+def read_table(path: Path, name: str) -> Iterator[Clip]:
     """A csv, tsv or |-separated file whose first line names the columns; paths relative to the file."""
     numbered = _text_lines(path)
     header_number, header = next(((number, text) for number, text in numbered if text.strip()), (1, ""))
@@ -255,38 +233,38 @@ def read_table(path: Path, name: str) -> Iterator[Line]:
     try:
         for row in rows:
             if any(cell.strip() for cell in row):
-                yield _table_line(path, number, columns, row, TABLES[name])
+                yield _table_clip(path, number, columns, row, TABLES[name])
             number = header_number + rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{number}: not a row of csv ({error}); is a quote missing or not doubled?") from None
 
 
-def _table_line(path: Path, number: int, columns: Sequence[str], row: Sequence[str], table: Columns) -> Line:
+def _table_clip(path: Path, number: int, columns: Sequence[str], row: Sequence[str], table: Columns) -> Clip:
     if len(row) != len(columns):
-        line = Line(str(path), number, f"{path.stem}:{number}", path, "", speaker_of(path))
-        return malformed(line, f"{len(row)} columns, the header has {len(columns)} ({', '.join(columns)})")
-    return _line_of_fields(path, number, dict(zip(columns, row, strict=True)), table)
+        clip = _clip(path, number, f"{path.stem}:{number}", path)
+        return malformed(clip, f"{len(row)} columns, the header has {len(columns)} ({', '.join(columns)})")
+    return _clip_of_fields(path, number, dict(zip(columns, row, strict=True)), table)
 
 
-def _line_of_fields(path: Path, number: int, fields: Fields, table: Columns) -> Line:
+def _clip_of_fields(path: Path, number: int, fields: Fields, table: Columns) -> Clip:
     name, split = table.audio(fields).strip(), table.split(fields).strip().lower()
     audio = find_audio(path.parent / name)
-    line = Line(str(path), number, _id(name), audio, table.text(fields).strip(), table.speaker(fields).strip())
-    line = dataclasses.replace(line, speaker=line.speaker or speaker_of(audio), split=NAMES.get(split, ""))
+    clip = _clip(path, number, _id(name), audio, table.text(fields).strip())
+    clip = dataclasses.replace(clip, speaker=table.speaker(fields).strip() or clip.speaker, split=NAMES.get(split, ""))
     if split and split not in NAMES:
-        return malformed(line, f'split "{split}", expected one of {", ".join(NAMES)}')
-    return line if line.split else dataclasses.replace(line, split=NAMES.get(path.stem.lower(), ""))
+        return malformed(clip, f'split "{split}", expected one of {", ".join(NAMES)}')
+    return clip if clip.split else dataclasses.replace(clip, split=NAMES.get(path.stem.lower(), ""))
 
 
-def read_jsonl(path: Path) -> Iterator[Line]:
-    """A JSON object a line: audio (a path relative to the file), text; optional speaker, split, start and end (s)."""
+def read_jsonl(path: Path) -> Iterator[Clip]:
+    """One JSON object per line: audio (a path relative to the file), text; optional speaker, split, start, end (s)."""
     for number, text in _text_lines(path):
         if text.strip():
-            yield _jsonl_line(path, number, text)
+            yield _jsonl_clip(path, number, text)
 
 
-def _jsonl_line(path: Path, number: int, text: str) -> Line:
-    nothing = Line(str(path), number, f"{path.stem}:{number}", path, "", speaker_of(path))
+def _jsonl_clip(path: Path, number: int, text: str) -> Clip:
+    nothing = _clip(path, number, f"{path.stem}:{number}", path)
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -294,17 +272,17 @@ def _jsonl_line(path: Path, number: int, text: str) -> Line:
     if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("audio", "text")):
         return malformed(nothing, 'expected an object with strings "audio" and "text"')
     strings = {name: "" if value is None else str(value) for name, value in fields.items()}
-    line = _line_of_fields(path, number, strings, TABLES["table"])
+    clip = _clip_of_fields(path, number, strings, TABLES["table"])
     if fields.get("start") is None and fields.get("end") is None:
-        return line
-    return _with_span(line, fields.get("start"), fields.get("end"))
+        return clip
+    return _with_span(clip, fields.get("start"), fields.get("end"))
 
 
-def _with_span(line: Line, start: Any, end: Any) -> Line:
+def _with_span(clip: Clip, start: Any, end: Any) -> Clip:
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (start, end))
     if not numbers or not 0 <= start < end:
-        return malformed(line, f"from {start!r} to {end!r}: expected seconds, the second larger than the first")
-    return dataclasses.replace(line, id=f"{line.id}@{start:.2f}", start=float(start), end=float(end))
+        return malformed(clip, f"from {start!r} to {end!r}: expected seconds, the second larger than the first")
+    return dataclasses.replace(clip, id=f"{clip.id}@{start:.2f}", start=float(start), end=float(end))
 
 
 def _split_header(first: str) -> list[str]:
@@ -318,41 +296,42 @@ def _delimiter(header: str) -> str:
 # --- folders of recordings with something beside them -----------------------------------------------------------------
 
 
-def read_folder(folder: Path) -> Iterator[Line]:
-    """Recordings, each with a .txt of the same name; folders in it are speakers."""
+def read_folder(folder: Path) -> Iterator[Clip]:
+    """Recordings, each with a .txt of the same name; folders inside are speakers."""
     recordings = list(_recordings(folder))
     for audio in recordings:
-        line = Line(str(audio), 1, _id(str(audio.relative_to(folder))), audio, "", speaker_of(audio))
         transcript = _transcript_of(audio, ".txt")
         if transcript is None:
-            problem = f"there is no {audio.stem}.txt beside it"
-            yield dataclasses.replace(line, reason="no transcript", problem=problem)
+            yield _without_transcript(audio, folder, f"there is no {audio.stem}.txt beside it")
         else:
             text = " ".join(text.strip() for _, text in _text_lines(transcript)).strip()
-            yield dataclasses.replace(line, file=str(transcript), text=text)
+            yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio, text)
     stems = {audio.with_suffix("") for audio in recordings}
     for transcript in sorted(folder.rglob("*.txt")):
         if transcript.with_suffix("") not in stems:
             audio = transcript.with_suffix(".wav")
-            yield Line(str(transcript), 1, _id(str(audio.relative_to(folder))), audio, "", speaker_of(audio))
+            yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio)
+
+
+def _without_transcript(audio: Path, root: Path, detail: str) -> Clip:
+    clip = _clip(audio, 1, _id(str(audio.relative_to(root))), audio)
+    return dataclasses.replace(clip, reason=Reason.NO_TRANSCRIPT, detail=detail)
 
 
 WHISPER_SUFFIXES = (".json", ".srt")
 
 
-def read_whisper(path: Path) -> Iterator[Line]:
+def read_whisper(path: Path) -> Iterator[Clip]:
     """Long recordings, each with Whisper's .json or .srt of the same name beside it, cut at its segments."""
     if path.is_file():
-        yield from _segment_lines(path, find_audio(path.with_suffix("")), path.parent)
+        yield from _segment_clips(path, find_audio(path.with_suffix("")), path.parent)
         return
     for audio in _recordings(path):
         transcript = _segments_of(audio)
         if transcript is None:
-            line = Line(str(audio), 1, _id(str(audio.relative_to(path))), audio, "", speaker_of(audio))
-            problem = f"there is no {audio.stem}.json or {audio.stem}.srt beside it"
-            yield dataclasses.replace(line, reason="no transcript", problem=problem)
+            yield _without_transcript(audio, path, f"there is no {audio.stem}.json or {audio.stem}.srt beside it")
         else:
-            yield from _segment_lines(transcript, audio, path)
+            yield from _segment_clips(transcript, audio, path)
 
 
 def _segments_of(audio: Path) -> Path | None:
@@ -361,18 +340,18 @@ def _segments_of(audio: Path) -> Path | None:
     return json_file if json_file and '"segments"' in _text_of(json_file) else _transcript_of(audio, ".srt")
 
 
-def _segment_lines(transcript: Path, audio: Path, root: Path) -> Iterator[Line]:
+def _segment_clips(transcript: Path, audio: Path, root: Path) -> Iterator[Clip]:
     read = _json_segments if transcript.suffix.lower() == ".json" else _srt_segments
     segments = list(read(transcript))
-    for place, (number, start, end, text) in enumerate(segments):
-        line = Line(str(transcript), number, _id(str(audio.relative_to(root))), audio, text.strip(), speaker_of(audio))
-        line = _with_span(line, start, end)
-        following = segments[place + 1][1] if place + 1 < len(segments) else None
-        yield dataclasses.replace(line, end=_given_back(line.end, following)) if line.end is not None else line
+    for index, (number, start, end, text) in enumerate(segments):
+        clip = _clip(transcript, number, _id(str(audio.relative_to(root))), audio, text.strip())
+        clip = _with_span(clip, start, end)
+        following = segments[index + 1][1] if index + 1 < len(segments) else None
+        yield dataclasses.replace(clip, end=_with_tail(clip.end, following)) if clip.end is not None else clip
 
 
-def _given_back(end: float, following: Any) -> float:
-    """The end of a segment with a little of the pause behind it."""
+def _with_tail(end: float, following: Any) -> float:
+    """The end of a segment, moved later by SEGMENT_TAIL, but not beyond the start of the following segment."""
     later = end + SEGMENT_TAIL
     return max(end, min(later, following)) if isinstance(following, (int, float)) else later
 
@@ -397,9 +376,9 @@ _SRT_TIMES = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{3})\s*-->\s*(\d+):(\d\d):(\
 def _srt_segments(path: Path) -> Iterator[Segment]:
     lines = [text.strip() for _, text in _text_lines(path)]
     starts = [i for i, line in enumerate(lines) if "-->" in line]
-    for place, i in enumerate(starts):
+    for index, i in enumerate(starts):
         # A block: its number, its times, its text; the number before the next block's times is not text.
-        end = starts[place + 1] - 1 if place + 1 < len(starts) else len(lines)
+        end = starts[index + 1] - 1 if index + 1 < len(starts) else len(lines)
         times = _SRT_TIMES.search(lines[i])
         start, stop = (_seconds(times.groups()[:4]), _seconds(times.groups()[4:])) if times else (None, lines[i])
         yield i + 1, start, stop, " ".join(line for line in lines[i + 1 : end] if line)
@@ -415,7 +394,7 @@ def _seconds(groups: Sequence[str]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    read: Callable[[Path], Iterator[Line]]
+    read: Callable[[Path], Iterator[Clip]]
     description: str
     of_folders: bool = False
 
@@ -442,8 +421,12 @@ FORMATS = {
 # --- paths, names, text -----------------------------------------------------------------------------------------------
 
 
-def malformed(line: Line, problem: str) -> Line:
-    return dataclasses.replace(line, reason="malformed line", problem=problem)
+def _clip(file: Path, number: int, id_: str, audio: Path, text: str = "") -> Clip:
+    return Clip(id_, text, speaker_of(audio), file=str(file), number=number, audio=audio)
+
+
+def malformed(clip: Clip, detail: str) -> Clip:
+    return dataclasses.replace(clip, reason=Reason.MALFORMED, detail=detail)
 
 
 def find_audio(stem: Path) -> Path:

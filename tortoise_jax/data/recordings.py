@@ -1,4 +1,4 @@
-"""Audio files to waveforms and what is wrong with them; runs in worker processes, so that decoding costs no time."""
+"""Audio files to waveforms, measured; runs in worker processes, so that decoding costs no time."""
 
 from __future__ import annotations
 
@@ -16,76 +16,54 @@ from pathlib import Path
 import numpy as np
 
 from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB, int16_from_waveform, loudness_db, read_audio, trim_silence
+from tortoise_jax.data.clips import Sound
+from tortoise_jax.data.filters import (
+    MIN_SECONDS,
+    ClipLimits,
+    Reason,
+    rejected_as_long,
+    rejected_as_short,
+    rejected_as_silent,
+    rejected_for_span,
+)
 from tortoise_jax.errors import UserError
 
-MIN_SECONDS = 0.6  # the shortest clip upstream trains on
 # A clip that is still this loud, measured against its own mean, in its last 20 ms was cut while somebody spoke.
 ENDING_SECONDS = 0.02
 ABRUPT_DB = -6.0
 
 Span = tuple[float, float] | None  # seconds from and to; None: the whole file
+Loaded = tuple[Sound, np.ndarray | None]  # the waveform (samples,) int16 at 22050 Hz, None where it is not wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """A file and the parts of it that are wanted."""
+    """A file and the spans of it that are wanted, each of them the sound of a clip."""
 
     path: Path
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...] = (None,)
 
 
-@dataclasses.dataclass(frozen=True)
-class Hearing:
-    """What a clip may be at most, and whether silence at its ends is cut off."""
-
-    max_seconds: float
-    trim_silence: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Sound:
-    """What was found at one span. reason: why it cannot be used, "" where it can.
-
-    key: digest of the file's content and the span, "" for a file that is not there. samples: without the `trimmed`
-    ones, which were silent.
-    """
-
-    key: str
-    samples: int = 0
-    trimmed: int = 0
-    loudness_db: float = 0.0
-    ends_abruptly: bool = False
-    reason: str = ""
-    detail: str = ""
-
-    @property
-    def seconds(self) -> float:
-        return self.samples / SAMPLE_RATE
-
-
-Heard = tuple[Sound, np.ndarray | None]
-
-
-def listen(recording: Recording, hearing: Hearing, known: frozenset[str] = frozenset()) -> list[Heard | str]:
-    """Each span's Sound and, where it can be used, its waveform (samples,) int16; just its key where that is known."""
+def load_clips(recording: Recording, limits: ClipLimits, known: frozenset[str] = frozenset()) -> list[Loaded]:
+    """Each span's sound, measured, with its waveform where it can be used; of a sound in `known`, the key alone."""
     digest = file_digest(recording.path)
-    keys = [sound_key(digest, span, hearing) if digest else "" for span in recording.spans]
+    keys = [sound_key(digest, span, limits) if digest else "" for span in recording.spans]
     if all(key in known for key in keys):
-        return list(keys)
+        return [(Sound(key), None) for key in keys]
     try:
         waveform = read_audio(recording.path)
     except UserError as error:
-        reason = "missing" if not recording.path.exists() else "unreadable"
+        reason = Reason.UNREADABLE if recording.path.exists() else Reason.MISSING
         return _all_rejected(keys, reason, str(error).removeprefix(f"{recording.path}: "))
     except Exception as error:  # decoders have failures of their own; one file must not end the work on all others
-        return _all_rejected(keys, "unreadable", f"{type(error).__name__}: {error}")
+        return _all_rejected(keys, Reason.UNREADABLE, f"{type(error).__name__}: {error}")
     return [
-        key if key in known else hear(cut(waveform, span), key, span, len(waveform), hearing)
+        (Sound(key), None) if key in known else measure(waveform, key, span, limits)
         for key, span in zip(keys, recording.spans, strict=True)
     ]
 
 
-def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Heard | str]:
+def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Loaded]:
     return [(Sound(key, reason=reason, detail=detail), None) for key in keys]
 
 
@@ -98,39 +76,32 @@ def file_digest(path: Path) -> str:
         return ""
 
 
-def sound_key(digest: str, span: Span, hearing: Hearing) -> str:
+def sound_key(digest: str, span: Span, limits: ClipLimits) -> str:
     where = "" if span is None else f"@{span[0]:.3f}-{span[1]:.3f}"
-    return f"{digest}{where}{'~trimmed' if hearing.trim_silence else ''}"
+    return f"{digest}{where}{'~trimmed' if limits.trim_silence else ''}"
 
 
-def cut(waveform: np.ndarray, span: Span) -> np.ndarray:
+def cut(recording: np.ndarray, span: Span) -> np.ndarray:
     if span is None:
-        return waveform
+        return recording
     start, end = (max(0, round(seconds * SAMPLE_RATE)) for seconds in span)
-    return waveform[start:end]
+    return recording[start:end]
 
 
-def hear(waveform: np.ndarray, key: str, span: Span, file_samples: int, hearing: Hearing) -> Heard:
-    """Measures a float waveform, trimmed if asked for, and judges its length and loudness."""
-    whole = len(waveform)
-    if hearing.trim_silence and whole >= MIN_SECONDS * SAMPLE_RATE:
-        waveform = trim_silence(waveform)
-    seconds = len(waveform) / SAMPLE_RATE
-    sound = Sound(key, len(waveform), whole - len(waveform))
-    if span is not None and span[1] > file_samples / SAMPLE_RATE + 1:
-        found = f"from {span[0]:.2f} to {span[1]:.2f} s, but the recording ends at {file_samples / SAMPLE_RATE:.2f} s"
-        return dataclasses.replace(sound, reason="outside the recording", detail=found), None
-    length = f"{seconds:.2f} s" + (f" ({whole / SAMPLE_RATE:.2f} s before trimming)" if sound.trimmed else "")
-    if seconds < MIN_SECONDS:
-        return dataclasses.replace(sound, reason="too short", detail=f"{length}, at least {MIN_SECONDS} s"), None
-    sound = dataclasses.replace(sound, loudness_db=loudness_db(waveform), ends_abruptly=ends_abruptly(waveform))
-    if seconds > hearing.max_seconds:
-        found = f"{length}, at most {hearing.max_seconds:g} s"
-        return dataclasses.replace(sound, reason="too long", detail=found), None
-    if sound.loudness_db < SILENT_DB:
-        found = f"loudness {sound.loudness_db:.0f} dB, at least {SILENT_DB:.0f} dB"
-        return dataclasses.replace(sound, reason="silent", detail=found), None
-    return sound, int16_from_waveform(waveform)
+def measure(recording: np.ndarray, key: str, span: Span, limits: ClipLimits) -> Loaded:
+    """One span of a recording (samples,) float32, its silent ends cut off if `limits` say so."""
+    whole = waveform = cut(recording, span)
+    if limits.trim_silence and len(whole) >= MIN_SECONDS * SAMPLE_RATE:
+        waveform = trim_silence(whole)
+    sound = Sound(key, len(waveform), len(whole) - len(waveform))
+    rejection = rejected_for_span(span, recording) or rejected_as_short(sound)
+    if rejection is None:
+        sound = dataclasses.replace(sound, loudness_db=loudness_db(waveform), ends_abruptly=ends_abruptly(waveform))
+        rejection = rejected_as_long(sound, limits) or rejected_as_silent(sound)
+    if rejection is None:
+        return sound, int16_from_waveform(waveform)
+    reason, detail = rejection
+    return dataclasses.replace(sound, reason=reason, detail=detail), None
 
 
 def ends_abruptly(waveform: np.ndarray) -> bool:
@@ -141,21 +112,21 @@ def ends_abruptly(waveform: np.ndarray) -> bool:
 # --- in worker processes ----------------------------------------------------------------------------------------------
 
 
-def listen_ahead(
-    groups: Iterable[list[Recording]], hearing: Hearing, known: frozenset[str], workers: int, ahead: int = 2
-) -> Generator[list[Heard | str], None, None]:
-    """`listen` to every recording of every group, in order, the next `ahead` groups being decoded meanwhile.
+def load_ahead(
+    groups: Iterable[list[Recording]], limits: ClipLimits, known: frozenset[str], workers: int, ahead: int = 2
+) -> Generator[list[Loaded], None, None]:
+    """`load_clips` of every group of recordings, in order; the next `ahead` groups are decoded meanwhile.
 
     workers: processes; 0 decodes in this one. Raises UserError where a worker is killed.
     """
     if workers == 0:
         for group in groups:
-            yield [heard for recording in group for heard in listen(recording, hearing, known)]
+            yield [loaded for recording in group for loaded in load_clips(recording, limits, known)]
         return
     # Not forked: JAX has threads, whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(hearing, known))
-    pending: list[list[Future[list[Heard | str]]]] = []
+    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(limits, known))
+    pending: list[list[Future[list[Loaded]]]] = []
     try:
         for group in groups:
             pending.append(_submit(executor, group))
@@ -172,12 +143,12 @@ def listen_ahead(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_settings: tuple[Hearing, frozenset[str]]
+_worker_settings: tuple[ClipLimits, frozenset[str]]
 
 
-def _start_worker(hearing: Hearing, known: frozenset[str]) -> None:
-    global _worker_settings  # known can be large: sent once a process, not with every file
-    _worker_settings = (hearing, known)
+def _start_worker(limits: ClipLimits, known: frozenset[str]) -> None:
+    global _worker_settings  # known can be large: sent once per process, not with every file
+    _worker_settings = (limits, known)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -190,13 +161,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _listen(recording: Recording) -> list[Heard | str]:
-    return listen(recording, *_worker_settings)
+def _load_clips(recording: Recording) -> list[Loaded]:
+    return load_clips(recording, *_worker_settings)
 
 
-def _submit(executor: Executor, group: list[Recording]) -> list[Future[list[Heard | str]]]:
-    return [executor.submit(_listen, recording) for recording in group]
+def _submit(executor: Executor, group: list[Recording]) -> list[Future[list[Loaded]]]:
+    return [executor.submit(_load_clips, recording) for recording in group]
 
 
-def _results(futures: list[Future[list[Heard | str]]]) -> list[Heard | str]:
-    return [heard for future in futures for heard in future.result()]
+def _results(futures: list[Future[list[Loaded]]]) -> list[Loaded]:
+    return [loaded for future in futures for loaded in future.result()]

@@ -1,11 +1,10 @@
-"""What became of every line of the inputs: a table to read, two files and a picture to keep."""
+"""What became of every line of the inputs: a table for the terminal, and two files and a picture."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.data.filters import REASONS, Changed, Kept, Rejection, Verdict
+from tortoise_jax.data.clips import Clip
+from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.manifests import Input
-from tortoise_jax.data.splits import TRAIN, VALIDATION, moved_to_validation
+from tortoise_jax.data.splits import SPLITS, VALIDATION
 from tortoise_jax.files import write_atomically
+from tortoise_jax.text.cleaners import letters_changed
 
 REPORT, REJECTED, PICTURE = "report.json", "rejected.tsv", "report.png"
 EXAMPLES = 3
@@ -24,62 +25,71 @@ KEPT, GONE = "#4878a8", "#c44e52"
 LISTED = 20  # rejected lines shown where no file is written
 
 
+Changed = list[tuple[Clip, dict[str, str]]]  # clips, each with the letters of its text that the cleaner changed
+
+
 def make_report(
-    inputs: Sequence[Input], verdict: Verdict, splits: Sequence[str], alone: int, settings: dict[str, Any]
+    inputs: Sequence[Input],
+    kept: Sequence[Clip],
+    rejected: Sequence[Clip],
+    moved: int,
+    alone: int,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything counted, as JSON. splits: of the kept clips; alone: train clips without another of their speaker."""
-    kept, rejected = verdict.kept, verdict.rejected
+    """Everything counted, as JSON.
+
+    moved: kept clips that the inputs put into the train split, but whose text is held out; alone: train clips without
+    another clip of their speaker in that split.
+    """
+    changed = [(clip, letters) for clip in kept if (letters := letters_changed(clip.text, settings["cleaner"]))]
+    by_reason = {reason: [clip for clip in rejected if clip.reason == reason] for reason in Reason}
     return {
-        "inputs": [{"path": str(i.path), "format": i.format, "lines": len(i.lines)} for i in inputs],
+        "inputs": [{"path": str(i.path), "format": i.format, "lines": len(i.clips)} for i in inputs],
         "lines": len(kept) + len(rejected),
-        "kept": _amount([one.sound.seconds for one in kept]),
-        "rejected": _amount([one.seconds for one in rejected]),
-        "reasons": {
-            reason: _amount([one.seconds for one in rejected if one.reason == reason])
-            for reason in REASONS
-            if any(one.reason == reason for one in rejected)
-        },
-        "trimmed": _amount([one.sound.trimmed / SAMPLE_RATE for one in kept if one.sound.trimmed]),
-        "splits": {name: _of_split(kept, splits, name) for name in (TRAIN, VALIDATION)},
-        "speakers": _speakers(kept, splits),
-        "seconds": _spread([one.sound.seconds for one in kept]),
-        "text_tokens": _spread([len(one.text_ids) for one in kept]),
-        "loudness_db": _spread([one.sound.loudness_db for one in kept]),
-        "changed_letters": _changed(verdict.changed),
+        "kept": _amount(kept),
+        "rejected": _amount(rejected),
+        "reasons": {reason.value: _amount(clips) for reason, clips in by_reason.items() if clips},
+        "trimmed": _amount_of([clip.sound.trimmed / SAMPLE_RATE for clip in kept if clip.sound.trimmed]),
+        "splits": {name: _amount([clip for clip in kept if clip.split == name]) for name in SPLITS},
+        "speakers": _speakers(kept),
+        "seconds": _spread([clip.seconds for clip in kept]),
+        "text_tokens": _spread([clip.text_tokens for clip in kept]),
+        "loudness_db": _spread([clip.sound.loudness_db for clip in kept]),
+        "changed_letters": _changed(changed),
         "conditioned_on_themselves": alone,
-        "warnings": warnings(inputs, verdict, splits, alone, settings["cleaner"]),
+        "warnings": warnings(inputs, kept, changed, moved, alone, settings["cleaner"]),
         "settings": settings,
     }
 
 
-def warnings(inputs: Sequence[Input], verdict: Verdict, splits: Sequence[str], alone: int, cleaner: str) -> list[str]:
-    """What a person should know although nothing was rejected for it, a sentence each."""
-    kept = verdict.kept
-    found = [note for one in inputs for note in one.notes]
-    if verdict.changed:
-        found.append(_foreign(verdict.changed, len(kept), cleaner))
-    cut = [one.line for one in kept if one.sound.ends_abruptly]
+def warnings(
+    inputs: Sequence[Input], kept: Sequence[Clip], changed: Changed, moved: int, alone: int, cleaner: str
+) -> list[str]:
+    """What a user should know although no clip is rejected for it, one sentence each."""
+    found = [warning for one in inputs for warning in one.warnings]
+    if changed:
+        found.append(_foreign(changed, len(kept), cleaner))
+    cut = [clip for clip in kept if clip.sound.ends_abruptly]
     if cut:
         found.append(
             f"{_clips(len(cut))} end{'s' if len(cut) == 1 else ''} while somebody still speaks, e.g. {cut[0].where}: "
             "a last syllable may be cut off, and the model would learn that; listen to some"
         )
-    moved = moved_to_validation(splits, [one.line.split for one in kept])
     if moved:
-        found.append(f"{_clips(moved)} of the train split moved to validation: a text of it is held out")
-    if kept and VALIDATION not in splits:
-        found.append("nothing is held out for validation: there is no text that no speaker would miss")
+        found.append(f"{_clips(moved)} of the train split moved to validation: the same text is held out there")
+    if kept and not any(clip.split == VALIDATION for clip in kept):
+        found.append("nothing is held out for validation: some speaker would have no text left to train on")
     if alone:
         found.append(f"{_clips(alone)} with no other of the speaker: conditioned on themselves in training")
     return found
 
 
-def _foreign(changed: Sequence[Changed], clips: int, cleaner: str) -> str:
+def _foreign(changed: Changed, clips: int, cleaner: str) -> str:
     letters: dict[str, str] = {}
-    for one in changed:
-        letters |= one.letters
+    for _, of_clip in changed:
+        letters |= of_clip
     shown = ", ".join(f'{before} to "{after}"' for before, after in list(letters.items())[:8])
-    examples = "; ".join(f'"{_short(one.before)}" becomes "{_short(one.after)}"' for one in changed[:EXAMPLES])
+    examples = "; ".join(f'"{_short(clip.text)}" becomes "{_short(clip.cleaned)}"' for clip, _ in changed[:EXAMPLES])
     return (
         f"the {cleaner} cleaner changes letters in {len(changed)} of {clips} texts ({shown}): {examples}. "
         "If this is not English: --cleaner basic and a --tokenizer for the language"
@@ -94,22 +104,28 @@ def _clips(count: int) -> str:
     return f"{count} clip{'' if count == 1 else 's'}"
 
 
-def _amount(seconds: Sequence[float]) -> dict[str, Any]:
-    return {"lines": len(seconds), "hours": round(sum(seconds) / 3600, 6)}
+def _amount(clips: Sequence[Clip]) -> dict[str, Any]:
+    return _amount_of([clip.seconds for clip in clips])
 
 
-def _of_split(kept: Sequence[Kept], splits: Sequence[str], name: str) -> dict[str, Any]:
-    return _amount([one.sound.seconds for one, split in zip(kept, splits, strict=True) if split == name])
+def _amount_of(seconds: Sequence[float]) -> dict[str, Any]:
+    return {"lines": len(seconds), "hours": _hours(seconds)}
 
 
-def _speakers(kept: Sequence[Kept], splits: Sequence[str]) -> dict[str, Any]:
-    clips = Counter(one.line.speaker for one in kept)
-    held = Counter(one.line.speaker for one, split in zip(kept, splits, strict=True) if split == VALIDATION)
-    seconds = dict.fromkeys(clips, 0.0)
-    for one in kept:
-        seconds[one.line.speaker] += one.sound.seconds
+def _hours(seconds: Sequence[float]) -> float:
+    return round(sum(seconds) / 3600, 6)
+
+
+def _speakers(kept: Sequence[Clip]) -> dict[str, Any]:
+    clips: dict[str, list[Clip]] = {}
+    for clip in kept:
+        clips.setdefault(clip.speaker, []).append(clip)
     return {
-        name: {"lines": clips[name], "validation": held[name], "hours": round(seconds[name] / 3600, 6)}
+        name: {
+            "lines": len(clips[name]),
+            "validation": sum(clip.split == VALIDATION for clip in clips[name]),
+            "hours": _hours([clip.seconds for clip in clips[name]]),
+        }
         for name in sorted(clips)
     }
 
@@ -125,8 +141,8 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
     }
 
 
-def _changed(changed: Sequence[Changed]) -> dict[str, Any]:
-    examples = [{"where": one.line.where, "before": one.before, "after": one.after} for one in changed[:EXAMPLES]]
+def _changed(changed: Changed) -> dict[str, Any]:
+    examples = [{"where": clip.where, "before": clip.text, "after": clip.cleaned} for clip, _ in changed[:EXAMPLES]]
     return {"lines": len(changed), "examples": examples}
 
 
@@ -167,9 +183,9 @@ def _spreads(report: dict[str, Any]) -> str:
     return f"{'; '.join(spreads)}; {count} speaker{'' if count == 1 else 's'}"
 
 
-def listing(rejected: Sequence[Rejection], limit: int = LISTED) -> str:
-    """The first rejected lines, one a line."""
-    lines = [f"{one.line.where}: {one.reason}: {one.detail}" for one in rejected[:limit]]
+def listing(rejected: Sequence[Clip], limit: int = LISTED) -> str:
+    """The first rejected clips, one per line."""
+    lines = [f"{clip.where}: {clip.reason}: {clip.detail}" for clip in rejected[:limit]]
     if len(rejected) > limit:
         lines.append(f"… and {len(rejected) - limit} more")
     return "\n".join(lines)
@@ -178,36 +194,36 @@ def listing(rejected: Sequence[Rejection], limit: int = LISTED) -> str:
 # --- to keep ----------------------------------------------------------------------------------------------------------
 
 
-def write_report(out: Path, report: dict[str, Any], verdict: Verdict, limits: dict[str, float]) -> None:
+def write_report(
+    out: Path, report: dict[str, Any], kept: Sequence[Clip], rejected: Sequence[Clip], limits: dict[str, float]
+) -> None:
     """Three files. limits: of "seconds", "text_tokens" and "loudness_db", drawn into the picture as lines."""
     write_atomically(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(out / REJECTED, rejected_tsv(verdict.rejected))
-    write_atomically(out / PICTURE, picture(verdict, limits))
+    write_atomically(out / REJECTED, rejected_tsv(rejected))
+    write_atomically(out / PICTURE, picture(kept, rejected, limits))
 
 
-def rejected_tsv(rejected: Sequence[Rejection]) -> str:
-    """Every rejected line: file, line, reason, detail, recording, text."""
+def rejected_tsv(rejected: Sequence[Clip]) -> str:
+    """Every rejected clip: file, line, reason, detail, recording, text."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(("file", "line", "reason", "detail", "recording", "text"))
-    for one in rejected:
-        line = one.line
-        writer.writerow((line.file, line.number, one.reason, one.detail, line.audio, line.text))
+    for clip in rejected:
+        writer.writerow((clip.file, clip.number, clip.reason, clip.detail, clip.audio, clip.text))
     return text.getvalue()
 
 
-def picture(verdict: Verdict, limits: dict[str, float]) -> bytes:
-    """Histograms of duration, text length and loudness of what was kept, as png."""
+def picture(kept: Sequence[Clip], rejected: Sequence[Clip], limits: dict[str, float]) -> bytes:
+    """Histograms of duration, text length and loudness of the kept clips, as png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kept = verdict.kept
     values: dict[str, tuple[str, list[Any], tuple[float, float]]] = {
-        "seconds": ("duration (s)", [one.sound.seconds for one in kept], (0.0, 1.25 * limits["seconds"])),
-        "text_tokens": ("text (tokens)", [len(one.text_ids) for one in kept], (0.0, 1.25 * limits["text_tokens"])),
-        "loudness_db": ("loudness (dB of full scale)", [one.sound.loudness_db for one in kept], (-72.0, 0.0)),
+        "seconds": ("duration (s)", [clip.seconds for clip in kept], (0.0, 1.25 * limits["seconds"])),
+        "text_tokens": ("text (tokens)", [clip.text_tokens for clip in kept], (0.0, 1.25 * limits["text_tokens"])),
+        "loudness_db": ("loudness (dB of full scale)", [clip.sound.loudness_db for clip in kept], (-72.0, 0.0)),
     }
-    durations = [one.seconds for one in verdict.rejected if one.seconds]
+    durations = [clip.seconds for clip in rejected if clip.seconds]
     figure = Figure(figsize=(12, 3.5))
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.97, wspace=0.2)

@@ -1,8 +1,8 @@
-"""Finished work of a data set in the making: what was heard in a group of recordings, and its codes and waveforms.
+"""Stores the finished work of a preparation: the sounds of each group of recordings, and their codes and waveforms.
 
-A group is done when `finished/KEY.json` is there. Its key says all that decides its content: the files with their size
-and time, the spans, the dVAE, the limits; so a run that was killed goes on with the groups that are missing, whichever
-host did the others. A clip that some other group has already encoded is copied from there.
+A group is finished when `finished/KEY.json` exists. The key is a digest of all that decides the group's content (the
+files with their size and time, the spans, the dVAE, the limits), so a killed run goes on with the missing groups,
+whichever host did the others. A sound that another group has already encoded is copied from there.
 """
 
 from __future__ import annotations
@@ -17,32 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from tortoise_jax.data.clips import Record, Sound
 from tortoise_jax.data.dataset import SHARDS
-from tortoise_jax.data.recordings import Recording, Sound
+from tortoise_jax.data.recordings import Recording
 from tortoise_jax.files import remove_partials, write_atomically
 
 FINISHED = "finished"
-LAYOUT = 1  # raise it when a record, a group's file or what a sound is rejected for changes
+LAYOUT = 1  # raise it when a record, a group's file or a reason to reject a sound changes
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A sound and, where it can be used, its record: `codes` codes and the waveform, at `offset` of a shard."""
-
-    sound: Sound
-    shard: str = ""
-    offset: int = 0
-    codes: int = 0
-    codes_crc32: int = 0
-    waveform_crc32: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """A record's arrays: codes uint16, waveform int16."""
-
-    codes: np.ndarray
-    waveform: np.ndarray
+# The fields of a sound as a group's file has them: what was measured is an object of its own.
+MEASURED = ("key", "samples", "trimmed", "loudness_db", "ends_abruptly", "reason", "detail")
+STORED = ("shard", "offset", "codes", "codes_crc32", "waveform_crc32")
 
 
 def digest_of(value: Any) -> str:
@@ -64,36 +50,48 @@ def _stat(path: Path) -> list[Any]:
 
 
 def write_group(
-    out: Path, number: int, key: str, codes_key: str, sounds: Sequence[Sound], contents: Sequence[Content | None]
-) -> list[Encoded]:
-    """Writes a group's shard, then its `finished` file. contents: None where a sound cannot be used."""
-    record = b""
+    out: Path, number: int, key: str, codes_key: str, sounds: Sequence[Sound], records: Sequence[Record | None]
+) -> list[Sound]:
+    """Writes a group's shard, then its `finished` file; returns the sounds with the place of their records.
+
+    records: one for each sound, None where it cannot be used. codes_key: digest of what decides codes (dVAE, mel).
+    """
     parts: list[bytes] = []
-    placed: list[Encoded] = []
+    stored: list[Sound] = []
     offset = 0
-    for sound, content in zip(sounds, contents, strict=True):
-        if content is None:
-            placed.append(Encoded(sound))
+    for sound, record in zip(sounds, records, strict=True):
+        if record is None:
+            stored.append(sound)
             continue
-        codes, waveform = content.codes.astype("<u2").tobytes(), content.waveform.astype("<i2").tobytes()
-        record = codes + waveform
-        placed.append(Encoded(sound, "", offset, len(content.codes), zlib.crc32(codes), zlib.crc32(waveform)))
-        parts.append(record)
-        offset += len(record)
+        codes, waveform = record.codes.astype("<u2").tobytes(), record.waveform.astype("<i2").tobytes()
+        stored.append(
+            dataclasses.replace(
+                sound,
+                offset=offset,
+                codes=len(record.codes),
+                codes_crc32=zlib.crc32(codes),
+                waveform_crc32=zlib.crc32(waveform),
+            )
+        )
+        parts += (codes, waveform)
+        offset += len(codes) + len(waveform)
     shard = ""
     if parts:
-        whole = b"".join(parts)
-        shard = f"{number:05d}-{_content_digest(whole)}.bin"
+        content = b"".join(parts)
+        shard = f"{number:05d}-{_content_digest(content)}.bin"
         if not is_whole(out, shard):
-            write_atomically(out / SHARDS / shard, whole)
-        placed = [dataclasses.replace(one, shard=shard) if one.codes else one for one in placed]
-    lines = {"key": key, "codes_key": codes_key, "shard": shard, "sounds": [dataclasses.asdict(one) for one in placed]}
-    write_atomically(out / FINISHED / f"{key}.json", json.dumps(lines))
-    return placed
+            write_atomically(out / SHARDS / shard, content)
+        stored = [dataclasses.replace(sound, shard=shard) if sound.codes else sound for sound in stored]
+    group = {"key": key, "codes_key": codes_key, "shard": shard, "sounds": [_to_json(sound) for sound in stored]}
+    write_atomically(out / FINISHED / f"{key}.json", json.dumps(group))
+    return stored
 
 
-def read_group(out: Path, key: str, verify: bool = False) -> list[Encoded] | None:
-    """A finished group, or None where it is not there. verify: nor where its shard is not whole, which reads it all."""
+def read_group(out: Path, key: str, verify: bool = False) -> list[Sound] | None:
+    """The sounds of a finished group, None if it is not finished.
+
+    verify: also None if its shard is damaged, which reads all of the shard.
+    """
     found = _finished(out / FINISHED / f"{key}.json")
     if found is None or (verify and found["shard"] and not is_whole(out, found["shard"])):
         return None
@@ -101,7 +99,7 @@ def read_group(out: Path, key: str, verify: bool = False) -> list[Encoded] | Non
 
 
 def is_whole(out: Path, shard: str) -> bool:
-    """Whether a shard is there with the content it is named after."""
+    """Whether a shard exists and has the content it is named after."""
     path = out / SHARDS / shard
     try:
         return _content_digest(path.read_bytes()) == path.stem.split("-")[1]
@@ -109,31 +107,31 @@ def is_whole(out: Path, shard: str) -> bool:
         return False
 
 
-def reusable(out: Path, codes_key: str) -> dict[str, Encoded]:
-    """Sounds encoded by earlier groups with the same dVAE, by their key."""
-    found: dict[str, Encoded] = {}
+def reusable(out: Path, codes_key: str) -> dict[str, Sound]:
+    """The sounds that finished groups encoded with the same dVAE, by their key."""
+    found: dict[str, Sound] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
         group = _finished(path)
         if group is not None and group["codes_key"] == codes_key:
-            found |= {one.sound.key: one for one in _sounds(group) if one.shard}
+            found |= {sound.key: sound for sound in _sounds(group) if sound.shard}
     return found
 
 
-def read_content(out: Path, one: Encoded) -> Content | None:
-    """A record's arrays, or None where they are not what was written."""
+def read_record(out: Path, sound: Sound) -> Record | None:
+    """A sound's record, or None where it is not what was written."""
     try:
-        with (out / SHARDS / one.shard).open("rb") as file:
-            file.seek(one.offset)
-            codes, waveform = file.read(2 * one.codes), file.read(2 * one.sound.samples)
+        with (out / SHARDS / sound.shard).open("rb") as file:
+            file.seek(sound.offset)
+            codes, waveform = file.read(2 * sound.codes), file.read(2 * sound.samples)
     except OSError:
         return None
-    if (zlib.crc32(codes), zlib.crc32(waveform)) != (one.codes_crc32, one.waveform_crc32):
+    if (zlib.crc32(codes), zlib.crc32(waveform)) != (sound.codes_crc32, sound.waveform_crc32):
         return None
-    return Content(np.frombuffer(codes, "<u2"), np.frombuffer(waveform, "<i2"))
+    return Record(np.frombuffer(codes, "<u2"), np.frombuffer(waveform, "<i2"))
 
 
 def remove_others(out: Path, keys: set[str], shards: set[str]) -> None:
-    """Removes what no group of a finished data set needs, and what killed runs left half-written."""
+    """Removes the groups and shards that a finished data set does not need, and what killed runs left half-written."""
     remove_partials(out)
     for folder, names, needed in (
         (FINISHED, "[0-9a-f]" * 32 + ".json", {f"{key}.json" for key in keys}),
@@ -156,5 +154,10 @@ def _finished(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _sounds(group: dict[str, Any]) -> list[Encoded]:
-    return [Encoded(**{**one, "sound": Sound(**one["sound"])}) for one in group["sounds"]]
+def _sounds(group: dict[str, Any]) -> list[Sound]:
+    return [Sound(**one["sound"], **{name: one[name] for name in STORED}) for one in group["sounds"]]
+
+
+def _to_json(sound: Sound) -> dict[str, Any]:
+    fields = lambda names: {name: getattr(sound, name) for name in names}
+    return {"sound": fields(MEASURED), **fields(STORED)}

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-TRAIN, VALIDATION = "train", "validation"
+SPLITS = TRAIN, VALIDATION = "train", "validation"
 VALIDATION_PART = 0.05
 NAMES = {
     **dict.fromkeys(("train", "training"), TRAIN),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tortoise_jax.audio import AUDIO_SUFFIXES, CONDITIONING_SAMPLES, SILENT_DB, log_mel, loudness_db, read_audio
+from tortoise_jax.audio import AUDIO_SUFFIXES, SILENT_DB, crop_conditioning, log_mel, loudness_db, read_audio
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import write_atomically
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
@@ -43,15 +43,11 @@ def find_clips(source: Path) -> list[Path]:
 
 
 def crop(clip: Path, seed: int, index: int) -> np.ndarray:
-    """132,300 samples of a clip, as tortoise: from a place drawn by (seed, index), or all of it and zeros behind."""
+    """Six seconds of a clip, (132300,) float32, as tortoise takes them: the start is drawn by (seed, index)."""
     waveform = read_audio(clip)
     if loudness_db(waveform) < SILENT_DB:
         raise UserError(f"{clip}: the clip is silent ({loudness_db(waveform):.0f} dB, at least {SILENT_DB:.0f} dB)")
-    spare = len(waveform) - CONDITIONING_SAMPLES
-    if spare <= 0:
-        return np.pad(waveform, (0, -spare))
-    start = int(np.random.default_rng([seed, index]).integers(spare + 1))
-    return waveform[start : start + CONDITIONING_SAMPLES]
+    return crop_conditioning(waveform, np.random.default_rng([seed, index]))
 
 
 def condition(params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, crops: list[np.ndarray]) -> np.ndarray:

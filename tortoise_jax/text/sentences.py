@@ -1,4 +1,4 @@
-"""Long text in parts the model can say at once."""
+"""Long text, split into parts that the model can say at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tortoise_jax.errors import UserError
 
-# After a full stop, question or exclamation mark, with what closes a quotation; or at an empty line.
+# A sentence ends after a full stop, question or exclamation mark and the closing quotes after it, or at an empty line.
 _SENTENCE_END = re.compile(r"""(?<=[.!?…])["'”’)\]]*\s+|\s*\n\s*\n\s*""")
 # "Dr. Smith", "3.5 m": a full stop after a title or an initial ends no sentence.
 _TITLES = r"(?i:mrs?|drs?|st|jr|gen|maj|rev|lt|hon|sgt|capt|col|ltd|co|ft|esq|e\.g|i\.e)"
@@ -30,9 +30,10 @@ def sentences(text: str) -> list[str]:
 
 
 def split(text: str, encode: Callable[[str], Sequence[int]], comfortable: int, limit: int) -> list[str]:
-    """Neighbouring sentences joined while they stay within `comfortable` tokens; a longer sentence stays alone.
+    """The sentences, neighbours joined while they have at most `comfortable` tokens together; a longer sentence
+    stays alone.
 
-    encode: a text's token ids. Raises UserError for a sentence of more than `limit` tokens.
+    encode: gives the token ids of a text. Raises UserError for a sentence of more than `limit` tokens.
     """
     parts: list[str] = []
     for sentence in sentences(text):

@@ -10,7 +10,7 @@ import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, SILENCE_BELOW_PEAK_DB, fit_conditioning, waveform_from_int16
+from tortoise_jax.audio import SAMPLE_RATE, SILENCE_BELOW_PEAK_DB, crop_conditioning, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
@@ -86,7 +86,7 @@ def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:
     for i in dataset.split("train"):
         clips.setdefault(dataset.clips[i].speaker, []).append(int(i))
     speakers = sorted(clips, key=lambda speaker: (-len(clips[speaker]), speaker))[:VOICES]
-    fitted = lambda i: np.asarray(waveform_from_int16(fit_conditioning(dataset.waveform(i))))
+    fitted = lambda i: np.asarray(waveform_from_int16(crop_conditioning(dataset.waveform(i))))
     return {speaker or "voice": np.stack([fitted(i) for i in clips[speaker][:CLIPS_A_VOICE]]) for speaker in speakers}
 
 
