@@ -15,6 +15,7 @@ from tortoise_jax.errors import UserError
 
 SLURM = {"SLURM_JOB_ID": "12", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 OPEN_MPI_4 = {"OMPI_MCA_orte_hnp_uri": "8192.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+TPU_CLUSTER = "jax._src.clusters.cloud_tpu_cluster"
 TPU = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}
 
 
@@ -148,6 +149,30 @@ def test_a_kubernetes_job_asks_jax(environment: pytest.MonkeyPatch) -> None:
     assert coordinates == (None, None, None)
     assert limits["heartbeat_timeout_seconds"] == parallel.LOST_SECONDS == 100
     assert limits["initialization_timeout"] > parallel.JOIN_SECONDS == 300
+
+
+@pytest.mark.parametrize("workers", ["10.0.0.1,10.0.0.2", "a:0:10.0.0.1,b:1:10.0.0.2", "10.0.0.1"])
+def test_a_tpu_machine_asks_its_metadata_server(environment: pytest.MonkeyPatch, workers: str) -> None:
+    answers = {"agent-worker-number": "1", "worker-network-endpoints": workers, "tpu-env": ""}
+    environment.setattr(f"{TPU_CLUSTER}.running_in_cloud_tpu_vm", True)
+    environment.setattr(f"{TPU_CLUSTER}.get_metadata", lambda key: (answers[key], 200))
+    found = parallel.tpu_machine()
+    if "," in workers:
+        assert found == launchers.Announced("the TPU machine's metadata (2 workers)", 2, launchers.BY_HAND)
+    else:
+        assert found is None
+    environment.setenv("TPU_WORKER_HOSTNAMES", "localhost")  # the environment goes first
+    assert parallel.tpu_machine() is None
+
+
+def test_a_silent_metadata_server_is_one_line(environment: pytest.MonkeyPatch) -> None:
+    def unreachable(key: str) -> tuple[str, int]:
+        raise OSError("Max retries exceeded")
+
+    environment.setattr(f"{TPU_CLUSTER}.running_in_cloud_tpu_vm", True)
+    environment.setattr(f"{TPU_CLUSTER}.get_metadata", unreachable)
+    with pytest.raises(UserError, match=r"metadata server does not say .*Max retries.*give --coordinator.*--num_proc"):
+        parallel.initialize()
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "open_mpi"])

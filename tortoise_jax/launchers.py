@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from tortoise_jax.errors import UserError
 
 ALONE = "for one process alone give --num_processes 1"
+TPU_WORKERS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 BY_HAND = "give --coordinator HOST:PORT, --num_processes N and --process_id I"
 
 
@@ -57,7 +58,7 @@ def slurm(environment: Mapping[str, str]) -> Announced | None:
 
 def tpu_pod(environment: Mapping[str, str]) -> Announced | None:
     """A TPU slice or several; where these variables are missing, JAX asks the TPU machine's metadata server."""
-    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+    for name in TPU_WORKERS:
         if workers := environment.get(name):
             slices = whole(environment, "MEGASCALE_NUM_SLICES") or 1
             count = len(workers.split(",")) * slices

@@ -58,7 +58,8 @@ class NativeErrors:
         rest = b""
         while chunk := os.read(pipe, 1 << 16):
             *lines, rest = (rest + chunk).split(b"\n")
-            os.write(self._stderr, b"".join(self._passed(lines)))
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(self._stderr, b"".join(self._passed(lines)))
             if END in lines:
                 self._drained.set()
         os.close(pipe)
@@ -96,7 +97,8 @@ class NativeErrors:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         if line:
-            os.write(self._stderr, f"error: {line}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(self._stderr, f"error: {' '.join(line.split())}\n".encode())
         os._exit(code)
 
     def stop(self) -> None:

@@ -23,11 +23,11 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed  # its client: messages between hosts without a computation
-from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+from jax._src.clusters import GceTpuCluster
 from jax.experimental import multihost_utils
 
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.launchers import ALONE, announced, whole
+from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, announced, whole
 from tortoise_jax.native_errors import NativeErrors
 
 AXIS = "data"
@@ -63,18 +63,31 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
         if process_id >= num_processes:
             raise UserError(f"--process_id {process_id} must be below --num_processes {num_processes}")
         join(f"--coordinator {coordinator}", coordinator, num_processes, process_id)
-    elif found := announced(os.environ):
+    elif found := announced(os.environ) or tpu_machine():
         try:
             join(found.by)
         except UserError as error:
             raise UserError(f"{error}; {found.remedy}; {ALONE}") from None
         joined = jax_distributed.global_state.num_processes
         if found.count not in (0, joined):
+            shutdown()
             raise UserError(
                 f"{found.by}: {found.count} processes are announced, but JAX joined {joined}; {found.remedy}; {ALONE}"
             )
-    elif running_in_cloud_tpu_vm:  # the machine's metadata server knows the others
-        join("the TPU machine's metadata")
+
+
+def tpu_machine() -> Announced | None:
+    """What a Cloud TPU machine's metadata server says of the other workers; the environment may say nothing there."""
+    if any(name in os.environ for name in TPU_WORKERS):
+        return None
+    try:
+        count = GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 1
+    except Exception as error:  # of an HTTP client, or of reading the answer
+        raise UserError(
+            f"the TPU machine's metadata server does not say how many workers there are ({first_line(error)}); "
+            f"{BY_HAND}; {ALONE}"
+        ) from None
+    return Announced(f"the TPU machine's metadata ({count} workers)", count, BY_HAND) if count > 1 else None
 
 
 # The start, the end and the faults of several hosts. JAX's coordination service aborts the process where a host never
@@ -134,6 +147,7 @@ def join(by: str, coordinator: str | None = None, count: int | None = None, inde
         raise UserError(f"{by}: could not join the other hosts: {first_line(error)}") from None
     hosts.phase = "running"
     if len(set(counts)) > 1:
+        shutdown()
         raise UserError(f"{by}: the hosts were started with different numbers of processes: {', '.join(counts)}")
 
 
@@ -181,11 +195,11 @@ def ending_together() -> Iterator[None]:
     try:
         yield
         wait_for_all("the end")
+        shutdown()
     except BaseException as error:
         if _hosts is None:
             raise
         leave(error)
-    shutdown()
 
 
 def leave(error: BaseException) -> NoReturn:
@@ -218,13 +232,17 @@ def is_lost_host(error: BaseException) -> bool:
 
 
 def shutdown() -> None:
-    """The ordered end: all hosts come here, all leave JAX's coordination service, host 0 ends it last."""
+    """The ordered end: all hosts come here, all leave JAX's coordination service, host 0 ends it last.
+
+    Without it hosts meet only while Python exits, after the first of them closed the connections that another one's
+    last computation may still use.
+    """
     global _hosts
     if _hosts is None:
         return
     _hosts.phase = "ending"
     with within(END_SECONDS, lost(f"a host did not come to the end within {END_SECONDS} s"), LOST_HOST):
-        client().wait_at_barrier("tortoise_jax/end", END_SECONDS * 1000)
+        client().wait_at_barrier("tortoise_jax/end", 2 * END_SECONDS * 1000)  # the limit above comes first
         jax.distributed.shutdown()
     _hosts.native.stop()
     _hosts = None
