@@ -49,11 +49,15 @@ def main() -> None:
     config.show_help_and_exit(sys.argv, SCHEMA)
     settings = config.parse(sys.argv, SCHEMA)
     flags = config.FLAGS
-    folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
-
-    # 1. Devices.
     parallel.prepare_process(settings.deterministic)
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    with parallel.ending_together():
+        train(settings, flags)
+
+
+def train(settings: ConfigDict, flags: Any) -> None:
+    # 1. Devices.
+    folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
     interrupted = stopping.on_signals()
     say(f"devices: {parallel.describe()}")
     parallel.check_same_everywhere("the configuration", config.flat(settings))
@@ -89,7 +93,7 @@ def main() -> None:
     with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
         run = Run(folder, checkpoints, history, writer)
         loop = Loop(settings, step_config, run, feed, make_drafter(settings, pretrained, dataset))
-        ended = loop.train(state, lambda step: parallel.any_host(interrupted()))
+        ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
     checkpoints.finish()
 
     # 7. Export.
@@ -99,7 +103,6 @@ def main() -> None:
         report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
         say(f"{ended}; report: {folder / 'report.html'}")
         export(folder, settings.export, dataset)
-    parallel.wait_for_all("the end of the run")
 
 
 def say(line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_hosts_started_differently_are_refused(seen: list[dict[str, Any]]) -> No
     assert seen[0]["unlike"] == ""
     for host in seen[1:]:
         assert "the configuration differs between hosts: [1] do not have what host 0 has" in host["unlike"]
+        assert "the first difference is optimizer.rate: 0 on host 0, 1 on host 1" in host["unlike"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,36 @@ def test_a_coordinator_that_cannot_be_is_one_line() -> None:
     with pytest.raises(UserError, match=r"--coordinator nowhere:1: could not join the other hosts: .+") as error:
         parallel.initialize("nowhere:1", 2, 1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        (1, 2, ("", "1", "2")),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ("b: ", "2", "3")),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ("a.b[1]: ", "2", "3")),
+        ({"a": [1]}, {"a": [1, "x"]}, ("a[1]: ", "null", '"x"')),
+        ({"a": None}, {}, ("a: ", "null", "null")),
+        ({"a": {"b": 1}}, {"a": 2}, ("a: ", '{"b": 1}', "2")),
+    ],
+)
+def test_the_first_difference_is_named(one: Any, other: Any, found: tuple[str, str, str]) -> None:
+    assert parallel.first_difference(one, other) == found
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "lost"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:43143", ValueError, True),
+        ("Gloo all-reduce failed: Connection reset by peer", jax.errors.JaxRuntimeError, True),
+        ("DEADLINE_EXCEEDED: Barrier timed out. Id: x", jax.errors.JaxRuntimeError, True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", jax.errors.JaxRuntimeError, False),
+        ("shapes (1,) and (2,) do not fit", ValueError, False),
+        ("Gloo", OSError, False),
+    ],
+)
+def test_a_lost_host_is_told_from_other_errors(message: str, kind: type[Exception], lost: bool) -> None:
+    assert parallel.is_lost_host(kind(message)) == lost
 
 
 def test_replicated_trees_come_back_as_they_were() -> None:
@@ -149,6 +181,15 @@ def test_hosts_share_rows_without_gap_or_overlap(monkeypatch: pytest.MonkeyPatch
 
 def test_one_process_waits_for_nobody() -> None:
     parallel.wait_for_all("nothing")
+    parallel.shutdown()
     parallel.check_same_everywhere("the configuration", {"a": object()})
     assert parallel.any_host(True) is True
     assert parallel.any_host(False) is False
+    assert parallel.stop_requested(1, True)
+    assert not parallel.stop_requested(1, False)
+    assert parallel.signals_for_python() == (signal.SIGINT, signal.SIGTERM)
+
+
+def test_errors_of_one_process_are_its_own() -> None:
+    with pytest.raises(ZeroDivisionError), parallel.ending_together():
+        raise ZeroDivisionError

@@ -82,7 +82,8 @@ def main() -> None:
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, unless with --check")
     parallel.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    prepare(arguments.data, arguments.checkpoint, arguments.out, options)
+    with parallel.ending_together():
+        prepare(arguments.data, arguments.checkpoint, arguments.out, options)
 
 
 if __name__ == "__main__":

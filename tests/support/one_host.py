@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from typing import Any
 
 import jax
 
@@ -36,10 +37,10 @@ def main() -> None:
         "describe": parallel.describe(),
         "losses": losses(),
         "any": [parallel.any_host(index == 1), parallel.any_host(False)],
-        "alike": complaint({"rate": 1e-5}),
-        "unlike": complaint({"rate": index}),
+        "alike": complaint({"optimizer": {"rate": 1e-5}, "steps": 5}),
+        "unlike": complaint({"optimizer": {"rate": index}, "steps": 5}),
     }
-    parallel.wait_for_all("the end")
+    parallel.shutdown()
     print(json.dumps(seen))
 
 
@@ -55,7 +56,7 @@ def losses() -> list[float]:
     return found
 
 
-def complaint(settings: dict[str, float]) -> str:
+def complaint(settings: dict[str, Any]) -> str:
     try:
         parallel.check_same_everywhere("the configuration", settings)
     except UserError as error:

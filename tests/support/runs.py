@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,43 @@ def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Pop
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start_hosts(
+    project: Path, run: Path, hosts: int, devices: int, *more: str, **fields: Any
+) -> list[subprocess.Popen[str]]:
+    """The command as a user types it on every host of a run, here as processes of one machine."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    short = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
+    return [
+        subprocess.Popen(
+            command(project, run, *more, "--coordinator", coordinator, "--num_processes", str(hosts), "--process_id",
+                    str(host), **fields),
+            cwd=ROOT,
+            env=environment(project) | short | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(hosts)
+    ]  # fmt: skip
+
+
+def outputs(hosts: list[subprocess.Popen[str]], limit: float = 240) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of every host; all are killed where one does not end within `limit` seconds."""
+    until = time.monotonic() + limit
+    try:
+        ended = [host.communicate(timeout=max(1.0, until - time.monotonic())) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    return [(host.returncode, *printed) for host, printed in zip(hosts, ended, strict=True)]
 
 
 def history(run: Path) -> list[dict[str, Any]]:

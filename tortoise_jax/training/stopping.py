@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from tortoise_jax import parallel
+
 
 def on_signals() -> Callable[[], bool]:
-    """Installs the handlers; returns a function that says whether a signal has come."""
+    """Installs the handlers, after `parallel.initialize`; returns a function that says whether a signal has come."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -19,6 +21,6 @@ def on_signals() -> Callable[[], bool]:
         came.append(number)
         print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in parallel.signals_for_python():
         signal.signal(number, note)
     return lambda: bool(came)

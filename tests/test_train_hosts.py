@@ -1,0 +1,151 @@
+"""train.py itself on several hosts: the same run as on one, started, stopped, killed, taken up again and exported."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from tests.support import runs
+from tortoise_jax.checkpoints.pretrained import load_pretrained
+
+STEPS = runs.FIELDS["steps"]
+LOST_HOST = 3
+# A batch that four devices can share; DLAS's rate, at which what floating point rounds stays what it is.
+FIELDS: dict[str, Any] = {
+    "sample_every": 6,
+    "prompts": "('Yes.',)",
+    "export": "voice.pth",
+    "optimizer__learning_rate": 1e-5,
+}
+SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def one_host(project: Path) -> Path:
+    """Four devices of one host."""
+    run = project / "one-host"
+    environment = runs.environment(project) | {"JAX_NUM_CPU_DEVICES": "4"}
+    done = subprocess.run(
+        runs.command(project, run, **FIELDS), cwd=runs.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def losses(run: Path) -> dict[tuple[str, int], float]:
+    return {(e["kind"], e["step"]): e["total"] for e in runs.history(run) if e["kind"] != "sample"}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Loss curves, final weights and the exported file agree to what summing in another order rounds."""
+    ours, theirs = losses(run), losses(other)
+    assert ours.keys() == theirs.keys()
+    assert {step for kind, step in ours if kind == "train"} == set(range(1, STEPS + 1))
+    for key, value in theirs.items():
+        assert abs(ours[key] - value) <= SAME_LOSS * abs(value), key
+    weights = [jax.tree.leaves(load_pretrained(path, ("ar",), STEPS).ar.params) for path in (run, other)]
+    for a, b in zip(*weights, strict=True):
+        assert np.max(np.abs(a - b)) <= SAME_WEIGHTS * np.max(np.abs(b))
+    exported = [torch.load(path / "voice.pth", weights_only=True) for path in (run, other)]
+    assert list(exported[0]) == list(exported[1])
+
+
+def assert_all_ended(ended: list[tuple[int, str, str]]) -> None:
+    for code, out, errors in ended:
+        assert code == 0, out + errors
+        assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("hosts", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_hosts_train_the_same_run_and_take_it_up_again(project: Path, one_host: Path, hosts: int, devices: int) -> None:
+    run = project / f"{hosts}x{devices}"
+    ended = runs.outputs(runs.start_hosts(project, run, hosts, devices, **FIELDS))
+    assert_all_ended(ended)
+    assert f"devices: 4 x cpu on {hosts} hosts" in ended[0][1]
+    assert "finished; report: " in ended[0][1]
+    assert all(out == "" for _, out, _ in ended[1:])  # the main host speaks for all
+    assert (run / "report.html").exists()
+    assert len(list((run / "samples").iterdir())) == 2
+    assert_same_run(run, one_host)
+    again = runs.outputs(runs.start_hosts(project, run, hosts, devices, **FIELDS))
+    assert_all_ended(again)
+    assert f"going on from step {STEPS}" in again[0][1]
+    assert_same_run(run, one_host)
+
+
+def wait_for_steps(run: Path, steps: int, limit: float = 200) -> None:
+    until = time.monotonic() + limit
+    while sum(entry["kind"] == "train" for entry in runs.history(run)) < steps:
+        assert time.monotonic() < until, "the run never came so far"
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_host_stops_all_and_another_number_of_hosts_goes_on(project: Path, one_host: Path) -> None:
+    """SIGTERM on the second of two hosts; then one host with four devices takes the run up."""
+    run = project / "stopped"
+    hosts = runs.start_hosts(project, run, 2, 1, **FIELDS | {"steps": 400, "eval_every": 400, "sample_every": 0})
+    wait_for_steps(run, 1)
+    hosts[1].send_signal(signal.SIGTERM)
+    ended = runs.outputs(hosts)
+    assert_all_ended(ended)
+    assert "stopped and saved at step" in ended[0][1]
+    stopped = int(ended[0][1].split("stopped and saved at step ")[1].split(";")[0])
+    environment = runs.environment(project) | {"JAX_NUM_CPU_DEVICES": "4"}
+    command = runs.command(project, run, **FIELDS | {"steps": stopped + 2, "eval_every": 400, "sample_every": 0})
+    done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {stopped}" in done.stdout
+    assert losses(run).keys() >= {("train", step) for step in range(1, stopped + 3)}
+
+
+def test_a_killed_host_ends_the_others_with_a_line(project: Path, one_host: Path) -> None:
+    run = project / "killed"
+    fields = FIELDS | {"steps": 2000, "eval_every": 2000, "save_every": 2, "sample_every": 0}
+    hosts = runs.start_hosts(project, run, 2, 1, **fields)
+    wait_for_steps(run, 4)
+    hosts[1].kill()
+    (code, _, errors), (killed, _, _) = runs.outputs(hosts, limit=60)
+    assert killed == -signal.SIGKILL
+    assert code == LOST_HOST, errors
+    [line] = [line for line in errors.splitlines() if "error: " in line]
+    assert "was lost" in line
+    assert "run the same command again on all hosts" in line
+    assert "Traceback" not in errors
+    whole = sorted(int(path.name) for path in (run / "steps").iterdir() if path.name.isdigit())
+    done = runs.train(project, run, **FIELDS | {"steps": whole[-1] + 1, "eval_every": 2000, "sample_every": 0})
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
+
+
+def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: Path) -> None:
+    first, _ = (runs.command(project, tmp_path / "run", **{**FIELDS, "seed": seed}) for seed in (0, 1))
+    port = runs.free_port()
+    where = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", "2", "--process_id"]
+    hosts = [
+        subprocess.Popen(
+            [*runs.command(project, tmp_path / "run", **{**FIELDS, "seed": host}), *where, str(host)],
+            cwd=runs.ROOT,
+            env=runs.environment(project),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    for code, _, errors in runs.outputs(hosts, limit=120):
+        assert code == 2, errors
+        assert "the configuration differs between hosts" in errors
+        assert "seed: 0 on host 0, 1 on host 1" in errors
