@@ -59,6 +59,8 @@ def train(settings: ConfigDict, flags: Any) -> None:
     # 1. Devices.
     folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
     interrupted = stopping.on_signals()
+    if parallel.process_count() > 1:
+        print(parallel.describe_this_host(), flush=True)
     say(f"devices: {parallel.describe()}")
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 

@@ -305,6 +305,12 @@ def describe() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}{hosts}"
 
 
+def describe_this_host() -> str:
+    """ "host 1 of 2: 4 of 8 devices"."""
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+    return f"host {jax.process_index()} of {jax.process_count()}: {devices}"
+
+
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
