@@ -26,7 +26,7 @@ from tortoise_jax.training.drafts import Sampler
 from tortoise_jax.training.losses import CODES_PER_BUCKET, STREAMS, means, total_loss
 from tortoise_jax.training.metrics import Watch
 from tortoise_jax.training.run_directory import History
-from tortoise_jax.training.step import Recipe, TrainState, eval_step, train_step
+from tortoise_jax.training.step import StepConfig, TrainState, eval_step, train_step
 
 FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
 
@@ -38,7 +38,7 @@ class Loop:
         self,
         settings: ConfigDict,
         folder: Path,
-        recipe: Recipe,
+        recipe: StepConfig,
         checkpoints: RunCheckpoints,
         dataset: Dataset,
         plan: Plan,
