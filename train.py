@@ -40,7 +40,7 @@ from tortoise_jax.training.loop import INTERRUPTED, Loop
 from tortoise_jax.training.metrics import MetricWriter
 from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.training.run_directory import History, Run
-from tortoise_jax.training.step import Recipe, TrainState, initial_state
+from tortoise_jax.training.step import StepConfig, TrainState, initial_state
 
 SCHEMA = schemas.ar_schema(ar.get_config)
 
@@ -226,7 +226,7 @@ def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) ->
     return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
 
 
-def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
+def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> StepConfig:
     unroll = pretrained.ar.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
     compute = schemas.compute(settings, parallel.best_dtype(), unroll)
     say(
@@ -234,7 +234,7 @@ def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
         f"{compute.residual_dropout}, attention {compute.attention_dropout}"
     )
     optimizer_config = schemas.optimizer(settings)
-    return Recipe(
+    return StepConfig(
         model=UnifiedVoice(pretrained.ar.config, compute),
         optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
         schedule=learning_rate_schedule(optimizer_config),
@@ -246,7 +246,7 @@ def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> Recipe:
     )
 
 
-def show_replay(step_config: Recipe, file: Path, dataset: Dataset) -> None:
+def show_replay(step_config: StepConfig, file: Path, dataset: Dataset) -> None:
     """Computes a kept step again, on one device, and says what is not finite."""
     step, batch, params = replay.load(file)
     for line in replay.explain(
@@ -255,7 +255,7 @@ def show_replay(step_config: Recipe, file: Path, dataset: Dataset) -> None:
         print(line)
 
 
-def resume_or_start(checkpoints: RunCheckpoints, step_config: Recipe, params: Any) -> TrainState:
+def resume_or_start(checkpoints: RunCheckpoints, step_config: StepConfig, params: Any) -> TrainState:
     """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
     blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, say)

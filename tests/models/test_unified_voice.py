@@ -34,8 +34,8 @@ from tortoise_jax.checkpoints.state_dict import UNIFIED_VOICE
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute
 from tortoise_jax.models.unified_voice import CONDITIONING, TEXT, UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.training.forward import dropout_keys
 from tortoise_jax.training.losses import counts, loss_sums, means, total_loss
-from tortoise_jax.training.step import dropout_keys
 
 TEXT_WEIGHT = 0.01
 PLAIN = Compute()

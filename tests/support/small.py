@@ -13,8 +13,8 @@ import optax
 from tortoise_jax.data import batches
 from tortoise_jax.models.layers import Compute
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
-from tortoise_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from tortoise_jax.training.step import Recipe
+from tortoise_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, split
+from tortoise_jax.training.step import StepConfig
 
 Batch = dict[str, np.ndarray]
 CONFIG = UnifiedVoiceConfig(
@@ -79,25 +79,29 @@ def with_padding_rows(batch: Batch, rows: int) -> Batch:
     return {name: np.concatenate([value, *[padding[name][None]] * (rows - have)]) for name, value in batch.items()}
 
 
-def recipe(compute: Compute = DROPOUT, axis: str | None = "data", **options: Any) -> Recipe:
+def recipe(compute: Compute = DROPOUT, axis: str | None = "data", freeze: str = "", **options: Any) -> StepConfig:
     """DLAS's recipe with a rate and milestones at which 20 steps matter; keeps the last gradient for tests."""
-    config = OptimizerConfig(learning_rate=1e-3, milestones=(8, 14), clip_norm=0.5)
-    return Recipe(
+    config = OptimizerConfig(learning_rate=1e-3, milestones=(8, 14), clip_norm=0.5, freeze=freeze)
+    return StepConfig(
         model=UnifiedVoice(CONFIG, compute),
-        optimizer=keeping_the_gradient(make_optimizer(config, params())),
+        optimizer=keeping_the_gradient(make_optimizer(config, params()), freeze),
         schedule=learning_rate_schedule(config),
         mel_norms=None,
         seed=3,
+        freeze=freeze,
         axis=axis,
         **options,
     )
 
 
-def keeping_the_gradient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def keeping_the_gradient(optimizer: optax.GradientTransformation, freeze: str) -> optax.GradientTransformation:
     """The same updates; the state is (the optimiser's own, the gradient it was last given)."""
 
     def update(gradient: Any, state: Any, params: Any) -> Any:
         updates, inner = optimizer.update(gradient, state[0], params)
         return updates, (inner, gradient)
 
-    return optax.GradientTransformation(lambda p: (optimizer.init(p), jax.tree.map(jnp.zeros_like, p)), update)
+    def init(params: Any) -> Any:
+        return optimizer.init(params), jax.tree.map(jnp.zeros_like, split(params, freeze)[0])
+
+    return optax.GradientTransformation(init, update)

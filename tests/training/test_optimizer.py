@@ -25,8 +25,11 @@ from tortoise_jax.training.optimizer import (
     group_norms,
     learning_rate_schedule,
     make_optimizer,
+    merge,
+    paths,
+    split,
 )
-from tortoise_jax.training.step import Recipe, initial_state, train_step
+from tortoise_jax.training.step import StepConfig, initial_state, train_step
 
 # Twelve steps of DLAS's recipe, beside torch
 
@@ -83,15 +86,15 @@ def reference() -> Trajectory:
 
 def train(reference: Trajectory, config: OptimizerConfig) -> tuple[np.ndarray, Tree]:
     params = reference.start.params
-    recipe = Recipe(
+    step_config = StepConfig(
         model=UnifiedVoice(reference.start.config),
         optimizer=make_optimizer(config, params),
         schedule=learning_rate_schedule(config),
         mel_norms=None,
         axis=None,
     )
-    step = jax.jit(functools.partial(train_step, recipe))
-    state, history = initial_state(params, recipe.optimizer), []
+    step = jax.jit(functools.partial(train_step, step_config))
+    state, history = initial_state(params, step_config.optimizer), []
     for batch in reference.batches:
         state, metrics = step(state, {name: value[None] for name, value in batch.items()})
         history.append([float(metrics[name]) for name in COLUMNS])
@@ -177,10 +180,10 @@ def test_groups_are_torchs(voice: Twin) -> None:
 
 def test_group_norms_are_of_each_group() -> None:
     gradients = {"a": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([2.0])}, "b": {"scale": jnp.array([1.0])}}
-    norms = group_norms(gradients, group_labels(gradients))
+    norms = group_norms(gradients)
     assert norms["grad_norm/decayed"] == pytest.approx(5)
     assert norms["grad_norm/undecayed"] == pytest.approx(5**0.5)
-    frozen = group_norms(gradients, group_labels(gradients, freeze="a/kernel"))
+    frozen = group_norms(split(gradients, "a/kernel")[0])
     assert (frozen["grad_norm/decayed"], frozen["grad_norm/undecayed"]) == (0, pytest.approx(5**0.5))
 
 
@@ -190,14 +193,53 @@ def one_update(config: OptimizerConfig, params: Tree, gradients: Tree) -> Tree:
         return jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params)[0])()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_frozen_parameters_stay_and_others_move(name: str) -> None:
+FREEZE = r"gpt/h/.*|text_head/kernel"
+
+
+def is_frozen(path: str) -> bool:
+    return path.startswith("gpt/h/") or path == "text_head/kernel"
+
+
+def test_a_split_tree_holds_each_leaf_once_and_merges_back() -> None:
     params = small.params()
-    gradients = jax.tree.map(jnp.ones_like, params)
-    updates = flatten(one_update(OptimizerConfig(name=name, freeze=r"gpt/h/.*|text_head/kernel"), params, gradients))
-    for path, update in updates.items():
-        frozen = path.startswith("gpt/h/") or path == "text_head/kernel"
-        assert np.any(update) != frozen, path
+    trained, frozen = split(params, FREEZE)
+    held = lambda tree: set(jax.tree.leaves(paths(tree)))
+    every = held(params)
+    assert held(frozen) == {path for path in every if is_frozen(path)} != set()
+    assert held(trained) == every - held(frozen)
+    merged = merge(trained, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert all(ours is given for ours, given in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True))
+    assert jax.tree.leaves(split(params, "")[1]) == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_frozen_parameters_have_no_state_and_no_update(name: str) -> None:
+    """The state has the form it has for all parameters, so that runs begun before frozen ones were split off go on."""
+    params = small.params()
+    optimizer = make_optimizer(OptimizerConfig(name=name, freeze=FREEZE), params)
+    trained, _ = split(params, FREEZE)
+    state = optimizer.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(trained))
+    held = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert [path for path in held if path.endswith("['wte']['embedding']") or "['text_head']['bias']" in path]
+    assert not [path for path in held if "['gpt']['h']" in path or "['text_head']['kernel']" in path]
+    with jax.numpy_dtype_promotion("standard"):
+        updates, after = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, trained), state, trained)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(trained)
+    assert all(np.any(update) for update in jax.tree.leaves(updates))
+
+
+def test_states_on_disk_keep_their_form() -> None:
+    """The paths a checkpoint is read by: a run begun by an earlier version must go on."""
+    state = make_optimizer(OptimizerConfig(), {"a": {"kernel": jnp.zeros(2)}}).init({"a": {"kernel": jnp.zeros(2)}})
+    found = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    group = ".inner_states['{}'].inner_state[1].{}".format
+    rate = ".inner_states['{}'].inner_state[3].count".format
+    decayed = [group("decayed", name) for name in ("count", "mu['a']['kernel']", "nu['a']['kernel']")]
+    assert found == [*decayed, rate("decayed"), group("undecayed", "count"), rate("undecayed")]
+    assert list(state.inner_states) == ["decayed", "undecayed", "frozen"]
 
 
 def test_decay_acts_on_weights_alone() -> None:

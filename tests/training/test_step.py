@@ -18,9 +18,12 @@ from tests.support.parity import MEL_ABSOLUTE, ZERO_GRADIENT, absolute_error, ap
 from tests.support.small import CONFIG, DROPOUT, Batch, clips, with_padding_rows
 from tortoise_jax.models.layers import Compute
 from tortoise_jax.parallel import AXIS
+from tortoise_jax.training import forward
 from tortoise_jax.training import step as step_module
+from tortoise_jax.training.forward import dropout_keys
 from tortoise_jax.training.losses import means
-from tortoise_jax.training.step import TrainState, dropout_keys, eval_step, initial_state, train_step
+from tortoise_jax.training.optimizer import split
+from tortoise_jax.training.step import TrainState, eval_step, initial_state, train_step
 
 SAME = 1e-5  # of each array's gradient norm, and of each loss
 STEPS = 20
@@ -148,9 +151,9 @@ def test_invariance_fires_for_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -
         assert_same_gradient(gradient, reference()[0])
 
 
-def test_invariance_fires_for_dropout_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_place = lambda seed, step, example: dropout_keys(seed, step, jnp.arange(len(example)))
-    monkeypatch.setattr(step_module, "dropout_keys", by_place)
+def test_invariance_fires_for_dropout_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_index = lambda seed, step, example: dropout_keys(seed, step, jnp.arange(len(example)))
+    monkeypatch.setattr(step_module, "dropout_keys", by_index)
     gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.recipe(), 2))
     with pytest.raises(AssertionError):
         assert_same_gradient(gradient, reference()[0])
@@ -227,6 +230,83 @@ def test_a_gradient_that_overflows_under_a_finite_loss_is_not_applied() -> None:
     assert equal(state.params, before.params)
 
 
+# The learning rate
+
+
+def test_the_rate_logged_is_the_one_used_after_skipped_steps() -> None:
+    """A skipped step does not move the optimiser along its schedule; two are skipped before the first milestone, 8."""
+    run = trained_on(1, DROPOUT)
+    good, broken = laid_out(clips(0), (1, 1)), laid_out(clips(0), (1, 1))
+    broken["conditioning_mel"] = np.full_like(broken["conditioning_mel"], np.nan)
+    state, logged = start(1), []
+    for batch in [good, broken, broken, *[good] * 9]:
+        state, metrics = run(state, batch)
+        logged.append(float(first(metrics["learning_rate"])))
+    assert first(state.step) == len(logged) == 12
+    assert logged == pytest.approx([1e-3] * 10 + [5e-4] * 2)
+
+
+# Frozen parameters
+
+FREEZE = "(?!mel_head/).*"  # all but a head
+
+
+def sizes(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("freeze", ["conditioning_encoder/.*", FREEZE])
+def test_frozen_parameters_stay_and_the_gradient_of_others_is_the_same_bit_for_bit(freeze: str) -> None:
+    config = small.recipe(DROPOUT, freeze=freeze)
+    before = initial_state(small.params(), config.optimizer)
+    alone = jax.tree.map(lambda leaf: np.asarray(leaf)[None], before)
+    after, metrics = pmapped(train_step, config, 1)(alone, laid_out(clips(0), (1, 4)))
+    all_trained, all_metrics = trained_on(1, DROPOUT)(start(1), laid_out(clips(0), (1, 4)))
+    trained, frozen = split(small.params(), freeze)
+    new_trained, new_frozen = split(first(after.params), freeze)
+    assert jax.tree.leaves(frozen)
+    assert equal(new_frozen, frozen)
+    assert not any(map(np.array_equal, jax.tree.leaves(new_trained), jax.tree.leaves(trained)))
+    gradient = first(after.opt_state[1])
+    assert jax.tree.structure(gradient) == jax.tree.structure(trained)
+    assert equal(gradient, split(first(all_trained.opt_state[1]), freeze)[0])
+    parts = {f"grad_norm/{part}" for part, tree in trained.items() if jax.tree.leaves(tree)}
+    assert {name for name in metrics if name.startswith("grad_norm/")} == parts | {
+        "grad_norm/decayed",
+        "grad_norm/undecayed",
+    }
+    for part in parts:
+        assert equal(metrics[part], all_metrics[part])
+
+
+@pytest.mark.parametrize("freeze", ["", FREEZE])
+def test_gradients_are_computed_and_summed_for_trained_parameters_alone(freeze: str) -> None:
+    config = small.recipe(NO_DROPOUT, freeze=freeze)
+    state = initial_state(small.params(), config.optimizer)
+    batch = {name: value[0] for name, value in laid_out(clips(0), (1, 4)).items()}
+    program = jax.make_jaxpr(functools.partial(train_step, config), axis_env=[(AXIS, 2)])(state, batch).jaxpr
+    trained = sizes(split(state.params, freeze)[0])
+    for primitive in ("psum", "scan"):  # over devices; over micro-batches
+        out = [
+            variable.aval.size for one in program.eqns if one.primitive.name == primitive for variable in one.outvars
+        ]
+        assert trained < sum(out) < trained + 50, primitive  # the rest are losses and counts
+
+
+def test_freezing_saves_memory_and_the_state_is_written_in_place() -> None:
+    def analysis(freeze: str) -> Any:
+        config = small.recipe(NO_DROPOUT, freeze=freeze)
+        state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], initial_state(small.params(), config.optimizer))
+        step = jax.pmap(functools.partial(train_step, config), AXIS, donate_argnums=0, devices=jax.local_devices()[:1])
+        found = step.lower(state, laid_out(clips(0), (1, 4))).compile().memory_analysis()
+        assert found.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        return found
+
+    everything, head = analysis(""), analysis(FREEZE)
+    saved = 4 * (sizes(small.params()) - sizes(split(small.params(), FREEZE)[0]))
+    assert everything.temp_size_in_bytes - head.temp_size_in_bytes > saved
+
+
 # Small parts
 
 
@@ -246,6 +326,6 @@ def test_conditioning_mel_is_the_log_mel_of_the_batchs_waveforms() -> None:
 
     wav = np.random.default_rng(0).integers(-9000, 9000, (2, 2, 4096)).astype(np.int16)
     norms = -np.linspace(1, 3, 80, dtype=np.float32)
-    got = step_module.conditioning_mel({"conditioning_wav": jnp.asarray(wav)}, norms)
+    got = forward.conditioning_mel({"conditioning_wav": jnp.asarray(wav)}, norms)
     want = log_mel(torch.tensor(wav.astype(np.float32) / 32768).reshape(4, 4096), torch.tensor(norms))
     assert_close(got.reshape(4, -1, 80), want.transpose(1, 2), MEL_ABSOLUTE, measure=absolute_error)

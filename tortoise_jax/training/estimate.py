@@ -16,10 +16,12 @@ from tortoise_jax import parallel
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, code_count
 from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches
-from tortoise_jax.training.step import Recipe, TrainState, initial_state, train_step
+from tortoise_jax.training.optimizer import split
+from tortoise_jax.training.step import StepConfig, TrainState, initial_state, train_step
 
 GIB = 2**30
 TIMED_STEPS = 3
+TIMING_SECONDS = 20.0  # about, for all timed runs of one shape together
 # Where no data set is given: speech as LJSpeech's, whose lengths are about lognormal, and its text in proportion.
 ASSUMED_CLIPS, ASSUMED_SECONDS, ASSUMED_SIGMA, ASSUMED_RANGE, TOKENS_PER_SECOND = 13_100, 6.5, 0.35, (1.0, 10.0), 8.0
 
@@ -32,12 +34,13 @@ def assumed_lengths(clips: int = ASSUMED_CLIPS) -> np.ndarray:
     return np.asarray(batches.row_length(np.round(seconds * TOKENS_PER_SECOND).astype(int), np.array(codes)))
 
 
-def describe(recipe: Recipe, params: Any, settings: ConfigDict, lengths: np.ndarray) -> Iterator[str]:
-    """The lines of the plan, each as soon as it is known: compiling and timing take a while.
+def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.ndarray) -> Iterator[str]:
+    """The lines of the plan, each as soon as it is known: compiling and timing take about a minute.
 
-    lengths: of the training rows. settings: filled.
+    params: the model's tree, of which only shapes and dtypes are used. settings: filled.
+    lengths (clips,): positions of the training rows, before padding.
     """
-    model, accumulation, clips = recipe.model, settings.gradient_accumulation_steps, len(lengths)
+    accumulation, clips = settings.gradient_accumulation_steps, len(lengths)
     batch_size = min(settings.batch_size, clips)
     epoch = batches.training_epoch(lengths, batch_size, settings.seed, 0)
     shapes = Counter(length for length, _ in epoch)
@@ -45,86 +48,138 @@ def describe(recipe: Recipe, params: Any, settings: ConfigDict, lengths: np.ndar
     yield f"parameters: {parameter_count(params):,}"
     for part, tree in params.items():
         yield f"  {part}: {parameter_count(tree):,}"
+    trained, frozen = split(params, config.freeze)
+    if config.freeze:
+        yield f"  of which {parameter_count(frozen):,} are frozen"
     yield f"an epoch: {len(epoch)} steps of {batch_size} clips, {len(shapes)} shapes to compile:"
     for length, count in sorted(shapes.items()):
-        yield f"  {rows} rows of {length} positions a device, {accumulation} times a step: {count} steps"
-    state = jax.eval_shape(functools.partial(initial_state, optimizer=recipe.optimizer), params)
-    step = parallel.mapped(functools.partial(train_step, recipe), donate=True)
+        yield f"  {rows} rows of {length} positions per device, {accumulation} times per step: {count} steps"
+
+    work = Work(config, params, max(shapes), settings.conditioning_clips)
     yield "compiling the longest shape …"
     started = time.perf_counter()
-    compiled = step.lower(*with_device_axis(state, device_batch(max(shapes), rows, accumulation))).compile()
+    compiled = work.compile(rows, accumulation)
     yield f"  compiled in {time.perf_counter() - started:.0f} s"
-    yield from memory_lines(state, compiled.memory_analysis(), model.compute.remat, accumulation, rows)
-    longest = timed(compiled, state, device_batch(max(shapes), rows, accumulation))
-    seconds = sum(longest * length / max(shapes) * count for length, count in shapes.items())
-    yield f"the longest step takes {longest:.2f} s (median of {TIMED_STEPS}); an epoch about {duration(seconds)}"
+    memory = memory_parts(compiled.memory_analysis(), work.state, size(trained))
+    needed, limit = sum(memory.values()), parallel.device_memory()
+    yield "memory of one device:"
+    for name, value in memory.items():
+        yield f"  {name}: {value / GIB:.2f} GiB"
+    yield f"  together: {needed / GIB:.2f} GiB" + (f" of {limit / GIB:.1f} GiB" if limit else "")
+    if limit and needed > limit:
+        yield "it does not fit, and so is not timed; in this order:"
+        yield from remedies(config.model.compute.remat, accumulation, rows)
+        return
+    yield "it fits" if limit else "the device does not say how much it has"
+
+    seconds, timed_rows = step_seconds(work, compiled, rows, accumulation)
+    whole = timed_rows == rows * accumulation
+    takes = f"takes {seconds:.2f} s (median of {TIMED_STEPS})"
+    if not whole:
+        takes = f"takes about {seconds:.2f} s (estimated from {timed_rows} rows of {work.length} positions)"
+    in_epoch = sum(seconds * length / work.length * count for length, count in shapes.items())
+    yield f"the longest step {takes}; an epoch about {duration(in_epoch)}"
     epochs = settings.steps / len(epoch)
-    yield f"the run: {settings.steps} steps, {epochs:.1f} epochs of {clips} clips, about {duration(seconds * epochs)}"
+    yield f"the run: {settings.steps} steps, {epochs:.1f} epochs of {clips} clips, about {duration(in_epoch * epochs)}"
 
 
-def device_batch(length: int, rows: int, accumulation: int, clips: int = 2) -> dict[str, Any]:
-    """One device's batch as shapes, without the device axis."""
+class Work:
+    """A run's training step for batches of one length (positions), compiled for as many rows as asked for."""
+
+    def __init__(self, config: StepConfig, params: Any, length: int, conditioning_clips: int) -> None:
+        self.length, self.conditioning_clips = length, conditioning_clips
+        self.state = jax.eval_shape(functools.partial(initial_state, optimizer=config.optimizer), params)
+        self.step = parallel.mapped(functools.partial(train_step, config), donate=True)
+
+    def batch(self, rows: int, accumulation: int) -> Any:
+        """This host's batch as shapes, (local devices, accumulation, rows, …)."""
+        return with_device_axis(device_batch(self.length, rows, accumulation, self.conditioning_clips))
+
+    def compile(self, rows: int, accumulation: int) -> Any:
+        return self.step.lower(with_device_axis(self.state), self.batch(rows, accumulation)).compile()
+
+
+def device_batch(length: int, rows: int, accumulation: int, conditioning_clips: int) -> dict[str, Any]:
+    """One device's batch as shapes (accumulation, rows, …), without the device axis."""
     row = lambda dtype: jax.ShapeDtypeStruct((accumulation, rows, length), dtype)
     names = ("tokens", "token_types", "positions", "targets")
+    crops = (accumulation, rows, conditioning_clips, CONDITIONING_SAMPLES)
     return {
         **{name: row(np.int32) for name in names},
         "weights": row(np.float32),
         "example": jax.ShapeDtypeStruct((accumulation, rows), np.int32),
-        "conditioning_wav": jax.ShapeDtypeStruct((accumulation, rows, clips, CONDITIONING_SAMPLES), np.int16),
+        "conditioning_wav": jax.ShapeDtypeStruct(crops, np.int16),
     }
 
 
-def with_device_axis(*trees: Any) -> tuple[Any, ...]:
+def with_device_axis(tree: Any) -> Any:
     count = parallel.local_device_count()
-    add = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
-    return tuple(jax.tree.map(add, tree) for tree in trees)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree)
+
+
+def zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def size(tree: Any) -> int:
+    """Bytes of all arrays."""
     return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def memory_lines(state: TrainState, analysis: Any, remat: bool, accumulation: int, rows: int) -> Iterator[str]:
-    """Memory of one device, from the compiled program's own analysis."""
-    parts = {"parameters": size(state.params), "optimiser": size(state.opt_state)}
+def memory_parts(analysis: Any, state: TrainState, trained: int) -> dict[str, int]:
+    """Bytes of one device by part, from the compiled program's own analysis; trained: of the trained parameters."""
     temporary = analysis.temp_size_in_bytes
-    gradients = min(size(state.params), temporary)
-    # Donated state is written in place; where the platform cannot (CPU), outputs take room of their own.
-    copies = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    parts |= {"gradients": gradients, "activations": temporary - gradients, "outputs beside the state": copies}
-    needed = sum(parts.values()) + size_of_batch(analysis, state)
-    yield "memory of one device:"
-    for name, value in parts.items():
-        yield f"  {name}: {value / GIB:.2f} GiB"
-    limit = parallel.device_memory()
-    yield f"  together: {needed / GIB:.2f} GiB" + (f" of {limit / GIB:.1f} GiB" if limit else "")
-    if limit and needed > limit:
-        yield "it does not fit; in this order:"
-        if rows > 1:
-            yield f"  --config.accumulation={2 * accumulation}: half the rows at a time, the same result"
-        if not remat:
-            yield "  --config.remat=True: a fifth slower, a fraction of the activations"
-        yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
-        yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
-    else:
-        yield "it fits" if limit else "the device does not say how much it has"
+    gradients = min(trained, temporary)
+    return {
+        "parameters": size(state.params),
+        "optimiser": size(state.opt_state),
+        "gradients": gradients,
+        "activations": temporary - gradients,
+        "batch": max(0, analysis.argument_size_in_bytes - size(state)),
+        # Donated state is written in place; where the platform cannot do that, the new state needs memory of its own.
+        "outputs beside the state": max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+    }
 
 
-def size_of_batch(analysis: Any, state: TrainState) -> int:
-    return max(0, int(analysis.argument_size_in_bytes) - size(state))
+def remedies(remat: bool, accumulation: int, rows: int) -> Iterator[str]:
+    """What to change where memory does not suffice, what costs least first."""
+    if rows > 1:
+        yield f"  --config.gradient_accumulation_steps={2 * accumulation}: half the rows at a time, the same result"
+    if not remat:
+        yield "  --config.remat=True: a fifth slower, a fraction of the activations"
+    yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
+    yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
 
 
-def timed(compiled: Any, state: TrainState, batch: dict[str, Any]) -> float:
-    """Median seconds of a compiled step on zeros, in proportion to which shorter shapes are taken to cost less."""
-    zeros = lambda tree: jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-    live, arrays = parallel.replicate(zeros(state)), zeros(with_device_axis(batch)[0])
-    seconds = []
-    for _ in range(1 + TIMED_STEPS):
+def step_seconds(work: Work, whole: Any, rows: int, accumulation: int) -> tuple[float, int]:
+    """Seconds of a step of rows x accumulation rows per device, and how many rows per device were timed for it.
+
+    whole: the compiled step, which is timed if that is quick. If not, fewer rows are, in one micro-batch, and the time
+    is taken to be in proportion to the rows. One row is timed first, to see what is quick.
+    """
+    total = rows * accumulation
+    live = parallel.replicate(zeros(work.state))
+    one, live = timed(work.compile(1, 1), live, zeros(work.batch(1, 1)), runs=1)
+    count = total
+    while count > 1 and parallel.any_host(one * count > TIMING_SECONDS / (1 + TIMED_STEPS)):  # all hosts alike
+        count = min(rows, count // 2)
+    if count == 1:
+        return one * total, 1
+    layout = (rows, accumulation) if count == total else (count, 1)
+    compiled = whole if count == total else work.compile(*layout)
+    seconds, _ = timed(compiled, live, zeros(work.batch(*layout)), TIMED_STEPS)
+    return seconds * total / count, count
+
+
+def timed(compiled: Any, live: Any, batch: Any, runs: int) -> tuple[float, Any]:
+    """Median seconds of `runs` runs after a first one, or of fewer where they take too long; and the last state."""
+    seconds: list[float] = []
+    while len(seconds) <= runs and not parallel.any_host(sum(seconds) > TIMING_SECONDS):
         started = time.perf_counter()
-        live, metrics = compiled(live, arrays)
+        live, metrics = compiled(live, batch)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+    return float(np.median(seconds[1:] or seconds)), live
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from tortoise_jax.training.drafts import Drafter
 from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.losses import CODES_PER_BUCKET, STREAMS, means, total_loss
 from tortoise_jax.training.run_directory import Run
-from tortoise_jax.training.step import Recipe, TrainState, eval_step, train_step
+from tortoise_jax.training.step import StepConfig, TrainState, eval_step, train_step
 
 FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
 T = TypeVar("T")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Loop:
     """One run from its state's step to the end. Every host runs the same; the main one writes and prints."""
 
-    def __init__(self, settings: ConfigDict, config: Recipe, run: Run, feed: Feed, drafter: Drafter | None) -> None:
+    def __init__(self, settings: ConfigDict, config: StepConfig, run: Run, feed: Feed, drafter: Drafter | None) -> None:
         self.settings, self.config, self.run, self.feed, self.drafter = settings, config, run, feed, drafter
         self.step_fn = parallel.mapped(functools.partial(train_step, config), donate=True)
         self.eval_fn = parallel.mapped(functools.partial(eval_step, config), donate=False)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import MaskedNode
 
 from tortoise_jax.errors import UserError
 
@@ -21,10 +22,11 @@ OPTIMIZERS = ("adamw", "adafactor")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The recipe of an optimiser; defaults are DLAS's.
+    """The numbers of an optimiser; defaults are DLAS's.
 
     milestones: steps after which the rate is multiplied by gamma ("stepped"). warmup: steps of linear rise from 0.
-    total_steps: where "cosine" reaches 0. freeze: a regular expression; parameters whose path it matches stay fixed.
+    total_steps: where "cosine" reaches 0. clip_norm: the largest gradient norm of each group.
+    freeze: a regular expression; parameters whose whole path it matches are not trained.
     """
 
     name: str = "adamw"
@@ -47,23 +49,42 @@ def paths(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(key.key) for key in path), tree)
 
 
-def group_labels(params: Tree, freeze: str = "") -> Tree:
-    """Every parameter's group: "decayed", "undecayed" or "frozen"."""
+def frozen_marks(params: Tree, freeze: str) -> Tree:
+    """For each parameter whether `freeze` matches its whole path; an expression must match at least one."""
+    if not freeze:
+        return jax.tree.map(lambda _: False, params)
     try:
-        frozen = re.compile(freeze) if freeze else None
+        pattern = re.compile(freeze)
     except re.error as error:
         raise UserError(f"optimizer.freeze: {freeze!r} is not a regular expression: {error}") from None
-
-    def label(path: str) -> str:
-        if frozen and frozen.fullmatch(path):
-            return "frozen"
-        return "undecayed" if UNDECAYED.fullmatch("/" + path) else "decayed"
-
-    labels = jax.tree.map(label, paths(params))
-    if frozen and "frozen" not in jax.tree.leaves(labels):
+    marks = jax.tree.map(lambda path: bool(pattern.fullmatch(path)), paths(params))
+    if not any(jax.tree.leaves(marks)):
         examples = ", ".join(sorted(jax.tree.leaves(paths(params)))[:3])
         raise UserError(f"optimizer.freeze: {freeze!r} matches no parameter; their paths look like {examples}")
-    return labels
+    return marks
+
+
+def split(params: Tree, freeze: str) -> tuple[Tree, Tree]:
+    """(trained, frozen): two trees of the form of `params`.
+
+    Each has optax.MaskedNode, which holds no array, where the other has a leaf: the form optax's states have too.
+    """
+    marks = frozen_marks(params, freeze)
+    pick = lambda wanted: jax.tree.map(lambda leaf, mark: leaf if mark == wanted else MaskedNode(), params, marks)
+    return pick(False), pick(True)
+
+
+def merge(trained: Tree, frozen: Tree) -> Tree:
+    """The inverse of `split`."""
+    absent = lambda leaf: isinstance(leaf, MaskedNode)
+    return jax.tree.map(lambda ours, other: other if absent(ours) else ours, trained, frozen, is_leaf=absent)
+
+
+def group_labels(params: Tree, freeze: str = "") -> Tree:
+    """Every parameter's group: "decayed", "undecayed" or "frozen"."""
+    group = lambda path: "undecayed" if UNDECAYED.fullmatch("/" + path) else "decayed"
+    label = lambda path, frozen: "frozen" if frozen else group(path)
+    return jax.tree.map(label, paths(params), frozen_marks(params, freeze))
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -86,7 +107,10 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, params: Tree) -> optax.GradientTransformation:
-    """The optimiser for these parameters; each group has its own gradient norm, as in DLAS."""
+    """The optimiser for these parameters; each group has its own gradient norm, as in DLAS.
+
+    Its `init` takes all parameters or the trained ones of `split`, with the same state; its `update` the trained ones.
+    """
     rate = learning_rate_schedule(config)
 
     def group(weight_decay: float) -> optax.GradientTransformation:
@@ -103,19 +127,27 @@ def make_optimizer(config: OptimizerConfig, params: Tree) -> optax.GradientTrans
             optax.scale_by_learning_rate(rate),
         )
 
+    # "frozen" has no state, but its name is in the states on disk.
     groups = {"decayed": group(config.weight_decay), "undecayed": group(0.0), "frozen": optax.set_to_zero()}
     return optax.partition(groups, group_labels(params, config.freeze))
 
 
-def group_norms(gradients: Tree, labels: Tree) -> dict[str, jax.Array]:
-    """Gradient norm before clipping of each group that is trained."""
+def applied_steps(opt_state: Tree) -> jax.Array:
+    """How many steps the optimiser has applied, int32 (): where it stands in its schedule. Skipped steps are not in."""
+    of_schedule = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+    # Every group has a count of its own, and all are equal.
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count", of_schedule)[0][1]
+
+
+def group_norms(gradients: Tree) -> dict[str, jax.Array]:
+    """Gradient norm () before clipping of each group; gradients: of the trained parameters."""
     squares: dict[str, jax.Array] = {"decayed": jnp.zeros(()), "undecayed": jnp.zeros(())}
-    for gradient, label in zip(jax.tree.leaves(gradients), jax.tree.leaves(labels), strict=True):
-        if label in squares:
-            squares[label] += jnp.sum(jnp.square(gradient.astype(jnp.float32)))
+    for gradient, label in zip(jax.tree.leaves(gradients), jax.tree.leaves(group_labels(gradients)), strict=True):
+        squares[label] += jnp.sum(jnp.square(gradient.astype(jnp.float32)))
     return {f"grad_norm/{label}": jnp.sqrt(value) for label, value in squares.items()}
 
 
 def part_norms(gradients: Tree) -> dict[str, jax.Array]:
-    """Gradient norm of each part of the model (its top-level modules)."""
-    return {f"grad_norm/{part}": optax.global_norm(gradient) for part, gradient in gradients.items()}
+    """Gradient norm () of each part of the model (its top-level modules) that is trained."""
+    trained = {part: gradient for part, gradient in gradients.items() if jax.tree.leaves(gradient)}
+    return {f"grad_norm/{part}": optax.global_norm(gradient) for part, gradient in trained.items()}
