@@ -24,8 +24,8 @@ from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.pretrained import Pretrained, RunCheckpoints, load_pretrained, mel_norms_digest
 from tortoise_jax.data import batches
-from tortoise_jax.data.batches import Plan
 from tortoise_jax.data.dataset import Dataset, is_dataset
+from tortoise_jax.data.plan import BatchPlan, row_lengths
 from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
@@ -183,7 +183,7 @@ def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
     """Says what the run would need; for speech of usual lengths where there is no data set yet."""
     if Path(settings.data).exists():
         dataset = find_data(settings, pretrained)
-        lengths = batches.row_lengths(dataset, dataset.split("train"))
+        lengths = row_lengths(dataset, dataset.split("train"))
     else:
         lengths = planning.assumed_lengths()
         say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
@@ -193,14 +193,14 @@ def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
         say(line)
 
 
-def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[Plan, Plan]:
+def make_plans(settings: ConfigDict, dataset: Dataset) -> tuple[BatchPlan, BatchPlan]:
     """Which clips are in which batch: training shuffled by the seed, validation always alike."""
     unit = parallel.device_count() * settings.accumulation
     clips = {split: dataset.split(split) for split in ("train", "validation")}
     if not len(clips["train"]):
         raise UserError(f"{dataset.path} has no clip to train on")
-    plan = Plan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
-    validation = Plan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
+    plan = BatchPlan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
+    validation = BatchPlan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
     if plan.batch_size < settings.batch_size:
         say(f"batch: {settings.batch_size} asked for, {plan.batch_size} used, all the training clips there are")
     say(

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.pretrained import RunCheckpoints
 from tortoise_jax.data import batches
-from tortoise_jax.data.batches import Batch, Plan
+from tortoise_jax.data.batches import Batch
 from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.plan import BatchPlan
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay
 from tortoise_jax.training import run_directory as run
@@ -41,8 +42,8 @@ class Loop:
         recipe: Recipe,
         checkpoints: RunCheckpoints,
         dataset: Dataset,
-        plan: Plan,
-        validation: Plan,
+        plan: BatchPlan,
+        validation: BatchPlan,
         watch: Watch,
         history: History,
         sampler: Sampler | None = None,
@@ -85,7 +86,7 @@ class Loop:
     def training_batch(self, step: int) -> Batch:
         return self.feed(self.plan, step)
 
-    def feed(self, plan: Plan, step: int) -> Batch:
+    def feed(self, plan: BatchPlan, step: int) -> Batch:
         """This host's part of a step's batch, laid out for its devices."""
         length, indices = plan.batch(step)
         batch = batches.make_batch(
