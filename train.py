@@ -27,8 +27,8 @@ from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
-from tortoise_jax.data.batches import Plan
 from tortoise_jax.data.dataset import Dataset, is_dataset
+from tortoise_jax.data.plan import BatchPlan, row_lengths
 from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
@@ -196,7 +196,7 @@ def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
     """Says what the run would need; for speech of usual lengths where there is no data set yet."""
     if Path(settings.data).exists():
         dataset = find_data(settings, pretrained)
-        lengths = batches.row_lengths(dataset, dataset.split("train"))
+        lengths = row_lengths(dataset, dataset.split("train"))
     else:
         lengths = estimate.assumed_lengths()
         say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
@@ -211,8 +211,8 @@ def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) ->
     accumulation = settings.gradient_accumulation_steps
     unit = parallel.device_count() * accumulation
     clips = {split: dataset.split(split) for split in ("train", "validation")}
-    training = Plan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
-    validation = Plan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
+    training = BatchPlan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
+    validation = BatchPlan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
     if training.batch_size < settings.batch_size:
         say(f"batch: {settings.batch_size} asked for, {training.batch_size} used, all the training clips there are")
     say(

@@ -26,22 +26,16 @@ from tests.support.parity import dvae_twin
 from tests.support.torch_reference import DiscreteVAE, log_mel
 from tortoise_jax.audio import SAMPLE_RATE, code_count, default_mel_norms, int16_from_waveform, read_audio
 from tortoise_jax.checkpoints.pretrained import Pretrained
-from tortoise_jax.data import batches
+from tortoise_jax.data.batches import row_length
 from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.data.filters import ClipLimits
 from tortoise_jax.data.groups import encode_all, measure_all
+from tortoise_jax.data.lengths import ljspeech_lengths, ljspeech_seconds
+from tortoise_jax.data.plan import real_share, training_epoch
 from tortoise_jax.data.recordings import Recording
 from tortoise_jax.text.tokenizer import Tokenizer
 
 VOICE = Path(__file__).parent.parent / "examples" / "voice" / "wavs"
-TOKENS_PER_SECOND = 9  # of English read aloud, as in the example voice
-LJSPEECH = 13_100
-
-
-def ljspeech_seconds(clips: int, seed: int = 0) -> np.ndarray:
-    """Lognormal of mean 6.5 s and deviation 0.35 of the logarithm, cut to 1 to 10 s."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(6.5) - 0.35**2 / 2, 0.35, 2 * clips + 100)
-    return drawn[(drawn >= 1) & (drawn <= 10)][:clips]
 
 
 def write_recordings(folder: Path, clips: int) -> list[Recording]:
@@ -107,15 +101,13 @@ def throughput(clips: int, rounds: int, folder: Path) -> None:
 
 
 def batching() -> None:
-    seconds = ljspeech_seconds(LJSPEECH)
-    codes = (seconds * SAMPLE_RATE).astype(np.int64) // 1024 + 1
-    lengths = batches.row_length(np.round(TOKENS_PER_SECOND * seconds).astype(np.int64), codes)
-    print(f"\nreal positions, {LJSPEECH} clips: {lengths.min()} to {lengths.max()} positions a row")
+    lengths = row_length(*ljspeech_lengths())
+    print(f"\nreal positions, {len(lengths)} clips: {lengths.min()} to {lengths.max()} positions a row")
     for batch_size in (16, 32, 128):
-        epoch = batches.training_epoch(lengths, batch_size, seed=0, epoch=0)
+        epoch = training_epoch(lengths, batch_size, seed=0, epoch=0)
         to_maximum = [(int(lengths.max()), members) for _, members in epoch]
         shapes = len({length for length, _ in epoch})
-        share, plain = (batches.real_share(one, lengths, batch_size) for one in (epoch, to_maximum))
+        share, plain = (real_share(one, lengths, batch_size) for one in (epoch, to_maximum))
         print(f"  batches of {batch_size:3}: {share:.1%} in {shapes} shapes; padded to the maximum: {plain:.1%}")
 
 

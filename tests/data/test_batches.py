@@ -1,14 +1,12 @@
-"""Rows are laid out as the model reads them; every plan covers an epoch exactly, whoever computes it."""
+"""Rows are laid out as the model reads them, and conditioned on other clips of their speaker."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from tests.support.small_dataset import small_dataset
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, code_count
@@ -69,9 +67,9 @@ def test_rows_are_joined_without_gaps():
 def test_a_batch_holds_the_rows_of_its_clips(made):
     members = [0, 3, 4]
     batch = batches.make_batch(made, np.array(members), 192, 3, CONFIG, seed=0, step=0)
-    for place, clip in enumerate(members):
+    for index, clip in enumerate(members):
         for name, value in batches.row(made.text_ids(clip), made.codes(clip), 192, CONFIG).items():
-            np.testing.assert_array_equal(batch[name][place], value, err_msg=name)
+            np.testing.assert_array_equal(batch[name][index], value, err_msg=name)
     assert batch["example"].tolist() == members
     token_types = {name: value.dtype for name, value in batch.items()}
     assert token_types == {
@@ -169,104 +167,6 @@ def test_a_clip_alone_conditions_itself_and_is_counted(made):
     assert batches.conditioned_on_themselves(made) == 1
     assert {clip_of(crop) for crop in crops(made, 7)} == {8}, "a speaker without train clips: his other validation clip"
     assert batches.conditioned_on_themselves(made, "validation") == 0
-
-
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-LENGTHS = st.lists(st.integers(5, 500), min_size=1, max_size=80).map(np.array)
-
-
-@hypothesis.given(LENGTHS, st.integers(1, 40), st.integers(0, 5), st.integers(0, 3), st.sampled_from([1, 32, 64]))
-@hypothesis.settings(max_examples=100)
-def test_an_epoch_holds_every_clip_once_and_one_partial_batch_at_most(lengths, batch_size, seed, epoch, bucket):
-    batch_size = min(batch_size, len(lengths))
-    made = batches.training_epoch(lengths, batch_size, seed, epoch, bucket)
-    assert sorted(i for _, members in made for i in members) == list(range(len(lengths)))
-    assert sum(len(members) < batch_size for _, members in made) <= 1
-    assert len(made) == -(-len(lengths) // batch_size)
-    for length, members in made:
-        assert length % bucket == 0
-        assert length - bucket < lengths[members].max() <= length
-
-
-@hypothesis.given(LENGTHS, st.integers(1, 40), st.sampled_from([1, 32]))
-def test_validation_holds_every_clip_once(lengths, batch_size, bucket):
-    made = batches.validation_epoch(lengths, batch_size, bucket)
-    assert sorted(i for _, members in made for i in members) == list(range(len(lengths)))
-    assert all(lengths[members].max() <= length for length, members in made)
-
-
-def plan(made: Dataset, batch_size: int = 2, seed: int = 0, unit: int = 1) -> batches.Plan:
-    return batches.Plan.for_training(made, made.split("train"), batch_size, seed, unit)
-
-
-def order(found: batches.Plan, steps: int = 9) -> list[list[int]]:
-    return [found.batch(step)[1].tolist() for step in range(steps)]
-
-
-def test_a_plan_is_a_function_of_seed_and_step(made):
-    assert order(plan(made)) == order(plan(made))
-    late = plan(made)
-    assert [late.batch(8)[1].tolist(), late.batch(0)[1].tolist()] == [order(plan(made))[8], order(plan(made))[0]]
-    assert order(plan(made)) != order(plan(made, seed=1))
-    first, second = order(plan(made))[:3], order(plan(made))[3:6]
-    assert first != second, "every epoch is shuffled anew"
-    for epoch in (first, second):
-        assert sorted(i for members in epoch for i in members) == made.split("train").tolist()
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
-def test_hosts_share_a_batch_without_overlap_whatever_their_number(made, hosts):
-    alone, shared = plan(made, 4), plan(made, 4, unit=hosts)
-    assert shared.rows % hosts == 0
-    share = shared.rows // hosts
-    for step in range(4):
-        length, members = shared.batch(step)
-        assert (length, members.tolist()) == (alone.batch(step)[0], alone.batch(step)[1].tolist())
-        parts = [
-            batches.make_batch(
-                made, members, length, shared.rows, CONFIG, 0, step, host=slice(h * share, (h + 1) * share)
-            )
-            for h in range(hosts)
-        ]
-        examples = np.concatenate([part["example"] for part in parts])
-        assert examples[examples >= 0].tolist() == members.tolist()
-        assert all(len(part["example"]) == share for part in parts)
-
-
-def test_a_batch_larger_than_the_data_set_is_clamped(made):
-    found = plan(made, 128, unit=4)
-    assert (found.batch_size, found.rows, found.batches_per_epoch) == (5, 8, 1)
-    assert sorted(found.batch(0)[1]) == made.split("train").tolist()
-
-
-def test_an_empty_split_has_no_batches(made):
-    empty = batches.Plan.for_validation(made, np.zeros(0, np.int64), 4, 2)
-    assert empty.batches_per_epoch == 0
-    with pytest.raises(UserError, match="empty"):
-        empty.batch(0)
-    with pytest.raises(UserError, match="batch size 0"):
-        plan(made, 0)
-
-
-def ljspeech_lengths(clips: int = 13_100) -> np.ndarray:
-    """Row lengths as of LJSpeech: lognormal seconds of mean 6.5 and deviation 0.35 of the logarithm, 1 to 10 s, text in
-    proportion (about 9 tokens a second)."""
-    rng = np.random.default_rng(0)
-    seconds = rng.lognormal(np.log(6.5) - 0.35**2 / 2, 0.35, 2 * clips)
-    seconds = seconds[(seconds >= 1) & (seconds <= 10)][:clips]
-    codes = (seconds * SAMPLE_RATE).astype(np.int64) // 1024 + 1
-    return batches.row_length(np.round(9 * seconds).astype(np.int64), codes)
-
-
-@pytest.mark.parametrize("batch_size", [16, 64, 128])
-def test_nine_tenths_of_the_positions_are_real_in_a_dozen_shapes(batch_size):
-    lengths = ljspeech_lengths()
-    epoch = batches.training_epoch(lengths, batch_size, seed=0, epoch=0)
-    assert len({length for length, _ in epoch}) <= 12
-    assert batches.real_share(epoch, lengths, batch_size) >= 0.9
-    to_maximum = [(int(lengths.max()), members) for _, members in epoch]
-    assert batches.real_share(to_maximum, lengths, batch_size) < 0.75, "what the buckets save"
 
 
 # --- ahead ------------------------------------------------------------------------------------------------------------

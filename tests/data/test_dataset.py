@@ -31,9 +31,9 @@ def shard_of(made: Dataset) -> Path:
     return made.path / "shards" / made.clips[0].sound.shard
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, index: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 

@@ -23,7 +23,7 @@ from tortoise_jax.audio import (
     waveform_from_int16,
 )
 from tortoise_jax.data import encoding
-from tortoise_jax.data.encoding import CodeEncoder, padded_samples, zeros_behind
+from tortoise_jax.data.encoding import CodeEncoder, padded_samples, zeros_after
 from tortoise_jax.errors import UserError
 
 SPEECH = sorted((Path(__file__).parents[2] / "examples" / "voice" / "wavs").iterdir())[:24]
@@ -76,13 +76,13 @@ def test_codes_of_speech_are_torchs(speech, encoder, torch_dvae):
     st.lists(st.integers(13_230, 60_000), min_size=1, max_size=12), st.integers(0, 2**32 - 1), st.integers(0, 11)
 )
 @hypothesis.settings(max_examples=15)
-def test_codes_do_not_depend_on_what_is_encoded_with_them(encoder, speech, lengths, seed, place):
+def test_codes_do_not_depend_on_what_is_encoded_with_them(encoder, speech, lengths, seed, index):
     rng = np.random.default_rng(seed)
     whole = np.concatenate(speech)
     starts = rng.integers(len(whole) - 60_000, size=len(lengths))
     clips = [whole[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-    place %= len(clips)
-    np.testing.assert_array_equal(encoder.encode(clips)[place], encoder.encode([clips[place]])[0])
+    index %= len(clips)
+    np.testing.assert_array_equal(encoder.encode(clips)[index], encoder.encode([clips[index]])[0])
 
 
 @hypothesis.given(st.integers(13_230, 25_000), st.integers(0, 2**32 - 1))
@@ -105,8 +105,8 @@ def codes_at(dvae: Twin, clip: np.ndarray, padded: int, zeros: int | None = None
     rows = np.zeros((one._rows, padded), np.int16)
     rows[0, : len(clip)] = clip
     if zeros is not None:
-        behind = rows[0, len(clip) + zeros :]
-        behind[:] = np.random.default_rng(1).integers(-9000, 9000, size=len(behind))
+        after = rows[0, len(clip) + zeros :]
+        after[:] = np.random.default_rng(1).integers(-9000, 9000, size=len(after))
     return np.asarray(one._codes(one._weights, rows))[0, : code_count(len(clip))]
 
 
@@ -114,12 +114,12 @@ def test_so_many_zeros_are_enough_and_needed(dvae, speech):
     """Noise behind the zeros changes nothing; closer, it does: a smaller margin would be seen."""
     clip = speech[0][:20_479]  # its last code begins as far in front of its end as one can
     alone = codes_at(dvae, clip, 65_536)
-    np.testing.assert_array_equal(codes_at(dvae, clip, 65_536, zeros_behind(dvae.config)), alone)
+    np.testing.assert_array_equal(codes_at(dvae, clip, 65_536, zeros_after(dvae.config)), alone)
     assert (codes_at(dvae, clip, 65_536, 0) != alone).any()
 
 
 def test_every_length_gets_its_zeros(dvae):
-    assert zeros_behind(dvae.config) == 8192
+    assert zeros_after(dvae.config) == 8192
     for samples in range(1, 300_000, 997):
         padded = padded_samples(samples, dvae.config)
         assert samples + 8192 <= padded < samples + 8192 + encoding.LENGTH_BUCKET
@@ -127,16 +127,16 @@ def test_every_length_gets_its_zeros(dvae):
 
 
 def test_a_dvae_that_looks_further_ahead_gets_more(dvae):
-    assert zeros_behind(dataclasses.replace(dvae.config, res_blocks=3)) == 8192
+    assert zeros_after(dataclasses.replace(dvae.config, res_blocks=3)) == 8192
     deep = torch_reference.tiny_dvae(seed=2, num_resnet_blocks=6)
     twin = dvae_twin(deep)
-    assert zeros_behind(twin.config) == 14 * 1024
+    assert zeros_after(twin.config) == 14 * 1024
     clip = np.random.default_rng(0).integers(-9000, 9000, size=20_479).astype(np.int16)
     encoder = CodeEncoder(twin.config, twin.variables, NORMS, rows=1)
     (codes,) = encoder.encode([clip])
     rows = np.zeros((encoder._rows, padded_samples(len(clip), twin.config)), np.int16)
     rows[0, : len(clip)] = clip
-    rows[0, len(clip) + zeros_behind(twin.config) :] = 9000
+    rows[0, len(clip) + zeros_after(twin.config) :] = 9000
     np.testing.assert_array_equal(np.asarray(encoder._codes(encoder._weights, rows))[0, : len(codes)], codes)
 
 

@@ -1,7 +1,7 @@
-"""Waveforms to codes on the accelerator, many clips at once, each as if it were alone.
+"""Waveforms to codes on the accelerator: many clips at once, with the codes that each clip has alone.
 
-A clip is encoded with zeros behind it up to a length that depends on its own alone, and at least so many that neither
-what follows nor the end of the batch can reach the codes that are kept.
+Zeros are added after each clip. How many depends on the clip's own length only, and they are enough that nothing after
+them can change the clip's codes.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ import numpy as np
 
 from tortoise_jax import parallel
 from tortoise_jax.audio import HOP, N_FFT, SAMPLES_PER_CODE, code_count, log_mel
+from tortoise_jax.data.lengths import round_up
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.layers import Array
 
 Tree = Any
-ZEROS_BEHIND = 8192
-# Few shapes to compile, against zeros encoded for nothing: about 11 % behind the clips in steps of 1.5 s, and 6 % in
-# half-empty batches of 8 rows where 512 clips of 1 to 10 s are encoded at a time.
+MIN_ZEROS = 8192
+# Fewer lengths to compile cost more zeros to encode: with steps of 1.5 s about 11 % of the work is zeros after clips,
+# and 6 % is rows without a clip, where 512 clips of 1 to 10 s are encoded at a time in batches of 8 rows.
 LENGTH_BUCKET = 32 * SAMPLES_PER_CODE
 ROWS = 8
 
 
-def zeros_behind(config: DVAEConfig) -> int:
-    """Samples that must follow a clip: at least 8192, and more where the dVAE looks further ahead.
+def zeros_after(config: DVAEConfig) -> int:
+    """How many zero samples must follow a clip: 8192, or more for a dVAE that looks further ahead.
 
-    Its strided layers see (kernel // 2) frames ahead, each in steps twice those of the last; a residual block has two
-    convolutions at the slowest step; the last frame seen reaches half a window further.
+    Each strided layer looks kernel // 2 steps ahead, steps of twice as many frames as in the layer before; a residual
+    block has two convolutions at the largest step; and the last frame reaches half a window further.
     """
     reach = config.kernel // 2
     frames = reach * (config.frames_per_code - 1) + 2 * config.res_blocks * reach * config.frames_per_code
-    return max(ZEROS_BEHIND, _round_up(frames * HOP + N_FFT // 2, SAMPLES_PER_CODE))
+    return max(MIN_ZEROS, round_up(frames * HOP + N_FFT // 2, SAMPLES_PER_CODE))
 
 
 def padded_samples(samples: int, config: DVAEConfig) -> int:
-    """The length a clip of so many samples is encoded at."""
-    return _round_up(samples + zeros_behind(config), LENGTH_BUCKET)
+    """The length, in samples, to which a clip of so many samples is padded for encoding."""
+    return round_up(samples + zeros_after(config), LENGTH_BUCKET)
 
 
 @functools.cache
@@ -56,9 +57,9 @@ def _program(config: DVAEConfig) -> Callable[[Tree, np.ndarray], Array]:
 
 
 class CodeEncoder:
-    """The dVAE of a checkpoint on this host's devices, which share the rows of a batch: `rows` each.
+    """The dVAE of a checkpoint on this host's devices: each encodes `rows` clips of a batch.
 
-    Raises UserError if a code of it does not stand for 1024 samples, which all lengths of the AR model count on.
+    Raises UserError if its codes do not stand for 1024 samples each, because all lengths of the AR model rely on that.
     """
 
     def __init__(self, config: DVAEConfig, variables: Tree, mel_norms: np.ndarray, rows: int = ROWS) -> None:
@@ -74,9 +75,12 @@ class CodeEncoder:
         self._codes = _program(config)
 
     def encode(
-        self, waveforms: Sequence[np.ndarray], progress: Callable[[list[int]], None] = lambda places: None
+        self, waveforms: Sequence[np.ndarray], progress: Callable[[list[int]], None] = lambda batch: None
     ) -> list[np.ndarray]:
-        """int16 waveforms (samples,) -> their codes (samples // 1024 + 1,) uint16; progress: told what is done."""
+        """int16 waveforms (samples,) -> their codes (samples // 1024 + 1,) uint16.
+
+        progress: called after each batch with the indices of its clips.
+        """
         batches = self._batches([len(waveform) for waveform in waveforms])
         # Dispatch is asynchronous: the devices work while later batches are being put together.
         running = [
@@ -85,28 +89,24 @@ class CodeEncoder:
         ]
         codes: dict[int, np.ndarray] = {}
         for members, result in running:
-            for place, row in zip(members, np.asarray(result), strict=False):
-                codes[place] = row[: code_count(len(waveforms[place]))].astype(np.uint16)
+            for index, row in zip(members, np.asarray(result), strict=False):
+                codes[index] = row[: code_count(len(waveforms[index]))].astype(np.uint16)
             progress(members)
         return [codes[i] for i in range(len(waveforms))]
 
     def _batches(self, lengths: list[int]) -> list[tuple[int, list[int]]]:
-        """(padded length, places), at most `rows` each, clips of one padded length together."""
+        """(padded length, indices of clips of this padded length, at most one for each row)."""
         buckets: dict[int, list[int]] = {}
-        for place, samples in enumerate(lengths):
-            buckets.setdefault(padded_samples(samples, self._config), []).append(place)
+        for index, samples in enumerate(lengths):
+            buckets.setdefault(padded_samples(samples, self._config), []).append(index)
         return [
-            (length, places[i : i + self._rows])
-            for length, places in sorted(buckets.items())
-            for i in range(0, len(places), self._rows)
+            (length, members[i : i + self._rows])
+            for length, members in sorted(buckets.items())
+            for i in range(0, len(members), self._rows)
         ]
 
     def _joined(self, waveforms: Sequence[np.ndarray], members: list[int], length: int) -> np.ndarray:
         rows = np.zeros((self._rows, length), np.int16)
-        for row, place in zip(rows, members, strict=False):
-            row[: len(waveforms[place])] = waveforms[place]
+        for row, index in zip(rows, members, strict=False):
+            row[: len(waveforms[index])] = waveforms[index]
         return rows
-
-
-def _round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit

@@ -13,25 +13,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, code_count
+from tortoise_jax.audio import CONDITIONING_SAMPLES
 from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches
+from tortoise_jax.data.lengths import ljspeech_lengths
+from tortoise_jax.data.plan import training_epoch
 from tortoise_jax.training.optimizer import split
 from tortoise_jax.training.step import StepConfig, TrainState, initial_state, train_step
 
 GIB = 2**30
 TIMED_STEPS = 3
 TIMING_SECONDS = 20.0  # about, for all timed runs of one shape together
-# Where no data set is given: speech as LJSpeech's, whose lengths are about lognormal, and its text in proportion.
-ASSUMED_CLIPS, ASSUMED_SECONDS, ASSUMED_SIGMA, ASSUMED_RANGE, TOKENS_PER_SECOND = 13_100, 6.5, 0.35, (1.0, 10.0), 8.0
 
 
-def assumed_lengths(clips: int = ASSUMED_CLIPS) -> np.ndarray:
-    """Row lengths of a data set one does not have yet."""
-    rng = np.random.default_rng(0)
-    seconds = rng.lognormal(np.log(ASSUMED_SECONDS) - ASSUMED_SIGMA**2 / 2, ASSUMED_SIGMA, clips).clip(*ASSUMED_RANGE)
-    codes = [code_count(int(length * SAMPLE_RATE)) for length in seconds]
-    return np.asarray(batches.row_length(np.round(seconds * TOKENS_PER_SECOND).astype(int), np.array(codes)))
+def assumed_lengths() -> np.ndarray:
+    """Row lengths of a data set that does not exist yet: as LJSpeech's, (13100,) int64."""
+    return batches.row_length(*ljspeech_lengths())
 
 
 def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.ndarray) -> Iterator[str]:
@@ -42,7 +39,7 @@ def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.
     """
     accumulation, clips = settings.gradient_accumulation_steps, len(lengths)
     batch_size = min(settings.batch_size, clips)
-    epoch = batches.training_epoch(lengths, batch_size, settings.seed, 0)
+    epoch = training_epoch(lengths, batch_size, settings.seed, 0)
     shapes = Counter(length for length, _ in epoch)
     rows = -(-batch_size // (parallel.device_count() * accumulation))
     yield f"parameters: {parameter_count(params):,}"

@@ -6,8 +6,9 @@ import dataclasses
 
 from tortoise_jax import parallel
 from tortoise_jax.data import batches
-from tortoise_jax.data.batches import Batch, Plan
+from tortoise_jax.data.batches import Batch
 from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.plan import BatchPlan
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 
 
@@ -16,8 +17,8 @@ class Feed:
     """training, validation: which clips are in which batch. Batches are as training/step.py describes them."""
 
     dataset: Dataset
-    training: Plan
-    validation: Plan
+    training: BatchPlan
+    validation: BatchPlan
     model: UnifiedVoiceConfig
     seed: int
     conditioning_clips: int
@@ -33,7 +34,7 @@ class Feed:
         """Ids of the clips that this host feeds to a step, sorted."""
         return sorted({self.dataset.clips[i].id for i in batch["example"].reshape(-1) if i >= 0})
 
-    def _batch(self, plan: Plan, step: int) -> Batch:
+    def _batch(self, plan: BatchPlan, step: int) -> Batch:
         length, indices = plan.batch(step)
         batch = batches.make_batch(
             self.dataset,
