@@ -200,8 +200,8 @@ def ending_together() -> Iterator[None]:
 
 def leave(error: BaseException) -> NoReturn:
     assert _hosts is not None
-    if is_lost_host(error):
-        line = lost(f"another host was lost or ended ({first_line(error)}); its own output says more")
+    if broken := by_lost_host(error):
+        line = lost(f"another host was lost or ended ({first_line(broken)}); its own output says more")
         time.sleep(ERROR_SECONDS if jax_distributed.global_state.process_id == 0 else 0)  # others fail by this too
         _hosts.native.end(line, LOST_HOST)
 
@@ -221,10 +221,15 @@ def leave(error: BaseException) -> NoReturn:
     _hosts.native.end("", code)
 
 
-def is_lost_host(error: BaseException) -> bool:
-    """Whether a computation (JAX raises either type) or a wait failed because another host is gone."""
+def by_lost_host(error: BaseException | None) -> BaseException | None:
+    """What tells, in an error or in what it came of, that another host is gone: a computation or a wait broke off."""
     signs = ("Gloo", "NCCL", "closed by peer", "reset by peer", "coordination service", "heartbeat", "Barrier")
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(sign in str(error) for sign in signs)
+    while error is not None:
+        # JAX raises either type; a save, for one, makes its own error of it.
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(sign in str(error) for sign in signs):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def shutdown() -> None:

@@ -79,8 +79,6 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:
-            if parallel.is_lost_host(error):
-                raise
             whole = [step for step in self.manager.all_steps(read=True) if (self.folder / str(step)).is_dir()]
             rest = f"the checkpoints of steps {whole} are whole" if whole else "there is no older one"
             raise UserError(

@@ -10,7 +10,7 @@ from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
 
 N = TypeVar("N", int, np.ndarray)
 LJSPEECH_CLIPS = 13_100
-MEAN_SECONDS, SIGMA, SHORTEST, LONGEST = 6.5, 0.35, 1.0, 10.0  # sigma: of the logarithm of the seconds
+MEAN_SECONDS, SIGMA, SHORTEST, LONGEST = 6.5, 0.35, 1.0, 10.0  # before the cut; sigma: of the logarithm
 TOKENS_PER_SECOND = 9  # of English read aloud
 
 
