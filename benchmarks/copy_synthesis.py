@@ -26,8 +26,7 @@ from tortoise_jax.audio import default_mel_norms, griffin_lim, log_mel, read_aud
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.errors import exit_with_one_line
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
-from tortoise_jax.speak import write_wav
-from tortoise_jax.synthesis.sampler import decode_mel, draft
+from tortoise_jax.synthesis.drafts import decode_mel, draft, write_wav
 
 Tree = Any
 VOICE = Path(__file__).parent.parent / "examples" / "voice" / "wavs"

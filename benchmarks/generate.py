@@ -27,8 +27,8 @@ from tests.support.parity import voice_twin
 from tests.support.torch_reference import UnifiedVoice, tiny_unified_voice
 from tortoise_jax import parallel
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-from tortoise_jax.synthesis import sampler as generate
-from tortoise_jax.synthesis.sampler import Prepared, SamplingOptions
+from tortoise_jax.synthesis import sampler
+from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
 
 IMPOSSIBLE = -1e4
 
@@ -58,22 +58,22 @@ def streaming_bandwidth() -> float:
     return block.numel() * 4 / 1e9 / statistics.median(seconds(block.sum) for _ in range(20))
 
 
-def decoding_bytes(prepared: Prepared) -> int:
+def decoding_bytes(weights: SamplerWeights) -> int:
     """Bytes of the weights that each code reads."""
-    read = [prepared.layers, prepared.ends["mel_head"]]
+    read = [weights.decoder.blocks, weights.decoder.mel_head]
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
 def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, text: int, rounds: int) -> list[str]:
     """A row of the table for each batch; rounds alternate between torch and us, the median counts."""
     config: UnifiedVoiceConfig = (twin := voice_twin(model, heads)).config
-    prepared = generate.prepare(twin.params, config, "float32")
+    weights = SamplerWeights.of(twin.params, config, "float32")
     ids = np.random.default_rng(0).integers(1, 255, text).tolist()
     vector = np.random.default_rng(0).standard_normal(config.width).astype(np.float32)
     whole = SamplingOptions(max_codes=codes, dtype="float32")
-    started = SamplingOptions(max_codes=generate.CODES_A_CALL, dtype="float32")
+    started = SamplingOptions(max_codes=sampler.CODES_PER_CALL, dtype="float32")
     stopped_text = torch.tensor([*ids, 0])
-    sample = functools.partial(generate.sample, prepared, config, vector, ids, 0)
+    sample = functools.partial(sampler.sample, weights, config, vector, ids, 0)
     rows = []
     for batch in batches:
         theirs = functools.partial(model.sample, torch.from_numpy(vector), stopped_text, batch, max_codes=codes)
@@ -87,7 +87,7 @@ def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, tex
             ours_took = seconds(ours)
             bandwidth = (before + streaming_bandwidth()) / 2
             a_code = (ours_took - seconds(ours_start)) / (codes - started.max_codes)
-            read = decoding_bytes(prepared) / a_code / 1e9
+            read = decoding_bytes(weights) / a_code / 1e9
             measured.append((theirs_took, ours_took, 1e3 * a_code, read, bandwidth, read / bandwidth))
         theirs_took, ours_took, a_code, read, bandwidth, part = map(statistics.median, zip(*measured, strict=True))
         rows.append(
@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=60, metavar="TOKENS")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.codes <= generate.CODES_A_CALL:
-        parser.error(f"--codes {arguments.codes}: expected more than {generate.CODES_A_CALL}, those of the first run")
+    if arguments.codes <= sampler.CODES_PER_CALL:
+        parser.error(f"--codes {arguments.codes}: expected more than {sampler.CODES_PER_CALL}, those of the first run")
     torch.set_num_threads(os.cpu_count() or 1)
     load = os.getloadavg()[0]
     rows = compare(*torch_model(arguments.size), arguments.batches, arguments.codes, arguments.text, arguments.rounds)

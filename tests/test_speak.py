@@ -1,4 +1,4 @@
-"""The command line that says a text, the ranking of candidates, and the splitting of long texts."""
+"""The command line that says a text."""
 
 from __future__ import annotations
 
@@ -17,16 +17,11 @@ from tortoise_jax import speak
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, default_mel_norms
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.errors import UserError
-from tortoise_jax.synthesis import ranking, voices
-from tortoise_jax.synthesis import sampler as generate
-from tortoise_jax.synthesis.ranking import Judged
-from tortoise_jax.text import sentences
+from tortoise_jax.synthesis import drafts, speech, voices
+from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs
 from tortoise_jax.text.tokenizer import Tokenizer
 
 NORMS = default_mel_norms()
-
-
-# The command line
 
 
 def pretrained(voice: Twin, dvae: Twin | None) -> Pretrained:
@@ -52,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, voice: Twin, dvae: Twin) ->
 def quick_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tone of the right length: random mels are no work for Griffin-Lim."""
     tone = lambda mel, norms: np.full((len(mel) - 1) * 256, 0.5, np.float32)
-    monkeypatch.setattr(generate, "griffin_lim", tone)
+    monkeypatch.setattr(drafts, "griffin_lim", tone)
 
 
 def run(folder: Path, out: Path, *changes: str, text: str = "Hi there.") -> None:
@@ -99,7 +94,7 @@ def test_the_batch_does_not_change_what_is_kept(folder: Path, tmp_path: Path, qu
 def test_a_long_text_is_said_in_parts(
     folder: Path, tmp_path: Path, quick_drafts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speak, "COMFORTABLE_TOKENS", 8)
+    monkeypatch.setattr(speech, "COMFORTABLE_TOKENS", 8)
     run(folder, tmp_path, "--codes", str(tmp_path / "codes.npy"), text="One thing. Another thing. The last.")
     parts = [np.load(tmp_path / f"codes.part{i}.npy") for i in (1, 2, 3)]
     spoken = [max(0, int((codes < 64).sum()) * SAMPLES_PER_CODE - 256) for codes in parts]
@@ -112,14 +107,13 @@ def test_latents_are_those_of_the_kept_codes(
     folder: Path, tmp_path: Path, quick_drafts: None, voice: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {"total": 24, "silence": 7, "ending": (5, 5, 8)}
-    real = generate.hand_over
-    monkeypatch.setattr(generate, "hand_over", lambda *arguments: real(*arguments, **small))
-    monkeypatch.setattr(generate, "check_hand_over", lambda *_: None)
+    monkeypatch.setattr(speak, "diffusion_inputs", lambda *arguments: diffusion_inputs(*arguments, **small))
+    monkeypatch.setattr(speak, "check_diffusion_inputs", lambda *_: None)
     run(folder, tmp_path, "--codes", str(tmp_path / "codes.npy"), "--latents", str(tmp_path / "latents.npz"))
     arrays = voices.read_npz(tmp_path / "latents.npz")
     vector = voices.read_voice(folder / "voice.npz")["conditioning"]
     ids = Tokenizer.default().encode("Hi there.")
-    codes, latents = real(voice.params, voice.config, vector, ids, np.load(tmp_path / "codes.npy"), **small)
+    codes, latents = diffusion_inputs(voice.params, voice.config, vector, ids, np.load(tmp_path / "codes.npy"), **small)
     np.testing.assert_array_equal(arrays["codes"], codes)
     np.testing.assert_allclose(arrays["latents"], latents, rtol=1e-5)
     np.testing.assert_array_equal(arrays["conditioning"], vector)
@@ -181,100 +175,6 @@ def test_the_command_ends_with_one_line_and_code_2() -> None:
     assert ended.returncode == 2
     assert re.fullmatch(r"error: nowhere does not exist; expected a converted checkpoint.*\n", ended.stderr)
     assert not ended.stdout
-
-
-# Ranking
-
-
-def test_ranked_by_flags_then_likelihood() -> None:
-    judged = [Judged(0, ("never stops",), -1.0), Judged(1, (), -3.0), Judged(2, (), -2.0), Judged(3, ("loops",), -0.5)]
-    assert [one.row for one in ranking.rank(judged)] == [2, 1, 3, 0]
-
-
-def loud(codes: int, silent: int = 0) -> np.ndarray:
-    """A mel of so many codes, the last of them silent."""
-    power = np.full((4 * codes, 80), 0.0)
-    power[4 * (codes - silent) :] = -11.5
-    return (power / NORMS).astype(np.float32)
-
-
-VARIED = np.random.default_rng(0).integers(0, 8192, 80)
-
-
-@pytest.mark.parametrize(
-    ("codes", "stopped", "silent", "expected"),
-    [
-        pytest.param(VARIED, True, 0, (), id="fine"),
-        pytest.param(VARIED, True, 20, (), id="a short silence behind"),
-        pytest.param(VARIED, False, 0, ("never stops",), id="never stops"),
-        pytest.param(VARIED, True, 30, ("1.4 s of silence behind",), id="a long silence behind"),
-        pytest.param(np.tile([1, 2, 3], 20), True, 0, ("loops for 2.8 s",), id="loops"),
-        pytest.param(np.full(60, 5), False, 0, ("never stops", "loops for 2.8 s"), id="one code, without end"),
-        pytest.param(np.tile(VARIED[:14], 3), True, 0, (), id="three times the same, below two seconds"),
-        pytest.param(np.tile(VARIED[:17], 3), True, 0, (), id="a long phrase three times"),
-        pytest.param(VARIED[:0], True, 0, ("says nothing",), id="nothing"),
-    ],
-)
-def test_flags(codes: np.ndarray, stopped: bool, silent: int, expected: tuple[str, ...]) -> None:
-    assert ranking.flags(codes, stopped, loud(len(codes), silent), NORMS) == expected
-
-
-def test_flagged_candidates_are_kept_last(voice: Twin, dvae: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The likeliest candidate never stops: the other one is kept."""
-    drawn = generate.Samples(
-        np.array([[1, 2, 3, 4], [5, 6, 7, 65]], np.int32),
-        np.array([4, 3], np.int32),
-        np.array([-0.1, -5.0], np.float32),
-        np.array([False, True]),
-    )
-    monkeypatch.setattr(generate, "sample", lambda *_, **__: drawn)
-    line = "--checkpoint c --text t --voice v --out o.wav --n 2 --keep 2 --cleaner english"
-    arguments, options = speak.parse(line.split()), generate.SamplingOptions()
-    part = speak.say(pretrained(voice, dvae), None, np.zeros(64), "Hi.", 0, arguments, options)  # type: ignore[arg-type]
-    assert [one.row for one in part.kept] == [1, 0]
-    assert part.codes[0].tolist() == [5, 6, 7]
-    assert speak.describe(part, 2).endswith("kept candidate 2 (-5.00 a code); candidate 1 (-0.10 a code, never stops)")
-
-
-# Long texts
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
-        ('He said "Go." She went.', ['He said "Go."', "She went."]),
-        (
-            "Dr. Smith met Mrs. Jones at 3.5 m. Then J. R. left.",
-            ["Dr. Smith met Mrs. Jones at 3.5 m.", "Then J. R. left."],
-        ),
-        ("First paragraph\n\nsecond one\nwith a break", ["First paragraph", "second one\nwith a break"]),
-        ("Wait... what?", ["Wait...", "what?"]),
-        ("  ", []),
-    ],
-)
-def test_sentences(text: str, expected: list[str]) -> None:
-    assert sentences.sentences(text) == expected
-
-
-def test_splitting_joins_short_sentences_and_loses_nothing() -> None:
-    text = " ".join(f"Sentence number {i}." for i in range(30))
-    parts = sentences.split(text, str.split, comfortable=10, limit=40)
-    assert " ".join(parts) == text
-    assert all(len(part.split()) == 9 for part in parts)
-    long = "word " * 20 + "end."
-    assert sentences.split(f"Short. {long} Short.", str.split, comfortable=10, limit=40) == ["Short.", long, "Short."]
-    with pytest.raises(UserError, match=r'"word word .*…" has 21 tokens, the model has room for 20; split it'):
-        sentences.split(long, str.split, comfortable=10, limit=20)
-
-
-def test_pauses_stand_between_parts_only() -> None:
-    one = np.ones(10, np.float32)
-    joined = speak.join([one, one])
-    assert len(joined) == 20 + round(0.3 * SAMPLE_RATE)
-    assert joined[:10].all()
-    assert joined[-10:].all()
-    assert not joined[10:-10].any()
 
 
 def test_numbered_names() -> None:

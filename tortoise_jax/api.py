@@ -11,12 +11,10 @@ trees and functions for those who want to build on them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,15 +22,19 @@ from tortoise_jax import audio
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from tortoise_jax.data import batches
 from tortoise_jax.errors import UserError
+from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.dvae import DiscreteVAE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
+from tortoise_jax.synthesis import voices
 from tortoise_jax.training import losses as loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Tortoise:
-    """The models of a converted checkpoint or a run. Rows b, samples, frames t, bands m = 80, codes c, width d.
+    """The models of a converted checkpoint or a run.
+
+    Axis letters: b rows, s positions, t frames, m = 80 bands, c codes, d width; samples are spelled out.
 
     Where a checkpoint holds one of them only, what needs the other raises UserError.
     """
@@ -73,7 +75,7 @@ class Tortoise:
 
     def _dvae(self, method: str, x: np.ndarray | Array, rank: int) -> Array:
         batch = jnp.asarray(x)[None] if np.ndim(x) == rank - 1 else jnp.asarray(x)
-        out = _apply_dvae(self.dvae, method, self.pretrained.dvae.variables, batch)
+        out = apply(self.dvae, method, self.pretrained.dvae.variables, batch)
         return out[0] if np.ndim(x) == rank - 1 else out
 
     def conditioning(self, waveforms: Sequence[np.ndarray]) -> Array:
@@ -83,8 +85,8 @@ class Tortoise:
         """
         if not waveforms:
             raise UserError("conditioning needs at least one clip")
-        clips = np.stack([audio.crop_conditioning(np.asarray(clip, np.float32)) for clip in waveforms])
-        return _condition(self.model, self.params, self.log_mel(clips)[None])[0, 0]
+        clips = [audio.crop_conditioning(np.asarray(clip, np.float32)) for clip in waveforms]
+        return jnp.asarray(voices.condition(self.params, self.model.config, self.pretrained.mel_norms, clips))
 
     def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:
         """(text ids, codes) of b clips, without start and stop -> arrays (b, s).
@@ -100,7 +102,7 @@ class Tortoise:
     def outputs(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """conditioning (b, d), a batch's tokens, token_types, positions (b, s) -> the model's dict (text_logits, …)."""
         rows = (batch[name] for name in ("tokens", "token_types", "positions"))
-        return _outputs(self.model, self.params, conditioning[:, None], *rows)
+        return apply(self.model, "from_conditioning", {"params": self.params}, conditioning[:, None], *rows)
 
     def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean cross-entropies of a batch (with targets and weights too): text, mel, stop."""
@@ -113,20 +115,3 @@ class Tortoise:
 def load(path: str | Path, step: int | None = None) -> Tortoise:
     """A directory written by convert/torch_to_flax.py, or a run (its best step, or the one given)."""
     return Tortoise(load_pretrained(path, step=step))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_dvae(dvae: DiscreteVAE, method: str, variables: Any, x: Array) -> Any:
-    return dvae.apply(variables, x, method=method)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _condition(model: UnifiedVoice, params: Any, mel: Array) -> Any:
-    return model.apply({"params": params}, mel, method="condition")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(
-    model: UnifiedVoice, params: Any, conditioning: Array, tokens: Array, token_types: Array, positions: Array
-) -> Any:
-    return model.apply({"params": params}, conditioning, tokens, token_types, positions, method="from_conditioning")

@@ -1,4 +1,4 @@
-"""Cached sampling against the torch reference and against an uncached forward; hand-over, drafts, bad input."""
+"""Cached sampling against the torch reference and against an uncached forward; seeds, rows, devices; bad input."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from tests.support import torch_reference
 from tests.support.parity import STACK, Twin, assert_close, voice_twin
-from tortoise_jax.audio import SAMPLES_PER_CODE, code_count, default_mel_norms
 from tortoise_jax.data import batches
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice
-from tortoise_jax.synthesis import sampler as generate
-from tortoise_jax.synthesis.sampler import Layout, Samples, SamplingOptions
+from tortoise_jax.synthesis import prompts, sampler
+from tortoise_jax.synthesis.sampler import Layout, SamplerWeights, Samples, SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1.0, max_codes=30, extra_text_stop=False, dtype="float32")
 CLEAR = 1e-4  # how far apart the two best logits must be for the choice to be asked for
@@ -32,7 +31,7 @@ def voice_vector(seed: int = 0, width: int = 64) -> np.ndarray:
 
 
 def sample(voice: Twin, *arguments: Any, **named: Any) -> Samples:
-    return generate.sample(voice.params, voice.config, *arguments, **named)
+    return sampler.sample(voice.params, voice.config, *arguments, **named)
 
 
 # Against torch
@@ -66,7 +65,7 @@ def test_upstreams_position_slip_would_be_seen(voice: Twin) -> None:
     table = np.array(voice.params["mel_pos_embedding"]["embedding"])
     slipped = dict(voice.params, mel_pos_embedding={"embedding": np.concatenate([table[:1], table[2:], table[-1:]])})
     right = sample(voice, voice_vector(1), TEXT, options=GREEDY)
-    wrong = generate.sample(slipped, voice.config, voice_vector(1), TEXT, options=GREEDY)
+    wrong = sampler.sample(slipped, voice.config, voice_vector(1), TEXT, options=GREEDY)
     assert right.codes.tolist() != wrong.codes.tolist()
 
 
@@ -135,7 +134,7 @@ def test_greedy_codes_are_those_of_an_uncached_forward(
     texts = [random.integers(1, 255, length).tolist() for length in text_lengths]
     vectors = random.standard_normal((len(texts), 64)).astype(np.float32)
     options = dataclasses.replace(GREEDY, repetition_penalty=penalty, extra_text_stop=extra_stop, max_codes=38)
-    drawn = generate.sample(twin.params, twin.config, vectors, texts, options=options)
+    drawn = sampler.sample(twin.params, twin.config, vectors, texts, options=options)
     assert assert_greedy_everywhere(twin, vectors, texts, drawn, penalty, extra_stop) > 0
 
 
@@ -153,9 +152,9 @@ def test_longer_caches_and_prompts_change_nothing(monkeypatch: pytest.MonkeyPatc
     options = dataclasses.replace(GREEDY, max_codes=38, temperature=0.8)
     voice = tiny(1, 1, 2, stop_bias=0.0)
     whole = sample(voice, voice_vector(3), TEXT, 7, options, candidates=3)
-    monkeypatch.setattr(generate, "CACHE_LENGTHS", (8, 24, 40))
-    monkeypatch.setattr(generate, "CODES_A_CALL", 8)
-    monkeypatch.setattr(generate, "PROMPT_LENGTHS", (16, 32))
+    monkeypatch.setattr(sampler, "CACHE_LENGTHS", (8, 24, 40))
+    monkeypatch.setattr(sampler, "CODES_PER_CALL", 8)
+    monkeypatch.setattr(prompts, "PROMPT_LENGTHS", (16, 32))
     counted: list[int] = []
     grown = sample(voice, voice_vector(3), TEXT, 7, options, candidates=3, progress=counted.append)
     np.testing.assert_array_equal(grown.codes, whole.codes)
@@ -182,19 +181,19 @@ def test_a_candidate_is_the_same_in_any_company(voice: Twin) -> None:
     assert len(many.codes) == 11
     few = draw(candidates=3)
     later = draw(candidates=2, first_candidate=4)
-    for got, place in ((few, 0), (later, 4)):
+    for got, first in ((few, 0), (later, 4)):
         for i in range(len(got.lengths)):
-            np.testing.assert_array_equal(got.row(i), many.row(place + i))
-            np.testing.assert_allclose(got.log_likelihood[i], many.log_likelihood[place + i], rtol=1e-5)
+            np.testing.assert_array_equal(got.row(i), many.row(first + i))
+            np.testing.assert_allclose(got.log_likelihood[i], many.log_likelihood[first + i], rtol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-@pytest.mark.parametrize(("prompts", "candidates"), [(1, 1), (1, 16), (3, 1), (3, 5), (9, 2)])
-def test_layout_places_every_candidate_once(prompts: int, candidates: int, devices: int) -> None:
-    layout = Layout.of(prompts, candidates, devices)
+@pytest.mark.parametrize(("prompt_count", "candidates"), [(1, 1), (1, 16), (3, 1), (3, 5), (9, 2)])
+def test_layout_places_every_candidate_once(prompt_count: int, candidates: int, devices: int) -> None:
+    layout = Layout.of(prompt_count, candidates, devices)
     assert len(layout.prompt) % devices == 0
     placed = np.stack([np.repeat(layout.prompt, layout.share), layout.candidate()], axis=1)[layout.rows()]
-    assert placed.tolist() == [[prompt, candidate] for prompt in range(prompts) for candidate in range(candidates)]
+    assert placed.tolist() == [[prompt, candidate] for prompt in range(prompt_count) for candidate in range(candidates)]
 
 
 def test_rows_on_eight_devices_are_rows_on_one(voice: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,16 +213,16 @@ def test_rows_on_eight_devices_are_rows_on_one(voice: Twin, monkeypatch: pytest.
 
 
 def forget_programs() -> None:
-    for made in (generate._read_prompts, generate._decode, generate._remember):
+    for made in (sampler._read_prompts, sampler._decode, sampler._write_cache):
         made.cache_clear()
 
 
 def test_rows_stop_by_themselves_and_sampling_stops_when_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = tiny(0, 2, 4, stop_bias=5.0)
-    monkeypatch.setattr(generate, "CODES_A_CALL", 8)
+    monkeypatch.setattr(sampler, "CODES_PER_CALL", 8)
     counted: list[int] = []
     options = SamplingOptions(max_codes=38, repetition_penalty=1.0, dtype="float32")
-    drawn = generate.sample(twin.params, twin.config, voice_vector(), TEXT, 0, options, 6, progress=counted.append)
+    drawn = sampler.sample(twin.params, twin.config, voice_vector(), TEXT, 0, options, 6, progress=counted.append)
     stop = twin.config.stop_mel
     assert drawn.stopped.all()
     assert counted[-1] < 38
@@ -237,7 +236,7 @@ def test_log_likelihood_is_the_models_own_mean(voice: Twin) -> None:
     """Of the unfiltered logits, over the codes and the stop: recomputed from the uncached forward."""
     twin = tiny(0, 2, 4, stop_bias=2.0)
     options = SamplingOptions(max_codes=38, extra_text_stop=False, dtype="float32")
-    drawn = generate.sample(twin.params, twin.config, voice_vector(), TEXT, 1, options, 4)
+    drawn = sampler.sample(twin.params, twin.config, voice_vector(), TEXT, 1, options, 4)
     assert 0 < drawn.stopped.sum() < 5
     for i in range(4):
         codes = drawn.row(i)
@@ -261,95 +260,16 @@ def test_bfloat16_draws_and_differs() -> None:
 
 def test_a_new_text_of_similar_length_compiles_nothing(voice: Twin) -> None:
     options = SamplingOptions(max_codes=20, dtype="float32")
-    ready = generate.prepare(voice.params, voice.config, "float32")
-    generate.sample(ready, voice.config, voice_vector(), TEXT, 0, options)
+    weights = SamplerWeights.of(voice.params, voice.config, "float32")
+    sampler.sample(weights, voice.config, voice_vector(), TEXT, 0, options)
     read, decode = (
-        generate._read_prompts(voice.config, "float32"),
-        generate._decode(voice.config, 50, False, generate.CODES_A_CALL),
+        sampler._read_prompts(voice.config, "float32"),
+        sampler._decode(voice.config, 50, False, sampler.CODES_PER_CALL),
     )
     before = read._cache_size(), decode._cache_size()
     other = dataclasses.replace(options, temperature=0.7, top_p=0.5, repetition_penalty=1.5)
-    generate.sample(ready, voice.config, voice_vector(1), list(range(3, 20)), 9, other)
+    sampler.sample(weights, voice.config, voice_vector(1), list(range(3, 20)), 9, other)
     assert (read._cache_size(), decode._cache_size()) == before
-
-
-# Hand-over and drafts
-
-
-@pytest.mark.parametrize(
-    "codes",
-    [
-        pytest.param([3, 4, 5, 6], id="speech, then the silence it is filled with"),
-        pytest.param([7] * 4 + [3, 7, 7, 3, 9], id="silence within"),
-        pytest.param(list(range(10, 33)), id="one short of full: the stop and two codes become the ending"),
-        pytest.param([2] * 5 + [7] * 12 + [2] * 7, id="full, never stopped: not repaired"),
-        pytest.param([], id="nothing"),
-    ],
-)
-def test_hand_over_is_torchs(torch_voice: torch_reference.UnifiedVoice, voice: Twin, codes: list[int]) -> None:
-    vector, small = voice_vector(4), {"silence": 7, "ending": (5, 5, 8)}
-    drawn = torch.tensor([*codes, torch_voice.stop_mel_token][:24])
-    text = torch.tensor([*TEXT, 0])
-    want_codes, want_latents = torch_voice.hand_over(torch.from_numpy(vector), text, drawn, max_codes=24, **small)
-    got_codes, got_latents = generate.hand_over(
-        voice.params, voice.config, vector, TEXT, np.array(codes, np.int32), total=24, **small
-    )
-    np.testing.assert_array_equal(got_codes, want_codes.numpy())
-    assert_close(got_latents, want_latents, STACK)
-
-
-def test_hand_over_with_tortoises_own_figures_is_torchs() -> None:
-    """500 codes of 8192, silence 83, the ending 45, 45, 248; a voice that falls silent and one that never stops."""
-    model = torch_reference.tiny_unified_voice(
-        max_mel_tokens=604, number_mel_codes=8194, start_mel_token=8192, stop_mel_token=8193
-    )
-    twin, vector, text = voice_twin(model), voice_vector(5), torch.tensor([*TEXT, 0])
-    said = np.random.default_rng(0).integers(0, 8192, 500).astype(np.int32)
-    for codes in (said[:180], said):
-        stop = [model.stop_mel_token] if len(codes) < 500 else []
-        want = model.hand_over(torch.from_numpy(vector), text, torch.tensor([*codes.tolist(), *stop]))
-        got = generate.hand_over(twin.params, twin.config, vector, TEXT, codes)
-        np.testing.assert_array_equal(got[0], want[0].numpy())
-        assert_close(got[1], want[1], STACK)
-        assert len(got[1]) == (188 if stop else 500)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"total": 4}, "5 codes, but TorToiSe's decoder is handed at most 4"),
-        ({"total": 90, "silence": 7, "ending": (5, 5, 8)}, "the model has room for 42 codes"),
-        ({"total": 24}, "this model has 64 codes, but TorToiSe's decoder was trained with 8192"),
-    ],
-)
-def test_hand_over_refuses_what_tortoise_could_not_use(voice: Twin, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        generate.hand_over(voice.params, voice.config, voice_vector(), TEXT, np.arange(5), **changes)
-
-
-def test_draft_has_the_length_its_codes_imply_and_does_not_clip(dvae: Twin) -> None:
-    waveform = generate.draft(dvae.variables, dvae.config, default_mel_norms(), np.array([5, 60]))
-    assert waveform.dtype == np.float32
-    assert len(waveform) == 2 * SAMPLES_PER_CODE - 256
-    assert code_count(len(waveform)) == 2
-    assert 0 < np.abs(waveform).max() < 1
-
-
-def test_draft_leaves_out_what_is_no_code(dvae: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    mels: list[np.ndarray] = []
-    monkeypatch.setattr(generate, "griffin_lim", lambda mel, norms: mels.append(mel))
-    for codes in ([1, 64, 2, 65, 3], [1, 2, 3]):
-        generate.draft(dvae.variables, dvae.config, default_mel_norms(), np.array(codes))
-    np.testing.assert_array_equal(*mels)
-    assert len(generate.draft(dvae.variables, dvae.config, default_mel_norms(), np.array([64]))) == 0
-    assert len(mels) == 2
-
-
-def test_decoded_mel_is_torchs(torch_dvae: torch_reference.DiscreteVAE, dvae: Twin) -> None:
-    codes = np.random.default_rng(1).integers(0, 64, (2, 9))
-    want = torch_dvae.decode(torch.from_numpy(codes))
-    want = want[0] if isinstance(want, tuple) else want
-    assert_close(generate.decode_mel(dvae.variables, dvae.config, codes), want.numpy().swapaxes(1, 2), STACK)
 
 
 # Bad input
@@ -398,4 +318,4 @@ def test_a_model_gone_wrong_is_named(voice: Twin) -> None:
         voice.params, mel_head={"kernel": np.full((64, 66), np.nan, np.float32), "bias": np.zeros(66, np.float32)}
     )
     with pytest.raises(UserError, match="outputs are not finite"):
-        generate.sample(broken, voice.config, voice_vector(), TEXT, options=SHORT)
+        sampler.sample(broken, voice.config, voice_vector(), TEXT, options=SHORT)

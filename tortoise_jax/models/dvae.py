@@ -23,7 +23,12 @@ CODEBOOK_EPSILON = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class DVAEConfig:
-    """Dimensions of a dVAE, read from its tensors. The released file: (512, 8192, 512, 2, 3, 80, 3)."""
+    """Dimensions of a dVAE, read from its tensors.
+
+    codebook_dim: length of a code's vector. hidden: channels after the first strided convolution, doubled by each
+    further one. layers: strided convolutions, each halving the frames. channels: mel bands. kernel: of the strided
+    and the upsampling convolutions.
+    """
 
     codebook_dim: int
     codes: int
@@ -47,8 +52,11 @@ class DVAEConfig:
         return self.width(self.layers - 1)
 
 
+RELEASED = DVAEConfig(codebook_dim=512, codes=8192, hidden=512, layers=2, res_blocks=3)
+
+
 class Encoder(nn.Module):
-    """Submodules carry the index of their torch key (encoder.0, encoder.1, …) behind what they are."""
+    """Submodules are named for what they are, then the index of their torch key (encoder.0, encoder.1, …)."""
 
     config: DVAEConfig
 
@@ -112,6 +120,8 @@ class Codebook(nn.Module):
 
 
 class DiscreteVAE(nn.Module):
+    """The dVAE: mel (b, t, m) -> codes (b, ceil(t / 4)) int32 -> mel (b, 4 c, m), mel norms applied throughout."""
+
     config: DVAEConfig
 
     def setup(self) -> None:

@@ -24,7 +24,7 @@ ATTENTION_IMPLEMENTATIONS = ("plain", "xla", "cudnn")
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the AR model is computed, never what it computes.
+    """How the AR model is computed: speed and memory, not the function (dropout aside).
 
     dtype: activations and matrix products ("float32" or "bfloat16"); parameters and losses stay float32.
     remat: recompute each block in the backward pass instead of keeping its activations.

@@ -22,7 +22,6 @@ class UnifiedVoiceConfig:
     """Dimensions of an AR model, read from its tensors; heads alone cannot be.
 
     text_tokens, mel_tokens, text_positions and mel_positions are rows of the tables.
-    The released file: (30, 1024, 16, 256, 8194, 404, 608, 6, 80).
     """
 
     layers: int
@@ -54,7 +53,18 @@ class UnifiedVoiceConfig:
         return self.text_tokens - 1
 
 
+RELEASED = UnifiedVoiceConfig(
+    layers=30, width=1024, heads=16, text_tokens=256, mel_tokens=8194, text_positions=404, mel_positions=608
+)
+
+
 class UnifiedVoice(nn.Module):
+    """The AR model; `compute` changes how it is computed, not what.
+
+    Rows b of s positions: conditioning (b, n, d), text and codes -> hidden states (b, s, d), and logits for what
+    follows each position: of text (b, s, text_tokens) and of codes (b, s, mel_tokens).
+    """
+
     config: UnifiedVoiceConfig
     compute: Compute = Compute()
 
@@ -115,6 +125,10 @@ class UnifiedVoice(nn.Module):
             "text_logits": self.text_head(flat).reshape(b, s, -1).astype(jnp.float32),
             "mel_logits": self.mel_head(flat).reshape(b, s, -1).astype(jnp.float32),
         }
+
+    def hidden_states(self, conditioning: Array, tokens: Array, token_types: Array, positions: Array) -> Array:
+        """`hidden` (b, s, d) of `from_conditioning` alone: compiled, it computes no logits."""
+        return self.from_conditioning(conditioning, tokens, token_types, positions)["hidden"]
 
     def __call__(
         self,

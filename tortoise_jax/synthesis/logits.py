@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from tortoise_jax.models.layers import Array
 
-# How many entries beyond top_k are ranked, so that ties with the last of them are seen. More ties than that (half
-# precision can make them) take the slow way: for 16 rows, ranking the whole table takes 25 ms on two CPU cores, the
-# first 64 take 0.5 ms.
+# How many entries beyond top_k are ranked, so that ties with the last of them are kept, as Hugging Face keeps them. Of
+# more ties than that (half precision could make them) those that stand last in the table are kept: ranking all of it
+# would take 25 ms per code for 16 rows on two CPU cores, where the first 64 take 0.5 ms.
 TIES = 14
 
 
@@ -22,13 +22,13 @@ def penalise(logits: Array, seen: Array, penalty: Array | float) -> Array:
 
 
 def rank(logits: Array, count: int) -> tuple[Array, Array]:
-    """The `count` largest of logits (b, v), largest first, and where they stand, (b, c) each.
+    """The `count` largest of logits (b, v), largest first, and their indices, (b, c) each.
 
     Of equal logits the one that stands later comes first: the reverse of the stable ascending sort of Hugging Face's
     top-p, which drops the earlier of two equals first.
     """
-    values, reversed_places = jax.lax.top_k(logits[:, ::-1], count)
-    return values, logits.shape[1] - 1 - reversed_places
+    values, reversed_indices = jax.lax.top_k(logits[:, ::-1], count)
+    return values, logits.shape[1] - 1 - reversed_indices
 
 
 def keep(ranked: Array, top_k: int, tail: Array | float) -> Array:
@@ -46,18 +46,12 @@ def keep(ranked: Array, top_k: int, tail: Array | float) -> Array:
 
 
 def draw(keys: Array, logits: Array, temperature: Array | float, top_k: int, tail: Array | float) -> Array:
-    """One code a row (b,) int32 of penalised logits (b, v), drawn with its own key (b,); tail is 1 - top_p."""
+    """One code per row (b,) int32 of penalised logits (b, v), drawn with its own key (b,); tail is 1 - top_p."""
     scaled = logits / temperature
-    table, few = logits.shape[1], top_k + TIES
-
-    def among(ranked: Array, codes: Array) -> Array:
-        drawn = jax.vmap(jax.random.categorical)(keys, keep(ranked, top_k, tail))
-        return jnp.take_along_axis(codes, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
-
-    if top_k == 0 or few >= table:
-        return among(*rank(scaled, table))
-    # The barrier keeps XLA from merging the slices below into the top-k, which it would then no longer recognise and
+    table = logits.shape[1]
+    ranked, codes = rank(scaled, min(top_k + TIES, table) if top_k else table)
+    # The barrier keeps XLA from merging the slice in `keep` into the top-k, which it would then no longer recognise and
     # replace by a sort of the whole table.
-    ranked, codes = jax.lax.optimization_barrier(rank(scaled, few))
-    few_enough = jnp.all(jnp.sum(scaled >= ranked[:, top_k - 1, None], axis=1) <= few)
-    return jax.lax.cond(few_enough, lambda: among(ranked, codes), lambda: among(*rank(scaled, table)))
+    ranked, codes = jax.lax.optimization_barrier((ranked, codes))
+    drawn = jax.vmap(jax.random.categorical)(keys, keep(ranked, top_k, tail))
+    return jnp.take_along_axis(codes, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from tortoise_jax.audio import AUDIO_SUFFIXES, SILENT_DB, crop_conditioning, log_mel, loudness_db, read_audio
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import write_atomically
+from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
 VECTOR = "conditioning"  # its name in a .npz
@@ -50,21 +49,18 @@ def crop(clip: Path, seed: int, index: int) -> np.ndarray:
     return crop_conditioning(waveform, np.random.default_rng([seed, index]))
 
 
-def condition(params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, crops: list[np.ndarray]) -> np.ndarray:
-    """Waveforms of 132,300 samples -> the mean (d,) of their vectors. One at a time: a program for any number."""
-    vector = _vector(config)
-    return np.mean([np.asarray(vector(params, log_mel(waveform, mel_norms))) for waveform in crops], axis=0)
+def condition(
+    params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, waveforms: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Clips of one voice, each (132300,) -> conditioning (d,) float32: the mean of their vectors.
 
-
-@functools.cache
-def _vector(config: UnifiedVoiceConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    One at a time, so that one program serves any number of clips. What synthesis, training's exports and the Python
+    API call a voice all come from here.
+    """
     model = UnifiedVoice(config)
-
-    def vector(params: Any, mel: jax.Array) -> jax.Array:
-        conditioning: Any = model.apply({"params": params}, mel[None, None], method=UnifiedVoice.condition)
-        return conditioning[0, 0]
-
-    return jax.jit(vector)
+    mels = (log_mel(waveform, mel_norms) for waveform in waveforms)
+    vectors = [np.asarray(apply(model, "condition", {"params": params}, mel[None, None])) for mel in mels]
+    return np.mean(vectors, axis=0)[0, 0]
 
 
 def save_voice(path: Path, vector: np.ndarray, diffusion: np.ndarray | None = None) -> None:

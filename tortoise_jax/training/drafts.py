@@ -10,12 +10,13 @@ import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, SILENCE_BELOW_PEAK_DB, crop_conditioning, waveform_from_int16
+from tortoise_jax.audio import SAMPLE_RATE, crop_conditioning, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
-from tortoise_jax.synthesis import sampler as generate
-from tortoise_jax.synthesis import voices
+from tortoise_jax.synthesis import drafts, sampler, voices
+from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
+from tortoise_jax.synthesis.ranking import trailing_silence
 from tortoise_jax.training.run_directory import Run
 
 FOLDER = "samples"
@@ -34,28 +35,29 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         return None
     config, dvae = pretrained.ar.config, pretrained.dvae
     text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
-    room = generate.max_text_ids(config)
+    room = max_text_ids(config)
     for prompt, ids in zip(settings.prompts, text_ids, strict=True):
         if not 0 < len(ids) <= room:
             raise UserError(
                 f"config: prompts: {prompt!r} has {len(ids)} text tokens, the model has room for 1 to {room}"
             )
     speakers = fixed_voices(dataset)
-    options = generate.SamplingOptions(max_codes=min(500, generate.max_codes(config)))
+    options = sampler.SamplingOptions(max_codes=min(500, max_codes(config)))
 
     def draft(step: int, params: Any, run: Run) -> None:
         if run.history.has("sample", step):
             return
         (run.folder / FOLDER).mkdir(exist_ok=True)
-        ready = generate.prepare(params, config, options.dtype)
+        weights = sampler.SamplerWeights.of(params, config, options.dtype)
         entries: list[dict[str, Any]] = []
         for voice, clips in speakers.items():
             vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)
-            drawn = generate.sample(ready, config, vectors, text_ids, SEED, options)
+            drawn = sampler.sample(weights, config, vectors, text_ids, SEED, options)
             for i, prompt in enumerate(settings.prompts):
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
-                waveform = generate.draft(dvae.variables, dvae.config, pretrained.mel_norms, drawn.row(i))
+                mel = drafts.draft_mel(dvae.variables, dvae.config, drawn.row(i))
+                waveform = drafts.draft_waveform(mel, pretrained.mel_norms)
                 soundfile.write(run.folder / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
                 run.writer.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(
@@ -64,7 +66,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
                         "voice": voice,
                         "file": f"{FOLDER}/{name}",
                         "stopped": bool(drawn.stopped[i]),
-                        "trailing_silence": trailing_silence(waveform),
+                        "trailing_silence": trailing_silence(mel, pretrained.mel_norms),
                     }
                 )
         for entry in entries:
@@ -88,11 +90,3 @@ def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:
     speakers = sorted(clips, key=lambda speaker: (-len(clips[speaker]), speaker))[:VOICES]
     fitted = lambda i: np.asarray(waveform_from_int16(crop_conditioning(dataset.waveform(i))))
     return {speaker or "voice": np.stack([fitted(i) for i in clips[speaker][:CLIPS_A_VOICE]]) for speaker in speakers}
-
-
-def trailing_silence(waveform: np.ndarray) -> float:
-    """Seconds at the end that stay below -40 dB of the peak."""
-    if not len(waveform):
-        return 0.0
-    loud = np.flatnonzero(np.abs(waveform) > np.abs(waveform).max() * 10 ** (-SILENCE_BELOW_PEAK_DB / 20))
-    return (len(waveform) - 1 - int(loud[-1])) / SAMPLE_RATE if len(loud) else len(waveform) / SAMPLE_RATE

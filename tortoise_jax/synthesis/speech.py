@@ -1,0 +1,124 @@
+"""A text said by a voice, part by part: candidates drawn, ranked, the best kept, and the parts joined as sound."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.checkpoints.pretrained import Pretrained
+from tortoise_jax.synthesis import ranking, sampler
+from tortoise_jax.synthesis.drafts import decode_mel, draft
+from tortoise_jax.synthesis.prompts import max_text_ids
+from tortoise_jax.synthesis.ranking import Candidate
+from tortoise_jax.synthesis.sampler import SamplerWeights, Samples, SamplingOptions
+from tortoise_jax.text import sentences
+
+PAUSE_SECONDS = 0.3  # between the parts of a long text
+COMFORTABLE_TOKENS = 150  # of one part: 500 codes hold it, and the released models were trained on up to 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """A part of a text that is said at once, and the best candidates drawn for it, best first."""
+
+    text: str
+    text_ids: list[int]
+    kept: list[Candidate]
+
+
+def split_text(pretrained: Pretrained, text: str, cleaner: str) -> list[str]:
+    """A text in parts that a prompt has room for. Raises UserError for a sentence that is too long."""
+    encode = lambda part: pretrained.tokenizer.encode(part, cleaner)
+    return sentences.split(text, encode, COMFORTABLE_TOKENS, max_text_ids(pretrained.ar.config))
+
+
+def say(
+    pretrained: Pretrained,
+    weights: SamplerWeights,
+    voice: np.ndarray,
+    texts: list[str],
+    cleaner: str,
+    seed: int,
+    options: SamplingOptions,
+    candidates: int,
+    keep: int,
+    batch: int,
+) -> list[Utterance]:
+    """Draws candidates for each part of a text and keeps the best. voice (d,); batch: candidates drawn at once.
+
+    The parts draw with seeds that follow each other from `seed` on; the batch does not change what is drawn.
+    """
+    said = []
+    for i, text in enumerate(texts):
+        text_ids = pretrained.tokenizer.encode(text, cleaner)
+        found: list[Candidate] = []
+        for first in range(0, candidates, batch):
+            count = min(batch, candidates - first)
+            draw = functools.partial(
+                sampler.sample, weights, pretrained.ar.config, voice, text_ids, seed + i, options, count, first
+            )
+            drawn = with_bar(draw, options.max_codes, f"part {i + 1}, {count} candidates")
+            found += evaluate(pretrained, drawn, first)
+        said.append(Utterance(text, text_ids, ranking.rank(found)[:keep]))
+    return said
+
+
+def with_bar(draw: Callable[..., Samples], total: int, title: str) -> Samples:
+    """A draw under a progress bar that counts the codes of a candidate."""
+    with tqdm(total=total, unit="code", desc=title, leave=False, dynamic_ncols=True) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        return draw(progress=show)
+
+
+def evaluate(pretrained: Pretrained, drawn: Samples, first: int) -> list[Candidate]:
+    """Drawn rows as candidates, numbered from `first` on."""
+    found = []
+    for i, mel in enumerate(candidate_mels(pretrained, drawn)):
+        flags = ranking.flags(drawn.row(i), bool(drawn.stopped[i]), mel, pretrained.mel_norms)
+        found.append(Candidate(first + i, flags, float(drawn.log_likelihood[i]), drawn.row(i)))
+    return found
+
+
+def candidate_mels(pretrained: Pretrained, drawn: Samples) -> list[np.ndarray]:
+    """Each row's log-mel (4 c, m), all decoded at once: rows are filled up with their last code.
+
+    The dVAE's decoder looks ahead, so the last frames of a mel are approximate.
+    """
+    config = pretrained.dvae.config
+    last = np.maximum(drawn.lengths - 1, 0)[:, None]
+    indices = np.minimum(np.arange(drawn.codes.shape[1]), last)
+    filled = np.minimum(np.take_along_axis(drawn.codes, indices, axis=1), config.codes - 1)
+    mels = decode_mel(pretrained.dvae.variables, config, filled)
+    return [mel[: config.frames_per_code * length] for mel, length in zip(mels, drawn.lengths, strict=True)]
+
+
+def draft_of(pretrained: Pretrained, said: list[Utterance], index: int) -> np.ndarray:
+    """A draft waveform (samples,) of the index-th best candidate of every part, with pauses between the parts."""
+    dvae, norms = pretrained.dvae, pretrained.mel_norms
+    return join([draft(dvae.variables, dvae.config, norms, part.kept[index].codes) for part in said])
+
+
+def join(waveforms: list[np.ndarray]) -> np.ndarray:
+    """Waveforms (samples,) one after another, with a short pause between."""
+    pause = np.zeros(round(PAUSE_SECONDS * SAMPLE_RATE), np.float32)
+    pieces = [piece for waveform in waveforms for piece in (pause, waveform)]
+    return np.concatenate(pieces[1:])
+
+
+def describe(part: Utterance, candidates: int) -> str:
+    """One line on what was drawn and kept."""
+    kept = "; ".join(
+        f"candidate {one.index + 1} ({one.log_likelihood:.2f} a code"
+        + (f", {' and '.join(one.flags)}" if one.flags else "")
+        + ")"
+        for one in part.kept
+    )
+    return f'"{part.text[:50]}{"…" if len(part.text) > 50 else ""}": of {candidates} kept {kept}'
