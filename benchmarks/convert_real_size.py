@@ -61,8 +61,8 @@ def orbax_alone(folder: Path, seconds: dict[str, float]) -> None:
     import jax
     import orbax.checkpoint as ocp
 
+    from convert.mapping import nest
     from convert.source import AR, DVAE, open_source
-    from tortoise_jax.checkpoints.state_dict import nest
     from tortoise_jax.checkpoints.trees import save_tree
 
     rng = np.random.default_rng(0)

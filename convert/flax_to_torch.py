@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from convert import families
+from convert import families, mapping
 from convert.command_line import Parser
 from convert.families import AR, DVAE
 from convert.source import RELEASED_TEXT_TOKENS, TABLES, card_beside
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, read_metadata
 from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
 from tortoise_jax.errors import UserError, exit_with_one_line
@@ -54,7 +53,7 @@ def export(
     step = chosen_step(checkpoint, part, step)
     pretrained = load_pretrained(checkpoint, (part,), step)
     config = pretrained.part(part).config
-    state = state_dict.to_torch(TABLES[part], pretrained.part(part).tree)
+    state = mapping.to_torch(TABLES[part], pretrained.part(part).tree)
     own = len(state)
     extra = carried_over(state, source, part) if source else {}
     if attn_masks is False or (attn_masks and part == AR):
@@ -63,7 +62,7 @@ def export(
         if not isinstance(config, UnifiedVoiceConfig):
             raise UserError("--attn_masks is about the AR model; a dVAE has no attention")
         extra |= masks(config)
-    state = cast(state_dict.in_upstream_order(TABLES[part], state | extra), dtype, str(checkpoint))
+    state = cast(mapping.in_upstream_order(TABLES[part], state | extra), dtype, str(checkpoint))
 
     write_state_dict(out, state)
     write_json(out.with_suffix(".json"), card(pretrained, part, checkpoint, step, dtype))
@@ -111,7 +110,7 @@ def carried_over(state: dict[str, np.ndarray], source: Path, part: str) -> dict[
         if key not in original or original[key].shape != value.shape:
             there = f"has shape {original[key].shape} there" if key in original else "is missing there"
             raise UserError(f"--source {source} is another model: {key} {there}, here it is {value.shape}")
-    dropped = {key: state_dict.match(TABLES[part], key) for key in original if key not in state}
+    dropped = {key: mapping.match(TABLES[part], key) for key in original if key not in state}
     for key, match in dropped.items():
         if match.row.flax:
             raise UserError(f"--source {source} is another model: it has {key}, this one has not")
@@ -119,7 +118,7 @@ def carried_over(state: dict[str, np.ndarray], source: Path, part: str) -> dict[
 
 
 def is_mask(part: str, key: str) -> bool:
-    return state_dict.match(TABLES[part], key).row.reason == state_dict.MASK
+    return mapping.match(TABLES[part], key).row.reason == mapping.MASK
 
 
 def masks(config: UnifiedVoiceConfig) -> dict[str, np.ndarray]:
@@ -136,7 +135,7 @@ def masks(config: UnifiedVoiceConfig) -> dict[str, np.ndarray]:
 def by_reason(part: str, extra: dict[str, np.ndarray]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = {}
     for key in extra:
-        grouped.setdefault(state_dict.match(TABLES[part], key).row.reason, []).append(key)
+        grouped.setdefault(mapping.match(TABLES[part], key).row.reason, []).append(key)
     return grouped
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from convert import families
+from convert import families, mapping
 from convert.command_line import Parser, positive
 from convert.families import AR, DVAE, Found
 from convert.source import Source, card_beside, decide, describe, nonfinite, sha256
 from convert.torch_files import Loaded, load
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.pretrained import METADATA, load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
 from tortoise_jax.checkpoints.trees import parameter_count
@@ -55,7 +54,7 @@ def inspect_file(path: Path, heads: int | None) -> list[str]:
         return [*lines, f"  conversion: refused, {found.family.advice}"]
     try:
         source = decide(found, found.family.part, heads)
-        state_dict.check_copies(source.plan, found.state, str(path))
+        mapping.check_copies(source.plan, found.state, str(path))
         check_finite(source)
     except UserError as error:
         lines += [f"  {note}" for note in found.variant]

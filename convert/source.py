@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from convert import families
+from convert import families, mapping
 from convert.download import DVAE_SHA256
 from convert.families import AR, DVAE, Found
 from convert.torch_files import ZIP, Progress, load, silent
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.parts import abstract_tree
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 
 Config = UnifiedVoiceConfig | DVAEConfig
-TABLES = {AR: state_dict.UNIFIED_VOICE, DVAE: state_dict.DVAE}
+TABLES = {AR: mapping.UNIFIED_VOICE, DVAE: mapping.DVAE}
 RELEASED_TEXT_TOKENS = 256
 
 
@@ -38,7 +37,7 @@ class Source:
     config: Config
     heads_from: str  # "--heads", "its .json", or "assumed: width / 64"; "" for a dVAE
     expected: dict[str, tuple[int, ...]]  # every Flax path and shape
-    plan: state_dict.Plan
+    plan: mapping.Plan
 
     @property
     def path(self) -> Path:
@@ -81,11 +80,11 @@ def decide(found: Found, part: str, heads: int | None = None) -> Source:
     if part == AR:
         stated = number_beside(found.path, "heads")
         heads_from = "--heads" if heads else "its .json" if stated else "assumed: width / 64"
-        config = state_dict.unified_voice_config(shapes, where, heads or stated)
+        config = mapping.unified_voice_config(shapes, where, heads or stated)
     else:
-        config = state_dict.dvae_config(shapes, where)
+        config = mapping.dvae_config(shapes, where)
     expected = expected_shapes(config)
-    planned = state_dict.plan(TABLES[part], shapes, expected, where)
+    planned = mapping.plan(TABLES[part], shapes, expected, where)
     refuse_numberless(found, planned)
     return Source(part, found, config, heads_from, expected, planned)
 
@@ -96,7 +95,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(abstract_tree(config), sep="/").items()}
 
 
-def refuse_numberless(found: Found, planned: state_dict.Plan) -> None:
+def refuse_numberless(found: Found, planned: mapping.Plan) -> None:
     for _, keys in planned.filled.values():
         for key in keys:
             if found.state[key].dtype.kind in "iub":

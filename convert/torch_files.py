@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from convert.mapping import same_bits
 from tortoise_jax.checkpoints.pretrained import METADATA
-from tortoise_jax.checkpoints.state_dict import same_bits
 from tortoise_jax.errors import UserError
 
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import download
+from convert import download, mapping
 from convert.command_line import Parser, positive
 from convert.families import AR, DVAE
 from convert.progress import byte_bar
@@ -34,7 +34,6 @@ from convert.source import (
     sha256,
 )
 from tortoise_jax.audio import default_mel_norms
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line
@@ -123,7 +122,7 @@ def convert_part(source: Source, allow_nonfinite: bool) -> tuple[Part, list[str]
                 broken[key] = count
             bar.update(4 * tensor.size)
 
-        converted = state_dict.to_flax(TABLES[source.part], source.found.state, source.expected, str(source.path), each)
+        converted = mapping.to_flax(TABLES[source.part], source.found.state, source.expected, str(source.path), each)
     part = Part.of_tree(source.config, converted.params)
     if not broken:
         return part, []

@@ -19,16 +19,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import flax_to_torch, progress, torch_to_flax
+from convert import flax_to_torch, mapping, progress, torch_to_flax
 from convert.families import AR, DVAE
 from convert.flax_to_torch import export
 from convert.source import TABLES, describe, open_source
 from convert.torch_files import OUT_DTYPES, as_torch, read_state_dict
 from convert.torch_to_flax import convert, convert_part
-from tests.convert.test_state_dict import check_values
+from tests.convert.test_mapping import check_values
 from tests.support import checkpoint_files as files
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, random_batch, tiny_dvae, tiny_unified_voice
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import MEL, TEXT
@@ -77,7 +76,7 @@ def assert_same(state: dict[str, np.ndarray], model: torch.nn.Module) -> None:
     want = {key: value.numpy() for key, value in model.state_dict().items()}
     assert list(state) == list(want)
     for key, value in want.items():
-        assert state_dict.same_bits(state[key], value), key
+        assert mapping.same_bits(state[key], value), key
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def test_every_variant_gives_the_same_weights(voice, variant: str, tmp_path) -> 
     source = open_source(path, AR, HEADS)
     part, remarks = convert_part(source, allow_nonfinite=False)
     assert not remarks
-    assert_same(state_dict.to_torch(TABLES[AR], part.tree), voice)
+    assert_same(mapping.to_torch(TABLES[AR], part.tree), voice)
     mapped = [key for _, keys in source.plan.filled.values() for key in keys]
     assert sorted([*mapped, *source.plan.dropped]) == sorted(source.found.state)
     assert all(found.row.reason for found in source.plan.dropped.values())
@@ -187,7 +186,7 @@ def test_other_formats_and_dtypes(voice, write: Any, dtype: str, tmp_path) -> No
     assert source.dtypes == dtype
     assert any("has no checksums" in line for line in describe(source))
     params = convert_part(source, allow_nonfinite=False)[0].tree
-    back = state_dict.to_torch(TABLES[AR], params)
+    back = mapping.to_torch(TABLES[AR], params)
     for key, value in state.items():
         assert np.array_equal(back[key], value.float().numpy())
 
@@ -267,8 +266,8 @@ def test_any_model_saved_in_any_way_comes_back_bit_for_bit(saved: dict[str, Any]
         mapped = [key for _, keys in source.plan.filled.values() for key in keys]
         assert sorted([*mapped, *source.plan.dropped]) == sorted(keys)
         assert sorted(mapped) == sorted(want)
-        assert {path: leaf.shape for path, leaf in state_dict.flatten(params).items()} == source.expected
-        back = state_dict.to_torch(TABLES[part], params)
+        assert {path: leaf.shape for path, leaf in mapping.flatten(params).items()} == source.expected
+        back = mapping.to_torch(TABLES[part], params)
         assert list(back) == list(want)
         for key, value in want.items():
             assert torch.equal(as_torch(back[key]).to(dtype), value), key
@@ -362,7 +361,7 @@ def test_nonfinite_weights_are_converted_only_on_demand(voice, tmp_path) -> None
     export(tmp_path / "out", tmp_path / "back.pth")
     back = read_state_dict(tmp_path / "back.pth")
     for key, value in state.items():
-        assert state_dict.same_bits(back[key], value.numpy())
+        assert mapping.same_bits(back[key], value.numpy())
 
 
 def test_large_finite_weights_are_not_called_infinite() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import inspect_checkpoint
+from convert import inspect_checkpoint, mapping
 from convert.flax_to_torch import export
 from convert.inspect_checkpoint import inspect
 from convert.torch_files import read_state_dict
@@ -17,7 +17,6 @@ from convert.torch_to_flax import convert
 from tests.convert.test_convert import HEADS, assert_same, run
 from tests.support import checkpoint_files as files
 from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.checkpoints.pretrained import load_pretrained, write_metadata
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.checkpoints.trees import save_tree
@@ -45,7 +44,7 @@ def a_run(folder, tmp_path_factory) -> Path:
     (run / "config.json").write_text(json.dumps({"seed": 7}))
     checkpoints = RunCheckpoints(run)
     for step, loss in ((10, 1.0), (20, 2.0)):
-        params = state_dict.nest({k: v + np.float32(step) for k, v in state_dict.flatten(pretrained.ar.params).items()})
+        params = mapping.nest({k: v + np.float32(step) for k, v in mapping.flatten(pretrained.ar.params).items()})
         checkpoints.save(step, params, {"count": np.zeros((), np.int32)}, {"step": step}, loss)
     checkpoints.finish()
     return run
@@ -137,9 +136,9 @@ def test_a_run_and_its_export(a_run, tmp_path) -> None:
     assert "steps 10, 20; the best is 10" in said
     pretrained = load_pretrained(a_run, ("ar",), 10)
     assert "of step 10" in export(a_run, tmp_path / "best.pth")[0]
-    original = state_dict.to_torch(state_dict.UNIFIED_VOICE, pretrained.ar.params)
+    original = mapping.to_torch(mapping.UNIFIED_VOICE, pretrained.ar.params)
     written = read_state_dict(tmp_path / "best.pth")
-    assert all(state_dict.same_bits(written[key], value) for key, value in original.items())
+    assert all(mapping.same_bits(written[key], value) for key, value in original.items())
     card = json.loads((tmp_path / "best.json").read_text())
     assert card["training"] == {"step": 10, "config": {"seed": 7}}
     assert "exported by tortoise_jax" in "\n".join(inspect(tmp_path / "best.pth"))

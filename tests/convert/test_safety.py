@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from convert import inspect_checkpoint, torch_to_flax
+from convert import inspect_checkpoint, mapping, torch_to_flax
 from convert.families import AR
 from convert.source import TABLES, open_source
 from convert.torch_files import load, read_state_dict
@@ -19,7 +19,6 @@ from convert.torch_to_flax import convert, convert_part
 from tests.convert.test_convert import HEADS, run
 from tests.support import checkpoint_files as files
 from tests.support.torch_reference import tiny_unified_voice
-from tortoise_jax.checkpoints import state_dict
 from tortoise_jax.errors import UserError
 
 FUZZ_ROUNDS = 1000
@@ -221,9 +220,9 @@ def test_a_thousand_damaged_files(format_: str, state, tmp_path) -> None:
             refused += 1
         else:
             message = str(given)
-            got = state_dict.to_torch(TABLES[AR], params)
+            got = mapping.to_torch(TABLES[AR], params)
             assert got.keys() == want.keys(), round_
-            same = all(state_dict.same_bits(got[key], value) for key, value in want.items())
+            same = all(mapping.same_bits(got[key], value) for key, value in want.items())
             assert same or format_ != "zip", round_
         assert len(message.splitlines()) == 1, round_
         assert str(given) in message, round_

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert.mapping import DVAE
 from tests.models.test_layers import edited, noise, transposed
 from tests.support.parity import (
     MODULE,
@@ -29,7 +30,6 @@ from tests.support.parity import (
 )
 from tests.support.torch_reference import tiny_dvae
 from tortoise_jax.checkpoints.parts import abstract_variables, in_collections
-from tortoise_jax.checkpoints.state_dict import DVAE
 from tortoise_jax.models import dvae as dvae_module
 from tortoise_jax.models.dvae import Codebook, Decoder, DiscreteVAE, DVAEConfig, Encoder
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from convert.mapping import DVAE, UNIFIED_VOICE
 from tests.support.parity import MODULE, Change, Tree, assert_close, assert_module_parity
 from tests.support.torch_reference import randomize
 from tests.support.torch_reference.dvae import ResBlock
 from tests.support.torch_reference.unified_voice import AttentionBlock, ConditioningEncoder, group_count
-from tortoise_jax.checkpoints.state_dict import DVAE, UNIFIED_VOICE
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute, ConditioningAttention, GPT2Block, attend, dropout
 

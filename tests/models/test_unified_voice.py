@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert.mapping import UNIFIED_VOICE
 from tests.models.test_layers import edited, noise, swapped, transposed, un_interleaved
 from tests.support import small
 from tests.support.parity import (
@@ -30,7 +31,6 @@ from tests.support.parity import (
 from tests.support.small import CONFIG, joined_batch
 from tests.support.torch_reference import SAMPLES_PER_CODE, random_batch, record_outputs, tiny_unified_voice
 from tests.support.upstream_layout import upstream_batch
-from tortoise_jax.checkpoints.state_dict import UNIFIED_VOICE
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute
 from tortoise_jax.models.unified_voice import CONDITIONING, TEXT, UnifiedVoice, UnifiedVoiceConfig

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from tests.support.torch_reference import UnifiedVoice as TorchUnifiedVoice
-from tortoise_jax.checkpoints.parts import Part, abstract_tree, in_collections
-from tortoise_jax.checkpoints.state_dict import (
+from convert.mapping import (
     DVAE,
     UNIFIED_VOICE,
     Row,
@@ -28,6 +26,8 @@ from tortoise_jax.checkpoints.state_dict import (
     to_flax,
     unified_voice_config,
 )
+from tests.support.torch_reference import UnifiedVoice as TorchUnifiedVoice
+from tortoise_jax.checkpoints.parts import Part, abstract_tree, in_collections
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from convert.mapping import flatten
 from tests.support import small, torch_reference
 from tests.support.parity import STACK, Tree, Twin, absolute_error, apart, assert_close, voice_tree, voice_twin
 from tests.support.torch_reference import SAMPLES_PER_CODE, Trainer, random_batch, tiny_unified_voice
 from tests.support.upstream_layout import upstream_batch
-from tortoise_jax.checkpoints.state_dict import flatten
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.training.optimizer import (

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from convert.mapping import flatten
 from tests.support import small
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
-from tortoise_jax.checkpoints.state_dict import flatten
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay
 from tortoise_jax.training import report as run_report

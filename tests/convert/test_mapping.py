@@ -18,12 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from convert.source import expected_shapes
-from tests.support import checkpoint_files as files
-from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, tiny_dvae, tiny_unified_voice
-from tests.support.torch_reference.dvae import Codebook
-from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.state_dict import (
+from convert import mapping
+from convert.mapping import (
     CONV,
     DVAE,
     LINEAR,
@@ -38,6 +34,10 @@ from tortoise_jax.checkpoints.state_dict import (
     to_torch,
     unified_voice_config,
 )
+from convert.source import expected_shapes
+from tests.support import checkpoint_files as files
+from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, tiny_dvae, tiny_unified_voice
+from tests.support.torch_reference.dvae import Codebook
 from tortoise_jax.errors import UserError
 
 Table = list[Row]
@@ -126,13 +126,13 @@ def check(table: Table, case: Case) -> None:
     back = to_torch(table, converted.params)
     assert list(back) == list(original)
     for key, value in original.items():
-        assert state_dict.same_bits(back[key], value), key
+        assert mapping.same_bits(back[key], value), key
         assert back[key].flags.c_contiguous, key
 
     leaves = flatten(converted.params)
     assert {path: leaf.shape for path, leaf in leaves.items()} == case.expected
     assert all(leaf.dtype == np.float32 and leaf.flags.owndata for leaf in leaves.values())
-    planned = state_dict.plan(table, {key: value.shape for key, value in case.state.items()}, case.expected, "test")
+    planned = mapping.plan(table, {key: value.shape for key, value in case.state.items()}, case.expected, "test")
     mapped = [key for _, keys in planned.filled.values() for key in keys]
     assert sorted(mapped) == sorted(original)
     assert sorted([*mapped, *planned.dropped]) == sorted(case.state)
@@ -377,20 +377,20 @@ def test_mutations_reach_every_row(cases) -> None:
 
 def test_swapped_layers_show(cases, monkeypatch: pytest.MonkeyPatch) -> None:
     table, case = cases["voice"]
-    plan = state_dict.plan
+    plan = mapping.plan
     for path, (row, _) in plan(table, {k: v.shape for k, v in case.state.items()}, case.expected, "").filled.items():
         if not row.stacked:
             continue
 
-        def with_layers_swapped(*arguments: Any, path: str = path) -> state_dict.Plan:
+        def with_layers_swapped(*arguments: Any, path: str = path) -> mapping.Plan:
             planned = plan(*arguments)
             row, keys = planned.filled[path]
             return dataclasses.replace(planned, filled=planned.filled | {path: (row, (keys[1], keys[0], *keys[2:]))})
 
-        monkeypatch.setattr(state_dict, "plan", with_layers_swapped)
+        monkeypatch.setattr(mapping, "plan", with_layers_swapped)
         with pytest.raises(AssertionError):
             check(table, case)
-        monkeypatch.setattr(state_dict, "plan", plan)
+        monkeypatch.setattr(mapping, "plan", plan)
 
 
 # --- dimensions -------------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_dvaes_that_are_not_supported_are_named(key: str, shape: tuple[int, ...]
     else:
         shapes[key] = shape
     with pytest.raises(UserError) as caught:
-        state_dict.plan(DVAE, shapes, expected_shapes(dvae_config(shapes, "d.pth")), "d.pth")
+        mapping.plan(DVAE, shapes, expected_shapes(dvae_config(shapes, "d.pth")), "d.pth")
     assert says in str(caught.value)
     assert str(caught.value).startswith("d.pth: ")
 
@@ -443,11 +443,11 @@ def test_heads_must_divide_the_width_and_are_asked_for_below_512() -> None:
 
 
 def test_a_key_is_matched_as_a_whole_and_its_number_without_leading_zeros() -> None:
-    assert state_dict.match(UNIFIED_VOICE, "gpt.h.12.attn.bias").row.reason == state_dict.MASK
-    assert state_dict.match(UNIFIED_VOICE, "gpt.h.12.attn.c_attn.bias").row.flax == "gpt/h/attn/c_attn/bias"
+    assert mapping.match(UNIFIED_VOICE, "gpt.h.12.attn.bias").row.reason == mapping.MASK
+    assert mapping.match(UNIFIED_VOICE, "gpt.h.12.attn.c_attn.bias").row.flax == "gpt/h/attn/c_attn/bias"
     for key in ("gpt.h.012.attn.bias", "xgpt.h.1.attn.bias", "gpt.h.1.attn.bias.x", "gpt_h.1.attn.bias"):
         with pytest.raises(UserError, match="no known part"):
-            state_dict.match(UNIFIED_VOICE, key)
+            mapping.match(UNIFIED_VOICE, key)
 
 
 def test_a_parameter_without_a_row_is_named() -> None:
