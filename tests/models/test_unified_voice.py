@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from convert.mapping import UNIFIED_VOICE
-from tests.models.test_layers import edited, noise, swapped, transposed, un_interleaved
+from convert.tables.unified_voice import TABLE
 from tests.support import small
+from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
 from tests.support.parity import (
     MODULE,
     STACK,
@@ -212,7 +212,7 @@ def test_final_norms(torch_voice: Any, voice: Twin, name: str) -> None:
     check = functools.partial(
         assert_module_parity,
         torch_voice.get_submodule(name),
-        UNIFIED_VOICE,
+        TABLE,
         name,
         lambda params, x: norm.apply({"params": params}, x),
         10 * noise(2, 5, 64),

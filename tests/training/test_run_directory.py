@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from convert.mapping import flatten
 from tests.support import small
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.errors import UserError
@@ -148,8 +148,8 @@ def test_a_step_that_was_not_finite_is_replayed_from_its_file(tmp_path: Path) ->
     file = replay.save(tmp_path, 12, clips, params)
     step, batch, kept = replay.load(file)
     assert step == 12
-    for name, value in flatten(params).items():
-        np.testing.assert_array_equal(flatten(kept)[name], value)
+    for name, value in flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(flatten_dict(kept, sep="/")[name], value)
     names = [f"clip-{i}" for i in range(1000)]
     recipe = dataclasses.replace(small.recipe(), axis=None)
     lines = replay.explain(recipe, step, batch, kept, names)
