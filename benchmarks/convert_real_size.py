@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
+from tortoise_jax.checkpoints.parts import AR, DVAE
 
 GB = 1e9
 PARAMETERS = {"autoregressive.pth": 421_526_786, "dvae.pth": 59_963_984}
@@ -60,18 +61,21 @@ def orbax_alone(folder: Path, seconds: dict[str, float]) -> None:
     """The same arrays, saved with orbax as it comes, and as we call it (uncompressed)."""
     import jax
     import orbax.checkpoint as ocp
+    from flax.traverse_util import unflatten_dict
 
-    from convert.source import AR, DVAE, open_source
-    from tortoise_jax.checkpoints.state_dict import nest
+    from convert.source import open_source
     from tortoise_jax.checkpoints.trees import save_tree
 
     rng = np.random.default_rng(0)
     shapes = {
-        part: open_source(folder / name, part, checksums=False).expected
+        part: open_source(folder / name, part, checksums=False).plan.shapes
         for part, name in ((DVAE, "dvae.pth"), (AR, "autoregressive.pth"))
     }
     draw = lambda shape: rng.standard_normal(shape, dtype=np.float32)
-    trees = {part: nest({path: draw(shape) for path, shape in paths.items()}) for part, paths in shapes.items()}
+    trees = {
+        part: unflatten_dict({path: draw(shape) for path, shape in paths.items()}, sep="/")
+        for part, paths in shapes.items()
+    }
     jax.devices()
     for name, save in (("orbax as we call it", save_tree), ("orbax by default", None)):
         with timed(seconds, name):
@@ -98,7 +102,7 @@ def to_flax(folder: Path, seconds: dict[str, float]) -> None:
     for label, name in steps.items():
         setattr(torch_to_flax, name, with_time(getattr(torch_to_flax, name), seconds, label))
     with timed(seconds, "all"):
-        torch_to_flax.convert(folder / "dvae.pth", folder / "autoregressive.pth", folder / "flax")
+        torch_to_flax.convert({DVAE: folder / "dvae.pth", AR: folder / "autoregressive.pth"}, folder / "flax")
 
 
 def to_torch(folder: Path, seconds: dict[str, float]) -> None:

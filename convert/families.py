@@ -1,4 +1,4 @@
-"""What a checkpoint file is, by the names in it: a TorToiSe AR model or dVAE in any wrapping, or one to refuse."""
+"""Which model a checkpoint file holds, seen by the names in it: one that can be converted, or one to refuse."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from convert.tables import MODELS
 from convert.torch_files import Loaded, tensors
-from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.errors import UserError
 
-TITLES = {AR: "TorToiSe AR model (UnifiedVoice)", DVAE: "TorToiSe dVAE (DiscreteVAE)"}
 WRAPPERS = ("state_dict", "model", "model_g")
 PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """marks: patterns of which each matches the beginning of some key. advice: why it is refused; empty: converted."""
+    """A kind of checkpoint, with plain names.
+
+    marks: each of these patterns matches the beginning of one of its keys. advice: why it is refused, and what to do;
+    "" if it is converted. part: what it becomes in a checkpoint; "" if it is refused.
+    """
 
     name: str
     marks: tuple[str, ...]
     advice: str = ""
-    part: str = ""  # AR or DVAE, of what is converted
+    part: str = ""
 
 
 NOT_FINE_TUNED = "TorToiSe uses it unchanged beside a fine-tuned AR model; give autoregressive.pth or dvae.pth"
-FAMILIES: list[Family] = [
+REFUSED: list[Family] = [
     Family(
         "an XTTS checkpoint (Coqui)",
         (r"xtts\.|gpt\.gpt\.|gpt\.conditioning_perceiver|conditioning_perceiver|hifigan_decoder\.|mel_stats$",),
@@ -56,24 +59,24 @@ FAMILIES: list[Family] = [
     Family("a vocoder (HiFi-GAN or BigVGAN)", (r"ups\.", r"conv_pre\."), NOT_FINE_TUNED),
     Family("TorToiSe's random latent generator", (r"layers\.0\.weight$", r"layers\.5\.weight$"), NOT_FINE_TUNED),
     Family("TorToiSe's classifier", (r"enc\.", r"head\."), NOT_FINE_TUNED),
-    Family(TITLES[AR], (r"gpt\.h\.\d+\.|mel_embedding\.|mel_pos_embedding\.|text_pos_embedding\.",), part=AR),
-    Family(TITLES[DVAE], (r"codebook\.|encoder\.0\.0\.|decoder\.\d+\.net\.|quantizer\.",), part=DVAE),
 ]
+# The refused ones first: an XTTS file has keys of our models too.
+FAMILIES = [*REFUSED, *(Family(model.title, model.marks, part=model.part) for model in MODELS.values())]
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A file of a known family, with plain names."""
+    """A file whose family is known. Wrappers and prefixes are removed from its keys."""
 
     path: Path
     family: Family
-    state: dict[str, np.ndarray]  # canonical keys
+    state: dict[str, np.ndarray]
     format: str
-    variant: list[str]  # what was unpacked on the way to the plain names, for people
+    variant: list[str]  # what was removed, for people
 
 
 def find(loaded: Loaded, path: Path) -> Found:
-    """Unwraps a file's content and names its family. UserError for what is no checkpoint of tensors."""
+    """Unwraps a file's content and names its family. Raises UserError for what is no checkpoint of tensors."""
     content, variant = unwrap(loaded.content, path)
     state, prefixes = strip_prefixes(tensors(content, path))
     variant += [f'prefix "{prefix}" removed from every key' for prefix in prefixes]
@@ -81,7 +84,7 @@ def find(loaded: Loaded, path: Path) -> Found:
 
 
 def unwrap(content: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The dictionary of tensors inside {"state_dict": …} and the like, and what else was there."""
+    """The dictionary of tensors inside {"state_dict": …} and the like, and lines about what was unwrapped."""
     notes: list[str] = []
     while True:
         refuse_other_content(content, path)
@@ -96,7 +99,7 @@ def unwrap(content: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def refuse_other_content(content: Any, path: Path) -> None:
-    """Raises UserError for what people keep in .pth files that is not a state dict, each by its name."""
+    """Raises UserError for other things that people keep in .pth files; it names what the file holds."""
     if isinstance(content, torch.Tensor):
         norms = " (TorToiSe's mel norms)" if tuple(content.shape) == (80,) else ""
         raise UserError(f"{path} holds a single tensor of shape {tuple(content.shape)}{norms}, expected a state dict")
@@ -108,12 +111,12 @@ def refuse_other_content(content: Any, path: Path) -> None:
     if "optimizers" in content and "schedulers" in content:
         raise UserError(
             f"{path} is a DL-Art-School training state: optimiser and schedule, no weights at all; "
-            "the weights lie beside it in the models folder, as STEP_gpt.pth"
+            "the weights are in the models folder beside it, as STEP_gpt.pth"
         )
 
 
 def strip_prefixes(state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Removes what data parallelism and torch.compile put before every key."""
+    """Removes the prefixes that data parallelism and torch.compile add to every key."""
     removed: list[str] = []
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -130,7 +133,7 @@ def family_of(keys: Iterable[str], path: Path) -> Family:
     return Family(
         "a checkpoint of no known model",
         (),
-        f"none of its {len(keys)} keys is one of TorToiSe's AR model or dVAE; it begins with {shown}",
+        f"none of its {len(keys)} keys is one of TorToiSe's AR model or dVAE; its first keys are {shown}",
     )
 
 

@@ -2,7 +2,7 @@
 
   python convert/flax_to_torch.py runs/voice --out voice.pth
   python convert/flax_to_torch.py runs/voice --out voice.pth --source autoregressive.pth
-                                  also carries over what the conversion dropped from the original
+                                  adds the tensors of the original file that the conversion dropped
 
 The .json says what the tensors cannot tell: heads, tokenizer, mel norms, how it was trained. Keep it beside the .pth.
 """
@@ -10,26 +10,23 @@ The .json says what the tensors cannot tell: heads, tokenizer, mel norms, how it
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert import families
+from convert import families, mapping
 from convert.command_line import Parser
-from convert.families import AR, DVAE
-from convert.source import RELEASED_TEXT_TOKENS, TABLES, card_beside
+from convert.source import metadata_beside
+from convert.tables import MODELS, TorchModel
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
-from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, read_metadata
 from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import read_json, write_json
-from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-
-CONDITIONING_INPUTS = 2  # of the released model
-MASKED_BIAS = -1e4
 
 
 def export(
@@ -41,41 +38,43 @@ def export(
     dtype: str = "float32",
     attn_masks: bool | None = None,
 ) -> list[str]:
-    """Writes one model of a checkpoint as `out` and its card beside it; returns the lines to print.
+    """Writes one model of a checkpoint as `out` with its metadata in a .json beside it; returns the lines to print.
 
-    part: "ar" or "dvae"; None takes the AR model where there is one. step: of a run; None takes the best.
-    source: a torch file whose tensors that conversion dropped are carried over. dtype: a key of OUT_DTYPES.
-    attn_masks: with the constant masks that transformers up to 4.29 saved; None: if `source` has them.
-    Raises UserError.
+    part: "ar" or "dvae"; None takes the AR model if the checkpoint has one. step: of a run; None takes the best.
+    source: a torch file; its tensors that conversion dropped are added. dtype: a key of OUT_DTYPES. attn_masks: with
+    the constant masks that transformers up to 4.29 saved; None: if `source` has them. Raises UserError.
     """
     check_names(out, source)
-    present = read_metadata(checkpoint)
-    part = part or (AR if present.get(AR) else DVAE)
+    part = part or (AR if read_metadata(checkpoint).get(AR) else DVAE)
+    model = MODELS[part]
     step = chosen_step(checkpoint, part, step)
     pretrained = load_pretrained(checkpoint, (part,), step)
     config = pretrained.part(part).config
-    state = state_dict.to_torch(TABLES[part], pretrained.part(part).tree)
+    state = mapping.to_torch(model.table, pretrained.part(part).tree)
     own = len(state)
-    extra = carried_over(state, source, part) if source else {}
-    if attn_masks is False or (attn_masks and part == AR):
-        extra = {key: value for key, value in extra.items() if not is_mask(part, key)}
+    masks = model.masks(config) if model.masks else {}
+    if attn_masks and not masks:
+        raise UserError("--attn_masks is about the AR model; a dVAE has no attention")
+    added = dropped_tensors(state, source, model) if source else {}
+    if attn_masks is not None:
+        added = {key: value for key, value in added.items() if key not in masks}
     if attn_masks:
-        if not isinstance(config, UnifiedVoiceConfig):
-            raise UserError("--attn_masks is about the AR model; a dVAE has no attention")
-        extra |= masks(config)
-    state = cast(state_dict.in_upstream_order(TABLES[part], state | extra), dtype, str(checkpoint))
+        added |= masks
+    state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(checkpoint))
 
     write_state_dict(out, state)
-    write_json(out.with_suffix(".json"), card(pretrained, part, checkpoint, step, dtype))
+    facts = facts_of(pretrained, model)
+    write_json(out.with_suffix(".json"), export_metadata(pretrained, model, facts, checkpoint, step, dtype))
     at = f" of step {step}" if step is not None else ""
     beside = out.with_suffix(".json").name
     lines = [f"{out}: {own} tensors{at}, {dtype}, read back and equal bit for bit; keep {beside} beside it"]
-    lines += [f"  added {len(keys)} tensors: {reason}" for reason, keys in by_reason(part, extra).items()]
-    return lines + (how_to_use(config, pretrained, out) if isinstance(config, UnifiedVoiceConfig) else [])
+    reasons = Counter(mapping.match(model.table, key).row.reason for key in added)
+    lines += [f"  added {count} tensors: {reason}" for reason, count in reasons.items()]
+    return lines + model.how_to_use(config, facts, out)
 
 
 def check_names(out: Path, source: Path | None) -> None:
-    """Raises UserError for a name that is no .pth, or one under which somebody else's file would be written over."""
+    """Raises UserError for a name that is no .pth, or if a file that is no export of ours would be overwritten."""
     if out.suffix not in (".pth", ".pt"):
         raise UserError(f"--out {out}: expected a name ending in .pth")
     if out.is_dir():
@@ -83,9 +82,12 @@ def check_names(out: Path, source: Path | None) -> None:
     if source and out.exists() and out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the --source itself; keep the original and choose another name")
     beside = out.with_suffix(".json")
-    if (out.exists() or beside.exists()) and not card_beside(out):
+    if (out.exists() or beside.exists()) and not metadata_beside(out):
         taken = out if out.exists() else beside
-        raise UserError(f"--out {out}: {taken} is there and is no export of ours, so it is kept; choose another name")
+        raise UserError(
+            f"--out {out}: {taken} exists already and was not exported by tortoise_jax, so it is kept; "
+            "choose another name"
+        )
 
 
 def chosen_step(checkpoint: Path, part: str, step: int | None) -> int | None:
@@ -99,68 +101,50 @@ def chosen_step(checkpoint: Path, part: str, step: int | None) -> int | None:
     return step if step is not None else RunCheckpoints.to_read(checkpoint).best()
 
 
-# --- what the table drops ---------------------------------------------------------------------------------------------
+def dropped_tensors(state: dict[str, np.ndarray], source: Path, model: TorchModel) -> dict[str, np.ndarray]:
+    """The tensors of `source` that conversion drops, by key, except copies: these would repeat the old weights.
 
-
-def carried_over(state: dict[str, np.ndarray], source: Path, part: str) -> dict[str, np.ndarray]:
-    """The tensors of `source` that conversion drops, except copies: those would repeat the weights before training."""
+    state: the exported tensors, for which `source` must have the same keys and shapes. Raises UserError.
+    """
     found = families.find(load(source), source)
-    families.require(found, part)
+    families.require(found, model.part)
     original = found.state
     for key, value in state.items():
         if key not in original or original[key].shape != value.shape:
             there = f"has shape {original[key].shape} there" if key in original else "is missing there"
             raise UserError(f"--source {source} is another model: {key} {there}, here it is {value.shape}")
-    dropped = {key: state_dict.match(TABLES[part], key) for key in original if key not in state}
+    dropped = {key: mapping.match(model.table, key) for key in original if key not in state}
     for key, match in dropped.items():
         if match.row.flax:
             raise UserError(f"--source {source} is another model: it has {key}, this one has not")
     return {key: original[key] for key, match in dropped.items() if not match.original}
 
 
-def is_mask(part: str, key: str) -> bool:
-    return state_dict.match(TABLES[part], key).row.reason == state_dict.MASK
+# --- the .json beside the tensors -------------------------------------------------------------------------------------
 
 
-def masks(config: UnifiedVoiceConfig) -> dict[str, np.ndarray]:
-    """The buffers `gpt.h.N.attn.bias` and `.masked_bias` as transformers up to 4.29 makes them."""
-    positions = config.text_positions + config.mel_positions
-    causal = np.tril(np.ones((positions, positions), np.uint8))[None, None]
-    state: dict[str, np.ndarray] = {}
-    for layer in range(config.layers):
-        state[f"gpt.h.{layer}.attn.bias"] = causal
-        state[f"gpt.h.{layer}.attn.masked_bias"] = np.array(MASKED_BIAS, np.float32)
-    return state
+def facts_of(pretrained: Pretrained, model: TorchModel) -> dict[str, int]:
+    """The numbers that tensors do not tell, as the checkpoint's metadata has them; else those of the released model."""
+    origin = pretrained.source.get(model.part, {})
+    return {name: int(origin.get(name, released)) for name, released in model.facts.items()}
 
 
-def by_reason(part: str, extra: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for key in extra:
-        grouped.setdefault(state_dict.match(TABLES[part], key).row.reason, []).append(key)
-    return grouped
-
-
-# --- what a person needs beside the tensors ---------------------------------------------------------------------------
-
-
-def card(pretrained: Pretrained, part: str, checkpoint: Path, step: int | None, dtype: str) -> dict[str, Any]:
+def export_metadata(
+    pretrained: Pretrained, model: TorchModel, facts: dict[str, int], checkpoint: Path, step: int | None, dtype: str
+) -> dict[str, Any]:
     """What shapes cannot tell, for whoever converts the file again or builds the torch model."""
-    config = pretrained.part(part).config
+    config = pretrained.part(model.part).config
     content: dict[str, Any] = {
         "tortoise_jax": __version__,
-        "model": part,
+        "model": model.part,
         "dtype": dtype,
         "dimensions": dataclasses.asdict(config),
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
         "source": pretrained.source,
     }
-    if isinstance(config, UnifiedVoiceConfig):
-        content |= {
-            "heads": config.heads,
-            "conditioning_inputs": conditioning_inputs(pretrained),
-            "tokenizer_digest": pretrained.tokenizer.digest,
-            "constructor": constructor(config, pretrained),
-        }
+    content |= model.stated(config, facts)
+    if model.part == AR:
+        content["tokenizer_digest"] = pretrained.tokenizer.digest
     if step is not None:
         content["training"] = {"step": step} | (
             {"config": read_json(checkpoint / "config.json")} if (checkpoint / "config.json").exists() else {}
@@ -172,57 +156,14 @@ def card(pretrained: Pretrained, part: str, checkpoint: Path, step: int | None, 
     return content
 
 
-def conditioning_inputs(pretrained: Pretrained) -> int:
-    return int(pretrained.source.get(AR, {}).get("conditioning_inputs", CONDITIONING_INPUTS))
-
-
-def constructor(config: UnifiedVoiceConfig, pretrained: Pretrained) -> dict[str, int]:
-    """The arguments of TorToiSe's UnifiedVoice with which it has these tables."""
-    inputs = conditioning_inputs(pretrained)
-    return {
-        "layers": config.layers,
-        "model_dim": config.width,
-        "heads": config.heads,
-        "max_text_tokens": config.text_positions - 2,
-        "max_mel_tokens": config.mel_positions - 2 - inputs,
-        "max_conditioning_inputs": inputs,
-        "number_text_tokens": config.text_tokens - 1,
-        "start_text_token": config.start_text,
-        "number_mel_codes": config.mel_tokens,
-        "start_mel_token": config.start_mel,
-        "stop_mel_token": config.stop_mel,
-    }
-
-
-RELEASED = UnifiedVoiceConfig(
-    layers=30, width=1024, heads=16, text_tokens=256, mel_tokens=8194, text_positions=404, mel_positions=608
-)
-
-
-def how_to_use(config: UnifiedVoiceConfig, pretrained: Pretrained, out: Path) -> list[str]:
-    lines = [
-        f"to speak with it: keep TorToiSe's own autoregressive.pth (in ~/.cache/tortoise/models, or where "
-        f"TORTOISE_MODELS_DIR says) under another name and copy {out} there in its place"
-    ]
-    if config == RELEASED:
-        return lines
-    arguments = ", ".join(f"{name}={value}" for name, value in constructor(config, pretrained).items())
-    if config.text_tokens != RELEASED_TEXT_TOKENS:
-        lines.append(
-            f"its text table has {config.text_tokens} rows, TorToiSe's code builds {RELEASED_TEXT_TOKENS}: "
-            "it does not load there as it is; it needs the tokenizer.json of this checkpoint and the constructor below"
-        )
-    return [*lines, f"its size is not the released model's; TorToiSe's code must build it as UnifiedVoice({arguments})"]
-
-
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a converted checkpoint or a run")
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the .pth to write")
-    parser.add_argument("--part", choices=sorted(TABLES), help="which model (default: ar where there is one)")
+    parser.add_argument("--part", choices=sorted(MODELS), help="which model (default: ar if the checkpoint has it)")
     parser.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the best)")
     parser.add_argument(
-        "--source", type=Path, metavar="FILE", help="the original file, to carry over what conversion dropped"
+        "--source", type=Path, metavar="FILE", help="the original file; its tensors that conversion dropped are added"
     )
     parser.add_argument("--dtype", choices=list(OUT_DTYPES), default="float32", help="of the weights (%(default)s)")
     parser.add_argument(

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from convert import families
+from convert import families, mapping
 from convert.command_line import Parser, positive
-from convert.families import AR, DVAE, Found
-from convert.source import Source, card_beside, decide, describe, nonfinite, sha256
+from convert.families import Found
+from convert.source import Source, counted, decide, describe, metadata_beside, nonfinite, sha256
+from convert.tables import MODELS
 from convert.torch_files import Loaded, load
-from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.parts import PART_TYPES
 from tortoise_jax.checkpoints.pretrained import METADATA, load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
 from tortoise_jax.checkpoints.trees import parameter_count
@@ -29,7 +31,8 @@ SUFFIXES = (".pth", ".pt", ".safetensors", ".state", ".ckpt", ".bin")
 def inspect(path: Path, heads: int | None = None) -> list[str]:
     """The lines about a file, a converted checkpoint, a run, or a folder of files.
 
-    Raises UserError for what cannot be read as a checkpoint at all; what can be, but not converted, is described.
+    heads: of the attention, where a file does not tell. A file that cannot be converted is described, with the reason.
+    Raises UserError for a file that is no checkpoint at all.
     """
     if not path.is_dir():
         return inspect_file(path, heads)
@@ -55,58 +58,48 @@ def inspect_file(path: Path, heads: int | None) -> list[str]:
         return [*lines, f"  conversion: refused, {found.family.advice}"]
     try:
         source = decide(found, found.family.part, heads)
-        state_dict.check_copies(source.plan, found.state, str(path))
+        mapping.check_copies(source.plan, found.state)
         check_finite(source)
     except UserError as error:
         lines += [f"  {note}" for note in found.variant]
         return [*lines, f"  conversion: would fail, {str(error).removeprefix(f'{path}: ')}"]
-    lines += describe(source, sha256(path) if source.part == DVAE else "")[1:]
-    card = card_beside(path)
-    if card:
-        lines.append(f"  its .json: exported by tortoise_jax {card['tortoise_jax']}{trained(card)}")
-    return [*lines, f"  conversion: would succeed, --{source.part} {path}"]
+    lines += describe(source, sha256(path) if source.model.sha256 else "")[1:]
+    metadata = metadata_beside(path)
+    if metadata:
+        lines.append(f"  its .json: exported by tortoise_jax {metadata['tortoise_jax']}{trained(metadata)}")
+    return [*lines, f"  conversion: would succeed, --{source.model.part} {path}"]
 
 
 def headline(found: Found, loaded: Loaded) -> str:
     size = sum(tensor.size for tensor in found.state.values())
-    kinds = ", ".join(sorted({str(tensor.dtype) for tensor in found.state.values()}))
-    return f"{found.path}: {found.family.name}; {loaded.format}, {len(found.state)} tensors, {size:,} numbers, {kinds}"
+    dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in found.state.values()}))
+    return f"{found.path}: {found.family.name}; {loaded.format}, {len(found.state)} tensors, {size:,} numbers, {dtypes}"
 
 
 def check_finite(source: Source) -> None:
-    for _, keys in source.plan.filled.values():
-        for key in keys:
-            if count := nonfinite(source.found.state[key]):
-                raise UserError(f"{key} has {count} values that are NaN or infinite (--allow_nonfinite converts it)")
+    for key in source.plan.keys:
+        if count := nonfinite(source.found.state[key]):
+            raise UserError(f"{key} has {count} values that are NaN or infinite (--allow_nonfinite converts it)")
 
 
-def trained(card: dict) -> str:
-    training = card.get("training")
+def trained(metadata: dict[str, Any]) -> str:
+    training = metadata.get("training")
     return f", step {training['step']} of a run" if isinstance(training, dict) and "step" in training else ""
 
 
 def inspect_ours(path: Path) -> list[str]:
-    """A converted checkpoint or a run, every array read once."""
+    """The lines about a converted checkpoint or a run. Every array is read once, so that damage is found."""
     is_run = (path / STEPS).is_dir()
     lines = [f"{path}: {'a run' if is_run else 'a converted checkpoint'} of tortoise_jax"]
     whole = load_pretrained(path)
-    if AR in whole.parts:
-        c = whole.ar.config
-        lines.append(
-            f"  AR model: {c.layers} layers, width {c.width}, {c.heads} heads, {c.codes} codes, {c.text_tokens} text "
-            f"tokens, positions {c.mel_positions} and {c.text_positions}, {parameter_count(whole.ar.tree):,} parameters"
-        )
-    if DVAE in whole.parts:
-        d = whole.dvae.config
-        lines.append(
-            f"  dVAE: {d.layers} strided layers, {d.res_blocks} residual blocks, hidden {d.hidden}, {d.codes} codes, "
-            f"codebook_dim {d.codebook_dim}, {parameter_count(whole.dvae.tree):,} parameters and buffers"
-        )
+    for name, part in whole.parts.items():
+        size = f"{parameter_count(part.tree):,} {counted(part.config)}"
+        lines.append(f"  {PART_TYPES[name].title}: {MODELS[name].summary(part.config)}, {size}")
     if is_run:
         checkpoints = RunCheckpoints.to_read(path)
         lines.append(f"  steps {', '.join(map(str, checkpoints.steps()))}; the best is {checkpoints.best()}")
-    for part, origin in whole.source.items():
-        lines.append(f"  {part} from {json.dumps(origin.get('file'))}, sha256 {origin.get('sha256')}")
+    for name, origin in whole.source.items():
+        lines.append(f"  {name} from {json.dumps(origin.get('file'))}, sha256 {origin.get('sha256')}")
     command = f"python convert/flax_to_torch.py {path} --out voice.pth"
     return [*lines, f"  conversion back: would succeed, {command}"]
 

@@ -1,6 +1,6 @@
-"""A checkpoint file opened for conversion: its family known, its dimensions read, the place of every key decided.
+"""A checkpoint file opened for conversion: its model, its dimensions, and where each of its keys goes.
 
-Nothing has been copied or computed yet, so this is also what `inspect_checkpoint.py` reports.
+Nothing is copied or computed here, so `inspect_checkpoint.py` can report the same without a conversion.
 """
 
 from __future__ import annotations
@@ -16,29 +16,21 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from convert import families
-from convert.download import DVAE_SHA256
-from convert.families import AR, DVAE, Found
+from convert import families, mapping
+from convert.families import Found
+from convert.tables import MODELS, TorchModel
 from convert.torch_files import ZIP, Progress, load, silent
-from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.parts import abstract_tree
+from tortoise_jax.checkpoints.parts import PART_TYPES, abstract_tree, abstract_variables
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.dvae import DVAEConfig
-from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-
-Config = UnifiedVoiceConfig | DVAEConfig
-TABLES = {AR: state_dict.UNIFIED_VOICE, DVAE: state_dict.DVAE}
-RELEASED_TEXT_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    part: str  # "ar" or "dvae"
+    model: TorchModel
     found: Found
-    config: Config
-    heads_from: str  # "--heads", "its .json", or "assumed: width / 64"; "" for a dVAE
-    expected: dict[str, tuple[int, ...]]  # every Flax path and shape
-    plan: state_dict.Plan
+    config: Any  # of `model`
+    heads_from: str  # "--heads", "its .json", or "assumed: width / 64"
+    plan: mapping.KeyPlan
 
     @property
     def path(self) -> Path:
@@ -46,16 +38,16 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        """Numbers that are converted, buffers of the codebook included."""
-        return sum(self.found.state[key].size for _, keys in self.plan.filled.values() for key in keys)
+        """How many numbers are converted, buffers of the codebook included."""
+        return sum(self.found.state[key].size for key in self.plan.keys)
 
     @property
     def dtypes(self) -> str:
         """ "float32", or "float16 (84 tensors), float32 (2)" where they are mixed."""
-        kinds = Counter(str(self.found.state[key].dtype) for _, keys in self.plan.filled.values() for key in keys)
-        if len(kinds) == 1:
-            return next(iter(kinds))
-        return ", ".join(f"{kind} ({count} tensors)" for kind, count in kinds.most_common())
+        counts = Counter(str(self.found.state[key].dtype) for key in self.plan.keys)
+        if len(counts) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in counts.most_common())
 
     @property
     def dropped(self) -> Counter[str]:
@@ -66,48 +58,49 @@ class Source:
 def open_source(
     path: Path, part: str, heads: int | None = None, checksums: bool = True, progress: Progress = silent
 ) -> Source:
-    """Opens a file that must be the wanted part. UserError naming what it is instead, or the key that is wrong."""
+    """Opens a file that must hold the model of `part`.
+
+    heads: of its attention; None reads them from the .json beside the file, else assumes width / 64. checksums: verify
+    those of a .pth file. Raises UserError that says what the file is instead, or which of its keys is wrong.
+    """
     found = families.find(load(path, checksums, progress), path)
     families.require(found, part)
     return decide(found, part, heads)
 
 
 def decide(found: Found, part: str, heads: int | None = None) -> Source:
-    """Dimensions and every key's place, from names and shapes. Raises UserError."""
-    where = str(found.path)
+    """The dimensions and where every key goes, from names and shapes. Raises UserError."""
+    model, where = MODELS[part], str(found.path)
     shapes = {key: tensor.shape for key, tensor in found.state.items()}
-    heads_from = ""
-    config: Config
-    if part == AR:
-        stated = number_beside(found.path, "heads")
-        heads_from = "--heads" if heads else "its .json" if stated else "assumed: width / 64"
-        config = state_dict.unified_voice_config(shapes, where, heads or stated)
-    else:
-        config = state_dict.dvae_config(shapes, where)
-    expected = expected_shapes(config)
-    planned = state_dict.plan(TABLES[part], shapes, expected, where)
-    refuse_numberless(found, planned)
-    return Source(part, found, config, heads_from, expected, planned)
+    stated = number_beside(found.path, "heads")
+    heads_from = "--heads" if heads else "its .json" if stated else "assumed: width / 64"
+    config = model.config(shapes, where, heads or stated)
+    planned = mapping.plan(model.table, shapes, expected_shapes(config), where)
+    refuse_other_dtypes(found, planned)
+    return Source(model, found, config, heads_from, planned)
 
 
 @functools.lru_cache(maxsize=4)
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Every Flax path of a model of these dimensions, with its shape."""
     return {path: leaf.shape for path, leaf in flatten_dict(abstract_tree(config), sep="/").items()}
 
 
-def refuse_numberless(found: Found, planned: state_dict.Plan) -> None:
-    for _, keys in planned.filled.values():
-        for key in keys:
-            if found.state[key].dtype.kind in "iub":
-                raise UserError(
-                    f"{found.path}: {key} is {found.state[key].dtype}, expected float32, float16 or bfloat16; "
-                    "quantised weights cannot be fine-tuned"
-                )
+def refuse_other_dtypes(found: Found, planned: mapping.KeyPlan) -> None:
+    """Raises UserError for a weight that is stored as integers or booleans."""
+    for key in planned.keys:
+        if found.state[key].dtype.kind in "iub":
+            raise UserError(
+                f"{found.path}: {key} is {found.state[key].dtype}, expected float32, float16 or bfloat16; "
+                "quantised weights cannot be fine-tuned"
+            )
 
 
-def card_beside(path: Path) -> dict[str, Any]:
-    """The .json that `flax_to_torch.py` writes beside a .pth, or {}; a .json of anybody else's is not ours to read."""
+def metadata_beside(path: Path) -> dict[str, Any]:
+    """The .json that `flax_to_torch.py` writes beside a .pth; {} without one, or if another program wrote it.
+
+    Raises UserError for a file that is no JSON.
+    """
     try:
         content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,8 +111,8 @@ def card_beside(path: Path) -> dict[str, Any]:
 
 
 def number_beside(path: Path, name: str) -> int | None:
-    """A whole number that the .json states ("heads", "conditioning_inputs"), or None."""
-    number = card_beside(path).get(name)
+    """A whole number that the .json states ("heads", "conditioning_inputs"), or None. Raises UserError."""
+    number = metadata_beside(path).get(name)
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
         raise UserError(f'{path.with_suffix(".json")}: "{name}" is {number!r}, expected a number of at least 1')
     return number
@@ -129,7 +122,7 @@ def number_beside(path: Path, name: str) -> int | None:
 
 
 def nonfinite(tensor: np.ndarray) -> int:
-    """How many values are NaN or infinite. A sum of squares that is finite says none, at the speed of memory."""
+    """How many values are NaN or infinite. A finite sum of squares shows that none is, in one pass over the memory."""
     flat = np.asarray(tensor, np.float32).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(np.dot(flat, flat)):
@@ -146,27 +139,23 @@ def sha256(path: Path) -> str:
 
 
 def describe(source: Source, checksum: str = "") -> list[str]:
-    """The lines of a summary about one file: dimensions, what was unpacked, what was dropped and why."""
-    config, size = source.config, f"{source.path}: {source.parameters:,} parameters"
-    if isinstance(config, DVAEConfig):
-        public = "" if config.codebook_dim == 256 else "; the public configs' 256 does not apply to this file"
-        lines = [
-            f"dVAE {size} and buffers, {source.dtypes}",
-            f"  {config.layers} strided layers, {config.res_blocks} residual blocks, hidden {config.hidden}, "
-            f"{config.codes} codes",
-            f"  codebook_dim {config.codebook_dim}, read from codebook.embed{public}",
-        ]
-        if checksum == DVAE_SHA256:
-            lines.append("  its sha256 is that of the released dvae.pth")
-    else:
-        early = " (an early release's; later ones have 608 and 404)" if config.mel_positions == 304 else ""
-        lines = [
-            f"AR model {size}, {source.dtypes}",
-            f"  {config.layers} layers, width {config.width}, {config.heads} heads ({source.heads_from}), "
-            f"{config.codes} codes, {config.text_tokens} text tokens",
-            f"  positions: {config.mel_positions} for codes, {config.text_positions} for text{early}",
-        ]
+    """The lines of a summary about one file: dimensions, what was unpacked, what was dropped and why.
+
+    checksum: the sha256 of the file, where it is known.
+    """
+    model, title = source.model, PART_TYPES[source.model.part].title
+    lines = [
+        f"{title} {source.path}: {source.parameters:,} {counted(source.config)}, {source.dtypes}",
+        *(f"  {line}" for line in model.describe(source.config, source.heads_from)),
+    ]
+    if model.sha256 and checksum == model.sha256:
+        lines.append(f"  its sha256 is that of the released {model.file}")
     if source.found.format != ZIP:
         lines.append(f"  a {source.found.format} file has no checksums: damage to its numbers cannot be seen")
     lines += [f"  {note}" for note in source.found.variant]
     return lines + [f"  dropped {count} tensors: {reason}" for reason, count in source.dropped.items()]
+
+
+def counted(config: Any) -> str:
+    """What the number of a model's values counts."""
+    return "parameters" if abstract_variables(config).keys() == {"params"} else "parameters and buffers"

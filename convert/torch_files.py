@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from convert.mapping import same_bits
 from tortoise_jax.checkpoints.pretrained import METADATA
-from tortoise_jax.checkpoints.state_dict import same_bits
 from tortoise_jax.errors import UserError, first_line
 
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"
@@ -46,12 +46,12 @@ Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
 def silent(count: int) -> None:
-    """The progress of whoever does not watch."""
+    """Shows no progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What a file holds, as it was saved: mostly a dictionary of tensors, wrapped or not."""
+    """The content of a file as it was saved: mostly a dictionary of tensors, wrapped or not."""
 
     format: str
     content: Any
@@ -61,9 +61,9 @@ class Loaded:
 
 
 def load(path: Path, checksums: bool = True, progress: Progress = silent) -> Loaded:
-    """Reads a file's tensors, mapped where the format allows. Raises UserError in one line for anything else.
+    """Reads a file's tensors, mapped into memory where the format allows it. Raises UserError for any other file.
 
-    checksums: compare a zip's records with their CRC-32, which torch.load does not.
+    checksums: compare a zip's records with their CRC-32, which torch.load does not. progress: called meanwhile.
     """
     kind = format_of(path)
     try:
@@ -76,12 +76,12 @@ def load(path: Path, checksums: bool = True, progress: Progress = silent) -> Loa
             return Loaded(kind, torch.load(path, map_location="cpu", weights_only=True, mmap=kind == ZIP))
     except UserError:
         raise
-    except Exception as error:  # parsers of damaged files raise whatever they run into
-        raise UserError(_why_unreadable(path, str(error) or type(error).__name__)) from None
+    except Exception as error:  # damaged files make the parsers raise errors of any type
+        raise UserError(_why_unreadable(path, error)) from None
 
 
 def format_of(path: Path) -> str:
-    """Which format a file's first bytes show; UserError for what cannot be a checkpoint."""
+    """The format that a file's first bytes show. Raises UserError for what cannot be a checkpoint."""
     try:
         if path.is_dir():
             ours = f", converted already (it holds {METADATA})" if (path / METADATA).exists() else ""
@@ -112,17 +112,17 @@ def _is_text(start: bytes) -> bool:
 
 
 def check_zip(path: Path, checksums: bool, progress: Progress = silent) -> None:
-    """Raises UserError unless the archive is one that torch could have written and its records are undamaged."""
+    """Raises UserError unless torch could have written the archive and its records are undamaged."""
     try:
         opened = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
         raise UserError(
-            f"{path} is cut off: it begins like a torch checkpoint, but its end is not there; get it again"
+            f"{path} is cut off: it begins like a torch checkpoint, but its end is missing; get it again"
         ) from None
     with opened as archive:
         records = archive.infolist()
         if not any(record.filename.endswith("/data.pkl") for record in records):
-            raise UserError(f"{path} is a zip archive, but not of torch (no data.pkl); is it to be unpacked first?")
+            raise UserError(f"{path} is a zip archive, but not of torch (no data.pkl); must it be unpacked first?")
         # torch stores tensors as they are; a compressed record could unpack to any size.
         packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
         if packed:
@@ -150,22 +150,22 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
 
 
-def _why_unreadable(path: Path, reason: str) -> str:
+def _why_unreadable(path: Path, error: Exception) -> str:
+    reason = str(error)
     named = re.search(r"GLOBAL ([\w.]+)", reason)
     if named:
         state = ' A ".state" file holds an optimiser, no weights.' if path.suffix == ".state" else ""
         return (
             f"{path} holds Python objects beside tensors ({named.group(1)}), which would have to be run to be read; "
-            f"that is never done.{state} A file saved by torch.save(model.state_dict(), …) holds tensors alone"
+            f"this is never done.{state} A file saved by torch.save(model.state_dict(), …) holds tensors alone"
         )
     if "Weights only load failed" in reason:
         return f"{path} is damaged or not a checkpoint of tensors; get it again"
-    first = next(line.strip() for line in reason.splitlines() if line.strip()) if reason.strip() else reason
-    return f"{path} is damaged or not a checkpoint: {first[:200]}"
+    return f"{path} is damaged or not a checkpoint: {first_line(error)}"
 
 
 def tensors(content: Any, path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a flat dictionary as arrays, without a copy. UserError naming the entry that is none."""
+    """The tensors of a flat dictionary as arrays, without a copy. Raises UserError for an entry that is no tensor."""
     state: dict[str, np.ndarray] = {}
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
@@ -180,7 +180,7 @@ def tensors(content: Any, path: Path) -> dict[str, np.ndarray]:
 
 
 def as_numpy(tensor: torch.Tensor, where: str) -> np.ndarray:
-    """The tensor's own memory as an array of the same dtype (bfloat16 by ml_dtypes). UserError for what has no such."""
+    """The tensor's own memory as an array of the same dtype (bfloat16 of ml_dtypes). Raises UserError for others."""
     if tensor.dtype not in TORCH_DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
         kind = str(tensor.dtype if tensor.dtype not in TORCH_DTYPES else tensor.layout).removeprefix("torch.")
         raise UserError(f"{where} is {kind} on {tensor.device.type}, expected dense float32, float16 or bfloat16")
@@ -194,7 +194,7 @@ def as_numpy(tensor: torch.Tensor, where: str) -> np.ndarray:
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a flat file under the names it has. Raises UserError."""
+    """The arrays of a file that holds one flat dictionary, by its keys. Raises UserError."""
     content = load(path).content
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
@@ -205,7 +205,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 
 def cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.ndarray]:
-    """Floating-point arrays in `dtype` (a key of OUT_DTYPES), others as they are. UserError where a value overflows."""
+    """Floating-point arrays in `dtype` (a key of OUT_DTYPES), others unchanged. Raises UserError for an overflow."""
     target = OUT_DTYPES[dtype]
     done: dict[str, np.ndarray] = {}
     for key, value in state.items():
@@ -218,7 +218,10 @@ def cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.n
 
 
 def write_state_dict(path: Path, state: dict[str, np.ndarray]) -> None:
-    """Writes a flat .pth: beside, synced, renamed; before that reads it back and compares every tensor bit for bit."""
+    """Writes a flat .pth. It appears whole or not at all, after it was read back and compared bit for bit.
+
+    Raises UserError.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,5 +253,5 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of arrays that are read-only: nothing writes to them here
+        warnings.simplefilter("ignore")  # about read-only arrays: nothing here writes to them
         return torch.from_numpy(array)

@@ -2,7 +2,7 @@
 
   python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out checkpoints/tortoise
   python convert/torch_to_flax.py --download          fetches both files first
-  python convert/torch_to_flax.py                     takes what lies in checkpoints/
+  python convert/torch_to_flax.py                     takes the files in checkpoints/
 
 Dimensions are read from the tensors, never from a configuration. Files are only read, never run.
 """
@@ -12,30 +12,22 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from convert import download
+from convert import download, mapping
 from convert.command_line import Parser, positive
-from convert.families import AR, DVAE
 from convert.progress import byte_bar
-from convert.source import (
-    RELEASED_TEXT_TOKENS,
-    TABLES,
-    Source,
-    card_beside,
-    describe,
-    nonfinite,
-    number_beside,
-    open_source,
-    sha256,
-)
+from convert.source import Source, describe, metadata_beside, nonfinite, number_beside, open_source, sha256
+from convert.tables import MODELS
+from convert.tables.dvae import PUBLIC_CODEBOOK_DIM
+from convert.tables.unified_voice import RELEASED
 from tortoise_jax.audio import default_mel_norms
-from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.parts import Part
+from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line, first_line
 from tortoise_jax.models.dvae import DVAEConfig
@@ -43,13 +35,10 @@ from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
 
 LOOK_IN = Path("checkpoints")
-FILES = {DVAE: "dvae.pth", AR: "autoregressive.pth"}
-CONDITIONING_INPUTS = 2  # of the released model; TorToiSe's constructor wants to know, the tensors do not tell
 
 
 def convert(
-    dvae: Path | None,
-    ar: Path | None,
+    files: Mapping[str, Path],
     out: Path,
     heads: int | None = None,
     *,
@@ -59,14 +48,14 @@ def convert(
     allow_nonfinite: bool = False,
     checksums: bool = True,
 ) -> list[str]:
-    """Converts what is given into the directory `out`, whole or not at all; returns the summary's lines.
+    """Converts the given files into the directory `out`, whole or not at all; returns the lines of the summary.
 
-    heads: of the AR model, where its .json or width / 64 is wrong. codebook_dim: only compared with the file's.
-    tokenizer, mel_norms: files, where they are not the released ones. allow_nonfinite: convert NaN and Inf too.
-    checksums: verify those of .pth files. Raises UserError.
+    files: torch files by part ("ar", "dvae"). heads: of the AR model, where its .json or width / 64 is wrong.
+    codebook_dim: only compared with the dVAE's. tokenizer, mel_norms: files, where they are not the released ones.
+    allow_nonfinite: convert NaN and infinite values too. checksums: verify those of .pth files. Raises UserError.
     """
     check_new(out)
-    sources = {part: open_with_bar(path, part, heads, checksums) for part, path in ((DVAE, dvae), (AR, ar)) if path}
+    sources = {part: open_with_bar(files[part], part, heads, checksums) for part in MODELS if part in files}
     if not sources:
         raise UserError("nothing to convert: give --dvae, --ar, or both")
     check_codebook_dim(sources.get(DVAE), codebook_dim)
@@ -78,12 +67,12 @@ def convert(
     lines: list[str] = []
     parts: dict[str, Part] = {}
     origin: dict[str, Any] = {}
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # hashing keeps a core busy while the other converts
+    with concurrent.futures.ThreadPoolExecutor(1) as hashing:  # on another core while this one converts
         for part in list(sources):
-            source = sources.pop(part)  # so that its mapped file is let go before the next
-            checksum = beside.submit(sha256, source.path)
+            source = sources.pop(part)  # so that its memory-mapped file is closed before the next one is read
+            checksum = hashing.submit(sha256, source.path)
             parts[part], remarks = convert_part(source, allow_nonfinite)
-            origin[part] = where_from(source, checksum.result())
+            origin[part] = origin_of(source, checksum.result())
             lines += describe(source, checksum.result()) + remarks
             del source
     size = sum(leaf.nbytes for part in parts.values() for leaf in jax.tree.leaves(part.variables))
@@ -100,7 +89,7 @@ def check_new(out: Path) -> None:
 
 
 def check_room(out: Path, size: int) -> None:
-    """Raises UserError where the disk has no room for `size` bytes: better said before than found out while writing."""
+    """Raises UserError, before anything is converted, if the disk has no room for `size` bytes."""
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -114,7 +103,10 @@ def open_with_bar(path: Path, part: str, heads: int | None, checksums: bool) -> 
 
 
 def convert_part(source: Source, allow_nonfinite: bool) -> tuple[Part, list[str]]:
-    """The model in Flax, and what a person should know about them. UserError for NaN or Inf that is not allowed."""
+    """The model as a part of a checkpoint, and lines of warnings.
+
+    Raises UserError for values that are NaN or infinite, unless they are allowed.
+    """
     broken: dict[str, int] = {}
     with byte_bar(f"converting {source.path.name}", 4 * source.parameters) as bar:
 
@@ -123,32 +115,31 @@ def convert_part(source: Source, allow_nonfinite: bool) -> tuple[Part, list[str]
                 broken[key] = count
             bar.update(4 * tensor.size)
 
-        converted = state_dict.to_flax(TABLES[source.part], source.found.state, source.expected, str(source.path), each)
-    part = Part.of_tree(source.config, converted.params)
+        tree = mapping.to_flax(source.plan, source.found.state, each)
+    part = Part.of_tree(source.config, tree)
     if not broken:
         return part, []
     key, count = next(iter(broken.items()))
     more = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
     remark = f"{source.path}: {key} has {count} values that are NaN or infinite{more}"
     if not allow_nonfinite:
-        raise UserError(f"{remark}; such a model computes nothing. --allow_nonfinite converts it all the same")
+        raise UserError(f"{remark}; such a model computes nothing. --allow_nonfinite converts it nevertheless")
     return part, [f"  warning: {remark} (allowed by --allow_nonfinite)"]
 
 
-def where_from(source: Source, checksum: str) -> dict[str, Any]:
-    """What the converted checkpoint remembers of the file, and of the .json beside it."""
-    card = card_beside(source.path)
-    origin: dict[str, Any] = {"file": source.path.name, "sha256": checksum}
-    if source.part == AR:
-        origin["conditioning_inputs"] = number_beside(source.path, "conditioning_inputs") or CONDITIONING_INPUTS
-    return origin | ({"training": card["training"]} if "training" in card else {})
+def origin_of(source: Source, checksum: str) -> dict[str, Any]:
+    """What the checkpoint's metadata keeps of the file and of the .json beside it."""
+    metadata = metadata_beside(source.path)
+    facts = {name: number_beside(source.path, name) or released for name, released in source.model.facts.items()}
+    training = {"training": metadata["training"]} if "training" in metadata else {}
+    return {"file": source.path.name, "sha256": checksum, **facts, **training}
 
 
 # --- what belongs together --------------------------------------------------------------------------------------------
 
 
 def check_codebook_dim(dvae: Source | None, stated: int | None) -> None:
-    """The file decides; whoever says otherwise is told by which tensor."""
+    """Raises UserError if the stated codebook_dim is not the file's; it names the tensor that decides."""
     if stated is None:
         return
     if dvae is None:
@@ -156,16 +147,18 @@ def check_codebook_dim(dvae: Source | None, stated: int | None) -> None:
     assert isinstance(dvae.config, DVAEConfig)
     if stated != dvae.config.codebook_dim:
         shape = tuple(dvae.found.state["codebook.embed"].shape)
-        public = " (the public configs say 256, which does not apply to the released file)" if stated == 256 else ""
+        public = ""
+        if stated == PUBLIC_CODEBOOK_DIM:
+            public = f" (the public configs say {stated}, which does not apply to the released file)"
         raise UserError(
             f"--codebook_dim {stated}, but {dvae.path} has {dvae.config.codebook_dim}: its tensor codebook.embed has "
-            f"shape {shape}, codebook_dim first{public}; leave --codebook_dim out, or give the dVAE that is meant"
+            f"shape {shape}, codebook_dim first{public}; leave --codebook_dim out, or give the dVAE that has it"
         )
 
 
 def check_fit(sources: dict[str, Source]) -> None:
-    """A dVAE and an AR model given together must speak of the same codes and mels."""
-    if len(sources) < 2:
+    """Raises UserError if a dVAE and an AR model that are given together have other codes or mels."""
+    if not {AR, DVAE} <= sources.keys():
         return
     dvae, ar = sources[DVAE].config, sources[AR].config
     assert isinstance(dvae, DVAEConfig)
@@ -183,23 +176,23 @@ def check_fit(sources: dict[str, Source]) -> None:
 
 
 def choose_tokenizer(ar: Source | None, given: Path | None) -> Tokenizer:
-    """The tokenizer the text table was trained with: the given one, else the released one if nothing speaks against."""
+    """The given tokenizer, else the released one. Raises UserError if the AR model was trained with another one."""
     tokenizer = Tokenizer.from_file(given) if given else Tokenizer.default()
     if ar is None:
         return tokenizer
     assert isinstance(ar.config, UnifiedVoiceConfig)
     rows = ar.config.text_tokens
-    if given is None and rows != RELEASED_TEXT_TOKENS:
+    if given is None and rows != RELEASED.text_tokens:
         raise UserError(
             f"{ar.path}: its text table (text_embedding.weight) has {rows} rows, the released model's "
-            f"{RELEASED_TEXT_TOKENS}: it was trained with a tokenizer of its own; give it: --tokenizer tokenizer.json"
+            f"{RELEASED.text_tokens}: it was trained with a tokenizer of its own; give it: --tokenizer tokenizer.json"
         )
     if tokenizer.vocab_size > rows - 1:
         raise UserError(
             f"{given or 'the bundled tokenizer'} has {tokenizer.vocab_size} tokens, but {ar.path} has room for "
             f"{rows - 1} (text_embedding.weight has {rows} rows, the last is the start token)"
         )
-    stated = card_beside(ar.path).get("tokenizer_digest", tokenizer.digest)
+    stated = metadata_beside(ar.path).get("tokenizer_digest", tokenizer.digest)
     if stated != tokenizer.digest:
         raise UserError(
             f"{ar.path} was exported with another tokenizer than {given or 'the bundled one'}, says its .json; give "
@@ -209,16 +202,20 @@ def choose_tokenizer(ar: Source | None, given: Path | None) -> Tokenizer:
 
 
 def choose_mel_norms(sources: dict[str, Source], given: Path | None) -> np.ndarray:
-    """The constants the mels were divided by: what is given, else the released ones."""
+    """The constants (m,) by which mels are divided: the given ones, else the released ones.
+
+    Raises UserError if they do not fit a model, or if a model was trained with other ones.
+    """
     norms = read_mel_norms(given) if given else default_mel_norms()
     for part, source in sources.items():
-        config = source.config
-        bands = config.channels if isinstance(config, DVAEConfig) else config.mel_channels
+        if source.model.mel_bands is None:
+            continue
+        bands = source.model.mel_bands(source.config)
         if bands != len(norms):
             raise UserError(
                 f"--{part} {source.path} reads mels of {bands} bands, the mel norms are {len(norms)}; --mel_norms FILE"
             )
-        stated = card_beside(source.path).get("mel_norms_digest")
+        stated = metadata_beside(source.path).get("mel_norms_digest")
         if stated not in (None, mel_norms_digest(norms)):
             raise UserError(
                 f"{source.path} was exported with other mel norms, says its .json; give the mel_norms.txt of the run "
@@ -231,42 +228,42 @@ def read_mel_norms(path: Path) -> np.ndarray:
     try:
         norms = np.loadtxt(path, dtype=np.float32, ndmin=1)
     except (OSError, ValueError) as error:
-        raise UserError(f"--mel_norms {path}: {first_line(error)}; expected a number a line") from None
+        raise UserError(f"--mel_norms {path}: {first_line(error)}; expected one number per line") from None
     if norms.ndim != 1 or not np.isfinite(norms).all() or not norms.all():
-        raise UserError(f"--mel_norms {path}: expected one number a line, none of them 0")
+        raise UserError(f"--mel_norms {path}: expected one number per line, none of them 0")
     return norms
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def find_inputs(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """What was named, or checkpoints/dvae.pth and checkpoints/autoregressive.pth, fetched first with --download."""
+def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files by part: those that were named, else those in checkpoints/, which --download fetches first."""
+    named: dict[str, Path] = {part: getattr(args, part) for part in MODELS if getattr(args, part)}
     if args.download:
-        wanted = [part for part in FILES if getattr(args, part) is None]
-        for line in download.fetch([FILES[part] for part in wanted], LOOK_IN):
+        for line in download.fetch([model.file for part, model in MODELS.items() if part not in named], LOOK_IN):
             print(line, flush=True)
-    if (args.dvae or args.ar) and not args.download:
-        return args.dvae, args.ar
-    dvae, ar = args.dvae or LOOK_IN / FILES[DVAE], args.ar or LOOK_IN / FILES[AR]
-    for path, other, part in ((dvae, ar, DVAE), (ar, dvae, AR)):
-        if not path.exists() and other.exists():
-            print(f"{path} is not there: only {other} is converted; training needs both (--{part} FILE, or --download)")
-    if not dvae.exists() and not ar.exists():
-        raise UserError(
-            f"which files? --dvae dvae.pth --ar autoregressive.pth; or put them into {LOOK_IN}/, or use --download"
-        )
-    return (dvae if dvae.exists() else None), (ar if ar.exists() else None)
+    elif named:
+        return named
+    files = named | {part: LOOK_IN / model.file for part, model in MODELS.items() if part not in named}
+    existing = {part: path for part, path in files.items() if part in named or path.exists()}
+    if not existing:
+        options = " ".join(f"--{part} {model.file}" for part, model in MODELS.items())
+        raise UserError(f"which files? {options}; or put them into {LOOK_IN}/, or use --download")
+    for part, path in files.items():
+        if part not in existing:
+            others = ", ".join(str(other) for other in existing.values())
+            print(
+                f"{path} does not exist: only {others} is converted; training needs both (--{part} FILE, or --download)"
+            )
+    return existing
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--dvae", type=Path, metavar="FILE", help="the dVAE, .pth or .safetensors (default: checkpoints/dvae.pth)"
-    )
-    parser.add_argument(
-        "--ar", type=Path, metavar="FILE", help="the AR model, likewise (default: checkpoints/autoregressive.pth)"
-    )
+    for part, model in MODELS.items():
+        what = f"the {PART_TYPES[part].title}, .pth or .safetensors (default: {LOOK_IN / model.file})"
+        parser.add_argument(f"--{part}", type=Path, metavar="FILE", help=what)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=LOOK_IN / "tortoise", help="what to write (default: %(default)s)"
     )
@@ -274,23 +271,21 @@ def main() -> None:
         "--heads", type=positive, metavar="N", help="attention heads, where the file's .json or width / 64 is wrong"
     )
     parser.add_argument(
-        "--codebook_dim", type=positive, metavar="N", help="only to check: what the dVAE is expected to have"
+        "--codebook_dim", type=positive, metavar="N", help="only compared: what the dVAE is expected to have"
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json of a model with its own text table"
     )
     parser.add_argument(
-        "--mel_norms", type=Path, metavar="FILE", help="a number a line, where they are not the released ones"
+        "--mel_norms", type=Path, metavar="FILE", help="one number per line, where they are not the released ones"
     )
     parser.add_argument("--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite")
-    parser.add_argument("--ignore_checksums", action="store_true", help="of .pth files that were saved without them")
+    parser.add_argument("--ignore_checksums", action="store_true", help="for .pth files that were saved without them")
     parser.add_argument("--download", action="store_true", help=f"fetch what is missing into {LOOK_IN}/ (1.9 GB)")
     args = parser.parse_args()
     check_new(args.out)
-    dvae, ar = find_inputs(args)
     lines = convert(
-        dvae,
-        ar,
+        find_inputs(args),
         args.out,
         args.heads,
         codebook_dim=args.codebook_dim,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -16,27 +17,28 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import flax_to_torch, progress, torch_to_flax
-from convert.families import AR, DVAE
+from convert import flax_to_torch, mapping, progress, torch_to_flax
 from convert.flax_to_torch import export
-from convert.source import TABLES, describe, open_source
+from convert.source import describe, open_source
+from convert.tables import MODELS
 from convert.torch_files import OUT_DTYPES, as_torch, read_state_dict
 from convert.torch_to_flax import convert, convert_part
-from tests.convert.test_state_dict import check_values
 from tests.support import checkpoint_files as files
+from tests.support.conversion import HEADS, assert_same, run
+from tests.support.layer_values import check_values
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, random_batch, tiny_dvae, tiny_unified_voice
-from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import load_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import MEL, TEXT
 from tortoise_jax.models.unified_voice import UnifiedVoice as FlaxVoice
 from tortoise_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-HEADS = 4
 TOLERANCE = 1e-4  # of max|a - b| / max|b|, the whole stack
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,28 +58,8 @@ def converted(voice, dvae, tmp_path_factory) -> Path:
     """A converted checkpoint of both models; not to be changed."""
     folder = tmp_path_factory.mktemp("converted")
     ar = files.save(folder / "autoregressive.pth", files.with_masks(files.state_of(voice)))
-    convert(files.save(folder / "dvae.pth", files.state_of(dvae)), ar, folder / "tortoise", HEADS)
+    convert({DVAE: files.save(folder / "dvae.pth", files.state_of(dvae)), AR: ar}, folder / "tortoise", HEADS)
     return folder / "tortoise"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, main: Any, *arguments: Any) -> tuple[int, str, str]:
-    """A command in this process: exit code, what it printed, its error line."""
-    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
-    code = 0
-    try:
-        exit_with_one_line(main)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    assert len(err.splitlines()) <= 1, err
-    return code, out, err
-
-
-def assert_same(state: dict[str, np.ndarray], model: torch.nn.Module) -> None:
-    want = {key: value.numpy() for key, value in model.state_dict().items()}
-    assert list(state) == list(want)
-    for key, value in want.items():
-        assert state_dict.same_bits(state[key], value), key
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -156,9 +138,8 @@ def test_every_variant_gives_the_same_weights(voice, variant: str, tmp_path) -> 
     source = open_source(path, AR, HEADS)
     part, remarks = convert_part(source, allow_nonfinite=False)
     assert not remarks
-    assert_same(state_dict.to_torch(TABLES[AR], part.tree), voice)
-    mapped = [key for _, keys in source.plan.filled.values() for key in keys]
-    assert sorted([*mapped, *source.plan.dropped]) == sorted(source.found.state)
+    assert_same(mapping.to_torch(MODELS[AR].table, part.tree), voice)
+    assert sorted([*source.plan.keys, *source.plan.dropped]) == sorted(source.found.state)
     assert all(found.row.reason for found in source.plan.dropped.values())
 
 
@@ -187,7 +168,7 @@ def test_other_formats_and_dtypes(voice, write: Any, dtype: str, tmp_path) -> No
     assert source.dtypes == dtype
     assert any("has no checksums" in line for line in describe(source))
     params = convert_part(source, allow_nonfinite=False)[0].tree
-    back = state_dict.to_torch(TABLES[AR], params)
+    back = mapping.to_torch(MODELS[AR].table, params)
     for key, value in state.items():
         assert np.array_equal(back[key], value.float().numpy())
 
@@ -264,11 +245,10 @@ def test_any_model_saved_in_any_way_comes_back_bit_for_bit(saved: dict[str, Any]
         source = open_source(path, part, saved["dims"].get("heads"))
         params = convert_part(source, allow_nonfinite=False)[0].tree
         check_values(model.float(), params)
-        mapped = [key for _, keys in source.plan.filled.values() for key in keys]
-        assert sorted([*mapped, *source.plan.dropped]) == sorted(keys)
-        assert sorted(mapped) == sorted(want)
-        assert {path: leaf.shape for path, leaf in state_dict.flatten(params).items()} == source.expected
-        back = state_dict.to_torch(TABLES[part], params)
+        assert sorted([*source.plan.keys, *source.plan.dropped]) == sorted(keys)
+        assert sorted(source.plan.keys) == sorted(want)
+        assert {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()} == source.plan.shapes
+        back = mapping.to_torch(MODELS[part].table, params)
         assert list(back) == list(want)
         for key, value in want.items():
             assert torch.equal(as_torch(back[key]).to(dtype), value), key
@@ -294,9 +274,9 @@ def test_one_model_given_as_the_other(voice, dvae, tmp_path) -> None:
     ar = files.save(tmp_path / "a.pth", files.state_of(voice))
     book = files.save(tmp_path / "d.pth", files.state_of(dvae))
     with pytest.raises(UserError, match=r"--ar .*d\.pth is a TorToiSe dVAE .*give it as --dvae"):
-        convert(None, book, tmp_path / "out", HEADS)
+        convert({AR: book}, tmp_path / "out", HEADS)
     with pytest.raises(UserError, match=r"--dvae .*a\.pth is a TorToiSe AR model .*give it as --ar"):
-        convert(ar, None, tmp_path / "out")
+        convert({DVAE: ar}, tmp_path / "out")
 
 
 def test_models_that_do_not_belong_together(voice, dvae, tmp_path) -> None:
@@ -304,12 +284,12 @@ def test_models_that_do_not_belong_together(voice, dvae, tmp_path) -> None:
     other = files.save(tmp_path / "d.pth", files.state_of(tiny_dvae(num_tokens=63)))
     says = r"codebook.embed has 63 codes, mel_embedding.weight has room for 64 \(its 66 rows less start and stop\)"
     with pytest.raises(UserError, match=says):
-        convert(other, ar, tmp_path / "out", HEADS)
+        convert({DVAE: other, AR: ar}, tmp_path / "out", HEADS)
     bands = files.save(tmp_path / "b.pth", files.state_of(tiny_dvae(channels=100)))
     with pytest.raises(UserError, match=r"reads mels of 100 bands, conditioning_encoder.init.weight of 80"):
-        convert(bands, ar, tmp_path / "out", HEADS)
+        convert({DVAE: bands, AR: ar}, tmp_path / "out", HEADS)
     with pytest.raises(UserError, match="reads mels of 100 bands, the mel norms are 80"):
-        convert(bands, None, tmp_path / "out")
+        convert({DVAE: bands}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -324,7 +304,7 @@ def test_a_stated_codebook_dimension_is_only_compared(dvae, voice, tmp_path, mon
     assert run(monkeypatch, capsys, torch_to_flax.main, *arguments, 24)[0] == 0
     ar = files.save(tmp_path / "a.pth", files.state_of(voice))
     with pytest.raises(UserError, match="--codebook_dim 24 is about a dVAE"):
-        convert(None, ar, tmp_path / "none", HEADS, codebook_dim=24)
+        convert({AR: ar}, tmp_path / "none", HEADS, codebook_dim=24)
 
 
 @pytest.mark.parametrize("dim", [256, 512, 100])
@@ -332,7 +312,7 @@ def test_any_codebook_dimension(dim: int, tmp_path) -> None:
     model = tiny_dvae(codebook_dim=dim, num_tokens=1024)
     state = files.state_of(model)
     state = files.with_statistics(state)
-    lines = convert(files.save(tmp_path / "dvae.pth", state), None, tmp_path / "out")
+    lines = convert({DVAE: files.save(tmp_path / "dvae.pth", state)}, tmp_path / "out")
     assert any(f"codebook_dim {dim}, read from codebook.embed" in line for line in lines)
     assert any("does not apply" in line for line in lines) == (dim != 256)
     assert any("dropped 3 tensors: statistics" in line for line in lines)
@@ -344,9 +324,10 @@ def test_any_codebook_dimension(dim: int, tmp_path) -> None:
 
 def test_the_released_dvae_is_recognised(dvae, tmp_path, monkeypatch) -> None:
     path = files.save(tmp_path / "dvae.pth", files.state_of(dvae))
-    assert not any("sha256" in line for line in convert(path, None, tmp_path / "a"))
-    monkeypatch.setattr("convert.source.DVAE_SHA256", torch_to_flax.sha256(path))
-    assert any("its sha256 is that of the released dvae.pth" in line for line in convert(path, None, tmp_path / "b"))
+    assert not any("sha256" in line for line in convert({DVAE: path}, tmp_path / "a"))
+    ours = dataclasses.replace(MODELS[DVAE], sha256=torch_to_flax.sha256(path))
+    monkeypatch.setitem(MODELS, DVAE, ours)
+    assert any("its sha256 is that of the released dvae.pth" in line for line in convert({DVAE: path}, tmp_path / "b"))
 
 
 def test_nonfinite_weights_are_converted_only_on_demand(voice, tmp_path) -> None:
@@ -355,14 +336,14 @@ def test_nonfinite_weights_are_converted_only_on_demand(voice, tmp_path) -> None
     state["mel_head.bias"][:2] = torch.nan
     path = files.save(tmp_path / "a.pth", state)
     with pytest.raises(UserError, match=r"gpt.h.2.ln_1.bias has 1 values that are NaN or infinite and 1 more tensors"):
-        convert(None, path, tmp_path / "out", HEADS)
+        convert({AR: path}, tmp_path / "out", HEADS)
     assert not (tmp_path / "out").exists()
-    lines = convert(None, path, tmp_path / "out", HEADS, allow_nonfinite=True)
+    lines = convert({AR: path}, tmp_path / "out", HEADS, allow_nonfinite=True)
     assert any("warning" in line and "gpt.h.2.ln_1.bias" in line for line in lines)
     export(tmp_path / "out", tmp_path / "back.pth")
     back = read_state_dict(tmp_path / "back.pth")
     for key, value in state.items():
-        assert state_dict.same_bits(back[key], value.numpy())
+        assert mapping.same_bits(back[key], value.numpy())
 
 
 def test_large_finite_weights_are_not_called_infinite() -> None:
@@ -378,16 +359,16 @@ def test_heads_come_from_the_json_beside_an_exported_file(converted, tmp_path) -
     assert open_source(tmp_path / "voice.pth", AR).config.heads == HEADS
     assert open_source(tmp_path / "voice.pth", AR).heads_from == "its .json"
     assert open_source(tmp_path / "voice.pth", AR, heads=8).config.heads == 8
-    card = json.loads((tmp_path / "voice.json").read_text())
+    metadata = json.loads((tmp_path / "voice.json").read_text())
     for wrong in (0, "4", True):
-        files.write_json(tmp_path / "voice.json", card | {"heads": wrong})
+        files.write_json(tmp_path / "voice.json", metadata | {"heads": wrong})
         with pytest.raises(UserError, match=r'voice.json: "heads" is .* expected a number'):
             open_source(tmp_path / "voice.pth", AR)
-    files.write_json(tmp_path / "voice.json", card | {"conditioning_inputs": "two"})
+    files.write_json(tmp_path / "voice.json", metadata | {"conditioning_inputs": "two"})
     with pytest.raises(UserError, match=r'"conditioning_inputs" is .two., expected a number'):
-        convert(None, tmp_path / "voice.pth", tmp_path / "out")
-    files.write_json(tmp_path / "voice.json", card | {"conditioning_inputs": 1})
-    convert(None, tmp_path / "voice.pth", tmp_path / "out")
+        convert({AR: tmp_path / "voice.pth"}, tmp_path / "out")
+    files.write_json(tmp_path / "voice.json", metadata | {"conditioning_inputs": 1})
+    convert({AR: tmp_path / "voice.pth"}, tmp_path / "out")
     export(tmp_path / "out", tmp_path / "again.pth")
     constructor = files_arguments(tmp_path / "again.pth")
     assert (constructor["max_conditioning_inputs"], constructor["max_mel_tokens"]) == (1, 41)
@@ -399,21 +380,21 @@ def test_heads_come_from_the_json_beside_an_exported_file(converted, tmp_path) -
         open_source(tmp_path / "voice.pth", AR)
 
 
-def test_card_beside_an_export_says_what_shapes_cannot(converted, tmp_path) -> None:
+def test_metadata_beside_an_export_says_what_shapes_cannot(converted, tmp_path) -> None:
     export(converted, tmp_path / "voice.pth")
-    card = json.loads((tmp_path / "voice.json").read_text())
+    metadata = json.loads((tmp_path / "voice.json").read_text())
     whole = load_pretrained(converted, ())
-    assert card["heads"] == HEADS
-    assert card["conditioning_inputs"] == 2
-    assert card["tokenizer_digest"] == whole.tokenizer.digest
-    assert card["source"]["ar"]["file"] == "autoregressive.pth"
-    assert card["source"]["dvae"]["sha256"] == torch_to_flax.sha256(converted.parent / "dvae.pth")
-    assert UnifiedVoice(**card["constructor"]).mel_pos_embedding.emb.num_embeddings == 44
+    assert metadata["heads"] == HEADS
+    assert metadata["conditioning_inputs"] == 2
+    assert metadata["tokenizer_digest"] == whole.tokenizer.digest
+    assert metadata["source"]["ar"]["file"] == "autoregressive.pth"
+    assert metadata["source"]["dvae"]["sha256"] == torch_to_flax.sha256(converted.parent / "dvae.pth")
+    assert UnifiedVoice(**metadata["constructor"]).mel_pos_embedding.emb.num_embeddings == 44
 
 
 def test_early_position_tables(tmp_path) -> None:
     model = tiny_unified_voice(layers=1, max_mel_tokens=300, max_text_tokens=200)
-    lines = convert(None, files.save(tmp_path / "a.pth", files.state_of(model)), tmp_path / "out", HEADS)
+    lines = convert({AR: files.save(tmp_path / "a.pth", files.state_of(model))}, tmp_path / "out", HEADS)
     assert any("positions: 304 for codes, 202 for text (an early release's" in line for line in lines)
     export(tmp_path / "out", tmp_path / "back.pth")
     assert_same(read_state_dict(tmp_path / "back.pth"), model)
@@ -424,29 +405,29 @@ def test_a_text_table_of_its_own_asks_for_its_tokenizer(tmp_path) -> None:
     path = files.save(tmp_path / "a.pth", files.state_of(model))
     says = r"text table \(text_embedding.weight\) has 300 rows, the released model's 256: .* --tokenizer"
     with pytest.raises(UserError, match=says):
-        convert(None, path, tmp_path / "out", HEADS)
+        convert({AR: path}, tmp_path / "out", HEADS)
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(Tokenizer.default().to_json())
-    convert(None, path, tmp_path / "out", HEADS, tokenizer=tokenizer)
+    convert({AR: path}, tmp_path / "out", HEADS, tokenizer=tokenizer)
     lines = export(tmp_path / "out", tmp_path / "voice.pth")
     assert any("its text table has 300 rows, TorToiSe's code builds 256" in line for line in lines)
     assert any("number_text_tokens=299, start_text_token=299" in line for line in lines)
     small = tiny_unified_voice(layers=1, number_text_tokens=99, start_text_token=99)
     with pytest.raises(UserError, match=r"has 255 tokens, but .* has room for 99"):
-        convert(None, files.save(path, files.state_of(small)), tmp_path / "b", HEADS, tokenizer=tokenizer)
+        convert({AR: files.save(path, files.state_of(small))}, tmp_path / "b", HEADS, tokenizer=tokenizer)
 
 
 def test_an_export_asks_for_its_tokenizer_and_mel_norms_again(converted, tmp_path) -> None:
     export(converted, tmp_path / "voice.pth")
-    card = json.loads((tmp_path / "voice.json").read_text())
+    metadata = json.loads((tmp_path / "voice.json").read_text())
     for name, option in (("tokenizer", "--tokenizer tokenizer.json"), ("mel_norms", "--mel_norms mel_norms.txt")):
-        files.write_json(tmp_path / "voice.json", card | {f"{name}_digest": "0"})
+        files.write_json(tmp_path / "voice.json", metadata | {f"{name}_digest": "0"})
         with pytest.raises(UserError, match=option):
-            convert(None, tmp_path / "voice.pth", tmp_path / "out")
+            convert({AR: tmp_path / "voice.pth"}, tmp_path / "out")
     norms = np.linspace(-9, -1, 80).astype(np.float32)
     np.savetxt(tmp_path / "norms.txt", norms, fmt="%.9g")
-    files.write_json(tmp_path / "voice.json", card | {"mel_norms_digest": flax_to_torch.mel_norms_digest(norms)})
-    convert(None, tmp_path / "voice.pth", tmp_path / "out", mel_norms=tmp_path / "norms.txt")
+    files.write_json(tmp_path / "voice.json", metadata | {"mel_norms_digest": flax_to_torch.mel_norms_digest(norms)})
+    convert({AR: tmp_path / "voice.pth"}, tmp_path / "out", mel_norms=tmp_path / "norms.txt")
     assert np.array_equal(load_pretrained(tmp_path / "out", ()).mel_norms, norms)
 
 
@@ -455,7 +436,7 @@ def test_mel_norms_that_are_none(voice, content: str, tmp_path, recwarn) -> None
     (tmp_path / "norms.txt").write_text(content)
     ar = files.save(tmp_path / "a.pth", files.state_of(voice))
     with pytest.raises(UserError, match=r"mel norms|--mel_norms"):
-        convert(None, ar, tmp_path / "out", HEADS, mel_norms=tmp_path / "norms.txt")
+        convert({AR: ar}, tmp_path / "out", HEADS, mel_norms=tmp_path / "norms.txt")
 
 
 # --- back to torch ----------------------------------------------------------------------------------------------------
@@ -474,7 +455,7 @@ def test_dtypes_of_an_export(voice, converted, dtype: str, tmp_path) -> None:
 def test_values_too_large_for_float16(voice, tmp_path) -> None:
     state = files.state_of(voice)
     state["mel_head.bias"][0] = 7e4
-    convert(None, files.save(tmp_path / "a.pth", state), tmp_path / "out", HEADS)
+    convert({AR: files.save(tmp_path / "a.pth", state)}, tmp_path / "out", HEADS)
     with pytest.raises(UserError, match=r"mel_head.bias has values too large for float16"):
         export(tmp_path / "out", tmp_path / "voice.pth", dtype="float16")
     assert not (tmp_path / "voice.pth").exists()
@@ -541,7 +522,7 @@ def test_nobody_elses_file_is_written_over(converted, tmp_path) -> None:
     (tmp_path / "autoregressive.pth").write_text("the original")
     (tmp_path / "tortoise.json").write_text("{}")
     for name, kept in (("autoregressive.pth", "autoregressive.pth"), ("tortoise.pth", "tortoise.json")):
-        with pytest.raises(UserError, match=f"{kept} is there and is no export of ours"):
+        with pytest.raises(UserError, match=f"{kept} exists already and was not exported by tortoise_jax"):
             export(converted, tmp_path / name)
     assert (tmp_path / "autoregressive.pth").read_text() == "the original"
     assert (tmp_path / "tortoise.json").read_text() == "{}"
@@ -579,7 +560,7 @@ def test_without_arguments_what_lies_in_checkpoints_is_taken(voice, dvae, tmp_pa
     files.save(Path("checkpoints/dvae.pth"), files.state_of(dvae))
     code, said, _ = run(monkeypatch, capsys, torch_to_flax.main)
     assert code == 0
-    assert "checkpoints/autoregressive.pth is not there: only checkpoints/dvae.pth is converted" in said
+    assert "checkpoints/autoregressive.pth does not exist: only checkpoints/dvae.pth is converted" in said
     assert "ar" not in load_pretrained("checkpoints/tortoise", ("dvae",)).parts
     files.save(Path("checkpoints/autoregressive.pth"), files.state_of(voice))
     assert "exists already" in run(monkeypatch, capsys, torch_to_flax.main)[2]
@@ -621,7 +602,7 @@ def test_a_missing_package_for_safetensors_is_named(voice, tmp_path, monkeypatch
 
 def test_a_converted_checkpoint_given_as_a_file(converted, tmp_path) -> None:
     with pytest.raises(UserError, match=r"is a directory, converted already \(it holds tortoise.json\)"):
-        convert(None, converted, tmp_path / "out")
+        convert({AR: converted}, tmp_path / "out")
 
 
 def test_a_flipped_bit_in_a_converted_checkpoint(converted, tmp_path) -> None:
@@ -638,10 +619,10 @@ def test_a_disk_without_room_is_noticed_before_writing(voice, tmp_path, monkeypa
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6))
     with pytest.raises(UserError, match=r"out will take 0.00 GB, .* has 0.00 GB left; make room"):
-        convert(None, path, tmp_path / "deep" / "out", HEADS)
+        convert({AR: path}, tmp_path / "deep" / "out", HEADS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 10**6))
-    convert(None, path, tmp_path / "deep" / "out", HEADS)
+    convert({AR: path}, tmp_path / "deep" / "out", HEADS)
 
 
 @pytest.mark.parametrize("command", ["torch_to_flax", "flax_to_torch"])
@@ -674,7 +655,7 @@ def test_progress_bars_end_where_they_should(voice, tmp_path, monkeypatch) -> No
 
     monkeypatch.setattr(progress, "tqdm", Terminal)
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
-    convert(None, path, tmp_path / "out", HEADS)
+    convert({AR: path}, tmp_path / "out", HEADS)
     size = sum(value.numel() * 4 for value in voice.state_dict().values())
     assert [bar.desc.strip(": ") for bar in bars] == ["checking a.pth", "converting a.pth"]
     assert 0.9 * path.stat().st_size < bars[0].n <= bars[0].total == path.stat().st_size
@@ -684,4 +665,4 @@ def test_progress_bars_end_where_they_should(voice, tmp_path, monkeypatch) -> No
 def test_a_folder_that_cannot_be_written(voice, tmp_path) -> None:
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        convert(None, path, path / "out", HEADS)
+        convert({AR: path}, path / "out", HEADS)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from convert import download, torch_to_flax
-from convert.download import PLACES, Place, fetch
-from tests.convert.test_convert import run
+from convert.download import LOCATIONS, fetch
+from convert.tables import MODELS, Location
 from tests.support import checkpoint_files as files
+from tests.support.conversion import run
 from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
+from tortoise_jax.checkpoints.parts import DVAE
 from tortoise_jax.errors import UserError
 
 COMMIT = "0123456789012345678901234567890123456789"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` (path of a Place -> content) under the addresses of the hub; what is not there is 404."""
+    """Serves `files` (path of a Location -> content) under the addresses of the hub; any other path is 404."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -74,23 +78,23 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
-def path_of(place: Place) -> str:
-    return place.url("")
+def path_of(location: Location) -> str:
+    return location.url("")
 
 
-def test_published_places() -> None:
-    assert [place.url() for place in PLACES["dvae.pth"]] == [
+def test_published_locations() -> None:
+    assert [location.url() for location in LOCATIONS["dvae.pth"]] == [
         "https://huggingface.co/Gatozu35/tortoise-tts/resolve/main/dvae.pth",
         "https://huggingface.co/jbetker/tortoise-tts-v2/resolve/3704aea61678e7e468a06d8eea121dba368a798e/.models/dvae.pth",
     ]
-    assert [place.url() for place in PLACES["autoregressive.pth"]] == [
+    assert [location.url() for location in LOCATIONS["autoregressive.pth"]] == [
         "https://huggingface.co/Manmay/tortoise-tts/resolve/main/autoregressive.pth",
         "https://huggingface.co/jbetker/tortoise-tts-v2/resolve/main/.models/autoregressive.pth",
     ]
 
 
-def test_first_place_that_answers_is_taken(hub, tmp_path) -> None:
-    first, second = PLACES["autoregressive.pth"]
+def test_first_location_that_answers_is_taken(hub, tmp_path) -> None:
+    first, second = LOCATIONS["autoregressive.pth"]
     hub.files[path_of(second)] = b"second"
     lines = fetch(["autoregressive.pth"], tmp_path / "a", hub.address)
     assert (tmp_path / "a" / "autoregressive.pth").read_bytes() == b"second"
@@ -100,39 +104,58 @@ def test_first_place_that_answers_is_taken(hub, tmp_path) -> None:
     assert (tmp_path / "b" / "autoregressive.pth").read_bytes() == b"first"
 
 
-def test_a_file_that_is_there_is_kept(hub, tmp_path) -> None:
+def test_an_existing_file_is_kept(hub, tmp_path) -> None:
     (tmp_path / "dvae.pth").write_bytes(b"mine")
-    assert fetch(["dvae.pth"], tmp_path, hub.address) == [f"{tmp_path / 'dvae.pth'} is there already and kept"]
+    assert fetch(["dvae.pth"], tmp_path, hub.address) == [f"{tmp_path / 'dvae.pth'} exists already and is kept"]
     assert not hub.asked
     assert (tmp_path / "dvae.pth").read_bytes() == b"mine"
 
 
 def test_checksum_of_the_dvae(hub, tmp_path, monkeypatch) -> None:
-    for place in PLACES["dvae.pth"]:
-        hub.files[path_of(place)] = b"something else"
+    for location in LOCATIONS["dvae.pth"]:
+        hub.files[path_of(location)] = b"something else"
     with pytest.raises(UserError) as caught:
         fetch(["dvae.pth"], tmp_path, hub.address)
     found = hashlib.sha256(b"something else").hexdigest()
-    assert str(caught.value).count(f"has sha256 {found}, published is {download.DVAE_SHA256}; it was removed") == 2
+    assert str(caught.value).count(f"has sha256 {found}, published is {MODELS[DVAE].sha256}; it was removed") == 2
     assert not (tmp_path / "dvae.pth").exists()
     monkeypatch.setitem(download.CHECKSUMS, "dvae.pth", found)
     assert "its sha256 the published one" in fetch(["dvae.pth"], tmp_path, hub.address)[0]
 
 
-def test_no_network(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("urllib.request.getproxies", dict)
+@pytest.fixture
+def fresh_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The hub's library reads the environment when its session begins: no proxy but the test's own."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    huggingface_hub.close_session()
+    yield monkeypatch
+    huggingface_hub.close_session()
+
+
+def test_no_network(tmp_path, fresh_session) -> None:
+    """One line within seconds; the hub's library by itself would try each location for 23 seconds."""
+    started = time.perf_counter()
     with pytest.raises(UserError) as caught:
         fetch(["dvae.pth"], tmp_path, "http://127.0.0.1:9")
+    assert time.perf_counter() - started < 5
     said = str(caught.value)
-    assert (
-        "dvae.pth could not be fetched (127.0.0.1 cannot be reached, is there a network? (Connection refused))" in said
-    )
+    assert "dvae.pth could not be fetched (127.0.0.1 cannot be reached, is there a network? (" in said
+    assert "Connection refused)" in said
     assert (
         "With a browser it is at https://huggingface.co/Gatozu35/tortoise-tts/resolve/main/dvae.pth; put it at" in said
     )
     assert len(said.splitlines()) == 1
-    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://127.0.0.1:9"})
-    download.check_reachable(None)  # left to the proxy
+
+
+def test_a_proxy_is_asked_in_place_of_the_hub(hub, tmp_path, fresh_session) -> None:
+    location = LOCATIONS["autoregressive.pth"][0]
+    far = "http://hub.invalid"
+    hub.files[location.url(far)] = b"through the proxy"
+    fresh_session.setenv("HTTP_PROXY", hub.address)
+    fetch(["autoregressive.pth"], tmp_path, far)
+    assert (tmp_path / "autoregressive.pth").read_bytes() == b"through the proxy"
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch) -> None:
@@ -145,9 +168,9 @@ def test_download_and_convert_in_one_command(hub, tmp_path, monkeypatch, capsys)
     made = {"autoregressive.pth": tiny_unified_voice(), "dvae.pth": tiny_dvae()}
     for name, model in made.items():
         path = files.save(tmp_path / name, files.state_of(model))
-        hub.files[path_of(PLACES[name][0])] = path.read_bytes()
+        hub.files[path_of(LOCATIONS[name][0])] = path.read_bytes()
         path.unlink()
-    digest = hashlib.sha256(hub.files[path_of(PLACES["dvae.pth"][0])]).hexdigest()
+    digest = hashlib.sha256(hub.files[path_of(LOCATIONS["dvae.pth"][0])]).hexdigest()
     monkeypatch.setitem(download.CHECKSUMS, "dvae.pth", digest)
     real = download.fetch
     monkeypatch.setattr(download, "fetch", lambda names, folder: real(names, folder, hub.address))
@@ -164,3 +187,7 @@ def test_download_and_convert_in_one_command(hub, tmp_path, monkeypatch, capsys)
     arguments = ("--download", "--ar", "mine.pth", "--heads", 4, "--out", "again")
     assert run(monkeypatch, capsys, torch_to_flax.main, *arguments)[0] == 0
     assert not hub.asked
+    # A file that is named must exist, even where another one would do.
+    arguments = ("--download", "--ar", "none.pth", "--out", "third")
+    code, said, err = run(monkeypatch, capsys, torch_to_flax.main, *arguments)
+    assert (code, err) == (2, "error: none.pth does not exist\n")

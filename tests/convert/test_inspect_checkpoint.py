@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 
-from convert import inspect_checkpoint
+from convert import inspect_checkpoint, mapping
 from convert.flax_to_torch import export
 from convert.inspect_checkpoint import inspect
+from convert.tables import MODELS
 from convert.torch_files import read_state_dict
 from convert.torch_to_flax import convert
-from tests.convert.test_convert import HEADS, assert_same, run
 from tests.support import checkpoint_files as files
+from tests.support.conversion import HEADS, assert_same, run
 from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
-from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import load_pretrained, write_metadata
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.checkpoints.trees import save_tree
@@ -30,7 +32,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inspected")
     voice = files.with_masks(files.state_of(tiny_unified_voice(seed=5)))
     ar = files.save(folder / "autoregressive.pth", {"model": files.with_prefix(voice), "step": 3})
-    convert(files.save(folder / "dvae.pth", files.state_of(tiny_dvae(seed=5))), ar, folder / "tortoise", HEADS)
+    convert(
+        {DVAE: files.save(folder / "dvae.pth", files.state_of(tiny_dvae(seed=5))), AR: ar}, folder / "tortoise", HEADS
+    )
     return folder
 
 
@@ -45,7 +49,7 @@ def a_run(folder, tmp_path_factory) -> Path:
     (run / "config.json").write_text(json.dumps({"seed": 7}))
     checkpoints = RunCheckpoints(run)
     for step, loss in ((10, 1.0), (20, 2.0)):
-        params = state_dict.nest({k: v + np.float32(step) for k, v in state_dict.flatten(pretrained.ar.params).items()})
+        params = jax.tree.map(lambda leaf, step=step: leaf + np.float32(step), pretrained.ar.params)
         checkpoints.save(step, params, {"count": np.zeros((), np.int32)}, {"step": step}, loss)
     checkpoints.finish()
     return run
@@ -91,7 +95,7 @@ def test_inspection_agrees_with_conversion(name: str, tmp_path) -> None:
     build, says = files.REFUSED[name]
     path = files.save(tmp_path / "given.pth", build(files.state_of(tiny_unified_voice())))
     with pytest.raises(UserError):
-        convert(None, path, tmp_path / "out", HEADS)
+        convert({AR: path}, tmp_path / "out", HEADS)
     try:
         said = "\n".join(inspect(path, HEADS))
     except UserError as error:
@@ -137,11 +141,11 @@ def test_a_run_and_its_export(a_run, tmp_path) -> None:
     assert "steps 10, 20; the best is 10" in said
     pretrained = load_pretrained(a_run, ("ar",), 10)
     assert "of step 10" in export(a_run, tmp_path / "best.pth")[0]
-    original = state_dict.to_torch(state_dict.UNIFIED_VOICE, pretrained.ar.params)
+    original = mapping.to_torch(MODELS[AR].table, pretrained.ar.params)
     written = read_state_dict(tmp_path / "best.pth")
-    assert all(state_dict.same_bits(written[key], value) for key, value in original.items())
-    card = json.loads((tmp_path / "best.json").read_text())
-    assert card["training"] == {"step": 10, "config": {"seed": 7}}
+    assert all(mapping.same_bits(written[key], value) for key, value in original.items())
+    metadata = json.loads((tmp_path / "best.json").read_text())
+    assert metadata["training"] == {"step": 10, "config": {"seed": 7}}
     assert "exported by tortoise_jax" in "\n".join(inspect(tmp_path / "best.pth"))
     assert "step 10 of a run" in "\n".join(inspect(tmp_path / "best.pth"))
     export(a_run, tmp_path / "last.pth", step=20)
@@ -154,9 +158,9 @@ def test_a_run_and_its_export(a_run, tmp_path) -> None:
     assert_same(read_state_dict(tmp_path / "dvae.pth"), tiny_dvae(seed=5))
 
 
-def test_the_training_card_is_kept_when_converted_again(a_run, tmp_path) -> None:
+def test_the_training_metadata_is_kept_when_converted_again(a_run, tmp_path) -> None:
     export(a_run, tmp_path / "voice.pth")
-    convert(None, tmp_path / "voice.pth", tmp_path / "again")
+    convert({AR: tmp_path / "voice.pth"}, tmp_path / "again")
     assert load_pretrained(tmp_path / "again", ()).source["ar"]["training"]["step"] == 10
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import convert_real_size as benchmark
+from convert.mapping import same_bits
 from convert.torch_files import read_state_dict
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
-from tortoise_jax.checkpoints.state_dict import same_bits
 
 
 @pytest.mark.slow

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from convert import inspect_checkpoint, torch_to_flax
-from convert.families import AR
-from convert.source import TABLES, open_source
+from convert import inspect_checkpoint, mapping, torch_to_flax
+from convert.source import open_source
+from convert.tables import MODELS
 from convert.torch_files import load, read_state_dict
 from convert.torch_to_flax import convert, convert_part
-from tests.convert.test_convert import HEADS, run
 from tests.support import checkpoint_files as files
+from tests.support.conversion import HEADS, run
 from tests.support.torch_reference import tiny_unified_voice
-from tortoise_jax.checkpoints import state_dict
+from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.errors import UserError
 
 FUZZ_ROUNDS = 1000
@@ -160,7 +160,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(state, tmp_path, monkey
 
     monkeypatch.setattr("tortoise_jax.checkpoints.pretrained.write_metadata", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert(None, path, tmp_path / "out", HEADS)
+        convert({AR: path}, tmp_path / "out", HEADS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
@@ -175,8 +175,8 @@ def damaged(content: bytes, other: bytes, draw: random.Random) -> bytes:
     if kind in ("flip", "flips"):
         for _ in range(1 if kind == "flip" else draw.randrange(2, 40)):
             # Half of them in the directory at the end and in the pickle at the beginning, where the structure is.
-            place = draw.choice([draw.randrange(len(content)), -1 - draw.randrange(4000), draw.randrange(4000)])
-            changed[place % len(content)] ^= 1 << draw.randrange(8)
+            position = draw.choice([draw.randrange(len(content)), -1 - draw.randrange(4000), draw.randrange(4000)])
+            changed[position % len(content)] ^= 1 << draw.randrange(8)
     elif kind == "zero":
         changed[at:end] = bytes(end - at)
     elif kind == "truncate":
@@ -221,9 +221,9 @@ def test_a_thousand_damaged_files(format_: str, state, tmp_path) -> None:
             refused += 1
         else:
             message = str(given)
-            got = state_dict.to_torch(TABLES[AR], params)
+            got = mapping.to_torch(MODELS[AR].table, params)
             assert got.keys() == want.keys(), round_
-            same = all(state_dict.same_bits(got[key], value) for key, value in want.items())
+            same = all(mapping.same_bits(got[key], value) for key, value in want.items())
             assert same or format_ != "zip", round_
         assert len(message.splitlines()) == 1, round_
         assert str(given) in message, round_
@@ -239,7 +239,7 @@ def test_damaged_files_leave_no_half_written_directory(state, tmp_path) -> None:
     for _ in range(30):
         (tmp_path / "given.pth").write_bytes(damaged(good, good, draw))
         try:
-            convert(None, tmp_path / "given.pth", tmp_path / "out", HEADS)
+            convert({AR: tmp_path / "given.pth"}, tmp_path / "out", HEADS)
         except UserError:
             assert sorted(path.name for path in tmp_path.iterdir()) == ["given.pth", "good"]
         else:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.test_layers import edited, noise, transposed
+from convert.tables.dvae import TABLE
+from tests.support.changes import edited, noise, transposed
 from tests.support.parity import (
     MODULE,
     Change,
@@ -29,7 +30,6 @@ from tests.support.parity import (
 )
 from tests.support.torch_reference import tiny_dvae
 from tortoise_jax.checkpoints.parts import abstract_variables, in_collections
-from tortoise_jax.checkpoints.state_dict import DVAE
 from tortoise_jax.models import dvae as dvae_module
 from tortoise_jax.models.dvae import Codebook, Decoder, DiscreteVAE, DVAEConfig, Encoder
 
@@ -52,7 +52,7 @@ def check_part(name: str, torch_dvae: Any, config: DVAEConfig, x: torch.Tensor, 
     module = Encoder(config) if name == "encoder" else Decoder(config)
     apply = jax.jit(lambda params, x: module.apply({"params": params}, x))
     part = torch_dvae.get_submodule(name)
-    assert_module_parity(part, DVAE, name, apply, x, channels_first=True, change=change)
+    assert_module_parity(part, TABLE, name, apply, x, channels_first=True, change=change)
 
 
 @pytest.mark.parametrize("frames", [64, 61])
@@ -182,7 +182,7 @@ def check_training_forward(torch_dvae: Any, twin: Twin, change: Change = unchang
     assert gradients.keys() == {"encoder", "decoder"}  # the codebook is no parameter: it moves by averages alone
     for name in ("encoder", "decoder"):
         named = {key.removeprefix(f"{name}."): g for key, g in want_gradients.items() if key.startswith(name)}
-        assert_trees_close(gradients[name], part_tree(DVAE, name, named), MODULE, heads=1)
+        assert_trees_close(gradients[name], part_tree(TABLE, name, named), MODULE, heads=1)
     want_book = dvae_tree(twin.config, model.state_dict())["codebook"]
     for name, value in want_book.items():
         assert_close(outputs["codebook"][name], value, MODULE, f"codebook {name}")

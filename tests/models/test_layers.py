@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,43 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.parity import MODULE, Change, Tree, assert_close, assert_module_parity
+from convert.tables import dvae, unified_voice
+from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
+from tests.support.parity import MODULE, Change, assert_close, assert_module_parity
 from tests.support.torch_reference import randomize
 from tests.support.torch_reference.dvae import ResBlock
 from tests.support.torch_reference.unified_voice import AttentionBlock, ConditioningEncoder, group_count
-from tortoise_jax.checkpoints.state_dict import DVAE, UNIFIED_VOICE
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute, ConditioningAttention, GPT2Block, attend, dropout
 
 PLAIN = Compute()
 
 
-def noise(*shape: int, seed: int = 5) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def with_random_weights(module: torch.nn.Module) -> torch.nn.Module:
     randomize(module, torch.Generator().manual_seed(7))
     return module
-
-
-def edited(path: str, edit: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """A change of the one parameter at `path`."""
-
-    def change(params: Tree) -> Tree:
-        name, _, rest = path.partition("/")
-        return params | {name: edited(rest, edit)(params[name]) if rest else edit(params[name])}
-
-    return change
-
-
-def swapped(first: str, second: str) -> Change:
-    return lambda params: params | {first: params[second], second: params[first]}
-
-
-def transposed(path: str) -> Change:
-    """Swaps the last two axes of a square matrix: no shape check could see it."""
-    return edited(path, lambda w: w.swapaxes(-1, -2))
 
 
 # The dVAE's residual block
@@ -59,7 +36,7 @@ def check_residual_block(change: Change = lambda params: params, width: int = 24
     apply = jax.jit(lambda params, x: module.apply({"params": params}, x))
     torch_module = with_random_weights(ResBlock(width))
     assert_module_parity(
-        torch_module, DVAE, "encoder.2", apply, noise(2, width, 19), channels_first=True, change=change
+        torch_module, dvae.TABLE, "encoder.2", apply, noise(2, width, 19), channels_first=True, change=change
     )
 
 
@@ -94,7 +71,7 @@ def check_gpt2_block(
     plain = jax.jit(lambda params, x: ours.apply({"params": params}, x, layer, None)[0])
     assert_module_parity(
         block,
-        UNIFIED_VOICE,
+        unified_voice.TABLE,
         "gpt.h.1",
         apply or plain,
         noise(2, 13, 64),
@@ -165,7 +142,7 @@ def check_conditioning_attention(
     module = ConditioningAttention(heads, Compute(attention=attention))
     assert_module_parity(
         with_random_weights(AttentionBlock(width, heads)),
-        UNIFIED_VOICE,
+        unified_voice.TABLE,
         "conditioning_encoder.attn.0",
         jax.jit(lambda params, x: module.apply({"params": params}, x, None)[0]),
         noise(2, width, 11),
@@ -182,12 +159,6 @@ def test_conditioning_attention(width: int) -> None:
 
 def test_conditioning_attention_through_jax_nn() -> None:
     check_conditioning_attention(64, attention="xla")
-
-
-def un_interleaved(w: np.ndarray) -> np.ndarray:
-    """q, k, v of each of four heads in turn -> all q, all k, all v."""
-    parts = w.reshape(*w.shape[:-1], 4, 3, -1)
-    return parts.swapaxes(-3, -2).reshape(w.shape)
 
 
 @pytest.mark.parametrize(

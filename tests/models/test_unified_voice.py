@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.test_layers import edited, noise, swapped, transposed, un_interleaved
+from convert.tables.unified_voice import TABLE
 from tests.support import small
+from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
 from tests.support.parity import (
     MODULE,
     STACK,
@@ -30,7 +31,6 @@ from tests.support.parity import (
 from tests.support.small import CONFIG, joined_batch
 from tests.support.torch_reference import SAMPLES_PER_CODE, random_batch, record_outputs, tiny_unified_voice
 from tests.support.upstream_layout import upstream_batch
-from tortoise_jax.checkpoints.state_dict import UNIFIED_VOICE
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute
 from tortoise_jax.models.unified_voice import CONDITIONING, TEXT, UnifiedVoice, UnifiedVoiceConfig
@@ -212,7 +212,7 @@ def test_final_norms(torch_voice: Any, voice: Twin, name: str) -> None:
     check = functools.partial(
         assert_module_parity,
         torch_voice.get_submodule(name),
-        UNIFIED_VOICE,
+        TABLE,
         name,
         lambda params, x: norm.apply({"params": params}, x),
         10 * noise(2, 5, 64),

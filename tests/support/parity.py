@@ -14,20 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from convert.mapping import Row, match, plan, to_flax
+from convert.source import expected_shapes
+from convert.tables import dvae, unified_voice
 from tests.support.torch_reference import UnifiedVoice as TorchUnifiedVoice
-from tortoise_jax.checkpoints.parts import Part, abstract_tree, in_collections
-from tortoise_jax.checkpoints.state_dict import (
-    DVAE,
-    UNIFIED_VOICE,
-    Row,
-    dvae_config,
-    flatten,
-    match,
-    nest,
-    to_flax,
-    unified_voice_config,
-)
+from tortoise_jax.checkpoints.parts import Part, in_collections
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 
@@ -83,7 +76,7 @@ def apart(tree: Tree, heads: int) -> tuple[dict[str, np.ndarray], dict[str, np.n
     is zero. GPT-2's fused bias is [q | k | v]; the conditioning encoder's is q, k, v of each head in turn.
     """
     rest, keys = {}, {}
-    for path, value in flatten(tree).items():
+    for path, value in flatten_dict(tree, sep="/").items():
         parts = array(value)
         if path.endswith("c_attn/bias"):
             parts = parts.reshape(*parts.shape[:-1], 1, 3, -1)
@@ -125,27 +118,28 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def voice_twin(model: TorchUnifiedVoice, heads: int = 4) -> Twin:
-    config = unified_voice_config(shapes_of(model), "the torch model", heads)
+    config = unified_voice.config_of(shapes_of(model), "the torch model", heads)
     return Twin(config, voice_tree(config, model.state_dict()))
 
 
 def dvae_twin(model: torch.nn.Module) -> Twin:
-    config = dvae_config(shapes_of(model), "the torch model")
+    config = dvae.config_of(shapes_of(model), "the torch model")
     return Twin(config, dvae_tree(config, model.state_dict()))
 
 
 def voice_tree(config: UnifiedVoiceConfig, named: Mapping[str, torch.Tensor]) -> Tree:
     """Tensors under UnifiedVoice's key names (weights or gradients) -> a Flax tree."""
-    return _tree(UNIFIED_VOICE, abstract_tree(config), named)
+    return _tree(unified_voice.TABLE, config, named)
 
 
 def dvae_tree(config: DVAEConfig, named: Mapping[str, torch.Tensor]) -> Tree:
-    return _tree(DVAE, abstract_tree(config), named)
+    return _tree(dvae.TABLE, config, named)
 
 
-def _tree(table: list[Row], shapes: Tree, named: Mapping[str, torch.Tensor]) -> Tree:
-    expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
-    return to_flax(table, {key: numpy(tensor) for key, tensor in named.items()}, expected, "torch").params
+def _tree(table: list[Row], config: Any, named: Mapping[str, torch.Tensor]) -> Tree:
+    state = {key: numpy(tensor) for key, tensor in named.items()}
+    shapes = {key: array.shape for key, array in state.items()}
+    return to_flax(plan(table, shapes, expected_shapes(config), "torch"), state)
 
 
 def numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -171,9 +165,9 @@ def part_tree(table: list[Row], prefix: str, named: Mapping[str, torch.Tensor]) 
     flat = {}
     for key, tensor in named.items():
         found = match(table, f"{prefix}.{key}")
-        flat[found.row.flax.replace("{i}", str(found.index))] = found.row.operation.to_flax(numpy(tensor))
+        flat[found.row.flax.replace("{i}", str(found.layer))] = found.row.operation.to_flax(numpy(tensor))
     depth = len(_common([path.split("/")[:-1] for path in flat]))
-    return nest({"/".join(path.split("/")[depth:]): value for path, value in flat.items()})
+    return unflatten_dict({"/".join(path.split("/")[depth:]): value for path, value in flat.items()}, sep="/")
 
 
 def _common(paths: list[list[str]]) -> list[str]:

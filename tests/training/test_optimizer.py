@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 
 from tests.support import small, torch_reference
 from tests.support.parity import STACK, Tree, Twin, absolute_error, apart, assert_close, voice_tree, voice_twin
 from tests.support.torch_reference import SAMPLES_PER_CODE, Trainer, random_batch, tiny_unified_voice
 from tests.support.upstream_layout import upstream_batch
-from tortoise_jax.checkpoints.state_dict import flatten
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.training.optimizer import (
@@ -159,7 +159,7 @@ def test_trajectory_fires(reference: Trajectory, change: dict[str, Any]) -> None
 def test_weights_fire(reference: Trajectory, path: str, place: tuple[int, ...]) -> None:
     final = jax.tree.map(np.array, reference.final)
     check_weights(reference, final)
-    by_path = flatten(final)
+    by_path = flatten_dict(final, sep="/")
     by_path["gpt/h/attn/c_attn/bias" if path == "keys" else path][place] += 2e-3
     with pytest.raises(AssertionError, match=path):
         check_weights(reference, final)
@@ -172,8 +172,8 @@ def test_groups_are_torchs(voice: Twin) -> None:
     model = tiny_unified_voice(seed=1)
     decayed, _ = torch_reference.parameter_groups(model)
     marks = {name: torch.full_like(p, float(name in decayed)) for name, p in model.named_parameters()}
-    want = {path: value.max() for path, value in flatten(voice_tree(voice.config, marks)).items()}
-    labels = flatten(group_labels(voice.params))
+    want = {path: value.max() for path, value in flatten_dict(voice_tree(voice.config, marks), sep="/").items()}
+    labels = flatten_dict(group_labels(voice.params), sep="/")
     assert {path: float(label == "decayed") for path, label in labels.items()} == want
     assert set(labels.values()) == {"decayed", "undecayed"}
 
@@ -245,9 +245,9 @@ def test_states_on_disk_keep_their_form() -> None:
 def test_decay_acts_on_weights_alone() -> None:
     params = small.params()
     nothing = jax.tree.map(jnp.zeros_like, params)
-    updates = flatten(one_update(OptimizerConfig(learning_rate=0.5, weight_decay=0.1), params, nothing))
+    updates = flatten_dict(one_update(OptimizerConfig(learning_rate=0.5, weight_decay=0.1), params, nothing), sep="/")
     for path, update in updates.items():
-        want = -0.05 * flatten(params)[path] if path.endswith("kernel") else np.zeros_like(update)
+        want = -0.05 * flatten_dict(params, sep="/")[path] if path.endswith("kernel") else np.zeros_like(update)
         np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=path)
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from tests.support import small
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
-from tortoise_jax.checkpoints.state_dict import flatten
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay, report, run_directory
 from tortoise_jax.training.run_directory import History
@@ -146,8 +146,8 @@ def test_a_step_that_was_not_finite_is_replayed_from_its_file(tmp_path: Path) ->
     file = replay.save(tmp_path, 12, clips, params)
     step, batch, kept = replay.load(file)
     assert step == 12
-    for name, value in flatten(params).items():
-        np.testing.assert_array_equal(flatten(kept)[name], value)
+    for name, value in flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(flatten_dict(kept, sep="/")[name], value)
     names = [f"clip-{i}" for i in range(1000)]
     recipe = dataclasses.replace(small.recipe(), axis=None)
     lines = replay.explain(recipe, step, batch, kept, names)

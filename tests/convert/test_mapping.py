@@ -1,7 +1,7 @@
-"""The table between torch names and Flax paths: values, the way back, completeness; and that each error in it shows.
+"""The tables between torch names and Flax paths: values, the way back, completeness; and that each error in them shows.
 
 MUTATIONS lists what is done to every row of both tables. Each mutated table must fail `check`, which the real ones
-pass. The models are square wherever a model can be, so that shapes give nothing away and only values can.
+pass. The models are square wherever a model can be, so that shapes cannot show an error and only values can.
 """
 
 from __future__ import annotations
@@ -9,39 +9,26 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from flax.traverse_util import flatten_dict
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from convert import mapping
+from convert.mapping import CONV, LINEAR, POINTWISE, SAME, Operation, Row, to_flax, to_torch
 from convert.source import expected_shapes
+from convert.tables import MODELS, dvae, unified_voice
 from tests.support import checkpoint_files as files
+from tests.support.layer_values import check_values, layer_outputs
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, tiny_dvae, tiny_unified_voice
-from tests.support.torch_reference.dvae import Codebook
-from tortoise_jax.checkpoints import state_dict
-from tortoise_jax.checkpoints.state_dict import (
-    CONV,
-    DVAE,
-    LINEAR,
-    POINTWISE,
-    SAME,
-    UNIFIED_VOICE,
-    Operation,
-    Row,
-    dvae_config,
-    flatten,
-    to_flax,
-    to_torch,
-    unified_voice_config,
-)
+from tortoise_jax.checkpoints.parts import PART_TYPES
 from tortoise_jax.errors import UserError
 
 Table = list[Row]
-TOLERANCE = 1e-5  # of max|a - b| / max|b|
 SQUARE = 80
 HEADS = 4
 
@@ -62,111 +49,39 @@ class Case:
     def of(model: nn.Module, extra: Callable[[files.State], files.State]) -> Case:
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         is_dvae = isinstance(model, DiscreteVAE)
-        config = dvae_config(shapes, "test") if is_dvae else unified_voice_config(shapes, "test", HEADS)
+        config = dvae.config_of(shapes, "test") if is_dvae else unified_voice.config_of(shapes, "test", HEADS)
         state = {key: value.numpy() for key, value in extra(files.state_of(model)).items()}
         return Case(model, state, expected_shapes(config), dict(layer_outputs(model)))
 
 
-def layer_outputs(model: nn.Module) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """What each layer makes of a random input, in our layout: (b, t, channels)."""
-    generator = torch.Generator().manual_seed(5)
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Embedding):
-            x = torch.arange(layer.num_embeddings)
-            yield name, (x.numpy(), layer(x).detach().numpy())
-        elif isinstance(layer, nn.Conv1d | nn.GroupNorm):
-            width = layer.in_channels if isinstance(layer, nn.Conv1d) else layer.num_channels
-            x = torch.randn(2, width, 8, generator=generator)
-            yield name, (x.mT.numpy(), layer(x).mT.detach().numpy())
-        elif isinstance(layer, nn.Linear | nn.LayerNorm | Conv1D):
-            width = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[-1]
-            x = torch.randn(2, 8, width, generator=generator)
-            yield name, (x.numpy(), layer(x).detach().numpy())
-
-
-def ours(model: nn.Module, name: str, layer: nn.Module, leaf: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """The same from the Flax leaves of the layer, in plain numpy."""
-    if isinstance(layer, nn.Embedding):
-        return leaf["embedding"][x]
-    if isinstance(layer, nn.LayerNorm | nn.GroupNorm):
-        groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else None
-        torch_x = torch.from_numpy(x)
-        normed = F.group_norm(torch_x.mT, groups).mT if groups else F.layer_norm(torch_x, x.shape[-1:])
-        return normed.numpy() * leaf["scale"] + leaf["bias"]
-    kernel = leaf["kernel"]
-    if kernel.ndim == 2:
-        return x @ kernel + leaf["bias"]
-    assert isinstance(layer, nn.Conv1d)
-    pad, stride, taps = layer.padding[0], layer.stride[0], kernel.shape[0]
-    padded = np.pad(x, ((0, 0), (pad, pad), (0, 0)))
-    frames = range(0, padded.shape[1] - taps + 1, stride)
-    return np.stack([sum(padded[:, t + k] @ kernel[k] for k in range(taps)) + leaf["bias"] for t in frames], axis=1)
-
-
-def leaves_of(params: dict[str, Any], name: str, model: nn.Module) -> dict[str, np.ndarray]:
-    """The Flax leaves that stand for a torch layer: by rules of their own, not by the table."""
-    parts = name.split(".")
-    if isinstance(model, DiscreteVAE):
-        kind = "res" if "net" in parts else "point" if len(parts) == 2 else "conv"
-        node = params[parts[0]][f"{kind}_{parts[1]}"]
-        return node[f"net_{parts[3]}"] if kind == "res" else node
-    node = params
-    for part in parts:
-        node = node if part.isdigit() or part == "emb" else node[part]
-    number = [int(part) for part in parts if part.isdigit()]
-    return {key: value[number[0]] if number else value for key, value in node.items()}
-
-
 def check(table: Table, case: Case) -> None:
     """Fails unless every layer computes what torch's does, the way back is exact, and every key is accounted for."""
-    converted = to_flax(table, case.state, case.expected, "test")
-    check_values(case.model, converted.params, case.outputs)
+    planned = mapping.plan(table, shapes_of(case.state), case.expected, "test")
+    params = to_flax(planned, case.state)
+    check_values(case.model, params, case.outputs)
 
     original = {key: value.numpy() for key, value in case.model.state_dict().items()}
-    back = to_torch(table, converted.params)
+    back = to_torch(table, params)
     assert list(back) == list(original)
     for key, value in original.items():
-        assert state_dict.same_bits(back[key], value), key
+        assert mapping.same_bits(back[key], value), key
         assert back[key].flags.c_contiguous, key
 
-    leaves = flatten(converted.params)
+    leaves = flatten_dict(params, sep="/")
     assert {path: leaf.shape for path, leaf in leaves.items()} == case.expected
     assert all(leaf.dtype == np.float32 and leaf.flags.owndata for leaf in leaves.values())
-    planned = state_dict.plan(table, {key: value.shape for key, value in case.state.items()}, case.expected, "test")
-    mapped = [key for _, keys in planned.filled.values() for key in keys]
-    assert sorted(mapped) == sorted(original)
-    assert sorted([*mapped, *planned.dropped]) == sorted(case.state)
-    assert converted.dropped.keys() == planned.dropped.keys()
-    assert all(converted.dropped.values())
-    check_copies(table, case)
+    assert planned.shapes == case.expected
+    assert sorted(planned.keys) == sorted(original)
+    assert sorted([*planned.keys, *planned.dropped]) == sorted(case.state)
+    assert all(found.row.reason for found in planned.dropped.values())
+    check_copies(planned, case)
 
 
-def check_values(
-    model: nn.Module, params: dict[str, Any], outputs: dict[str, tuple[np.ndarray, np.ndarray]] | None = None
-) -> None:
-    """Fails unless every layer of the torch model computes the same from its Flax leaves."""
-    for name, (x, want) in (outputs or dict(layer_outputs(model))).items():
-        got = ours(model, name, model.get_submodule(name), leaves_of(params, name, model), x)
-        assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max(), name
-    if isinstance(model, DiscreteVAE):
-        check_codebook(model.codebook, params["codebook"])
+def shapes_of(state: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {key: value.shape for key, value in state.items()}
 
 
-def check_codebook(book: Codebook, params: dict[str, np.ndarray]) -> None:
-    x = torch.randn(40, book.embed.shape[0], generator=torch.Generator().manual_seed(6))
-    distance = (params["embed"] ** 2).sum(0) - 2 * x.numpy() @ params["embed"]
-    assert (distance.argmin(1) == book.codes(x).numpy()).all()
-    after = Codebook(*book.embed.shape)
-    after.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in params.items()})
-    codes = book.codes(x)
-    before = Codebook(*book.embed.shape)
-    before.load_state_dict(book.state_dict())
-    before.update(x, codes)
-    after.update(x, codes)
-    assert torch.equal(before.embed, after.embed)
-
-
-def check_copies(table: Table, case: Case) -> None:
+def check_copies(planned: mapping.KeyPlan, case: Case) -> None:
     """Whatever is dropped as a copy must have been compared."""
     for key in case.state:
         if key.startswith("inference_model.") or key == "gpt.wte.weight":
@@ -174,7 +89,7 @@ def check_copies(table: Table, case: Case) -> None:
             with pytest.raises(
                 UserError, match=rf"test: {re.escape(key)} differs from .*, of which it should be a copy"
             ):
-                to_flax(table, changed, case.expected, "test")
+                to_flax(planned, changed)
 
 
 # --- the real tables --------------------------------------------------------------------------------------------------
@@ -208,8 +123,8 @@ def square_dvae() -> DiscreteVAE:
 @pytest.fixture(scope="module")
 def cases() -> dict[str, tuple[Table, Case]]:
     return {
-        "voice": (UNIFIED_VOICE, Case.of(square_voice(), everything)),
-        "dvae": (DVAE, Case.of(square_dvae(), files.with_statistics)),
+        "voice": (unified_voice.TABLE, Case.of(square_voice(), everything)),
+        "dvae": (dvae.TABLE, Case.of(square_dvae(), files.with_statistics)),
     }
 
 
@@ -222,7 +137,7 @@ def test_every_layer_computes_what_torch_computes_and_the_way_back_is_exact(case
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_dvaes_of_other_depths(layers: int, blocks: int) -> None:
     model = tiny_dvae(num_layers=layers, num_resnet_blocks=blocks, codebook_dim=12).requires_grad_(False)
-    check(DVAE, Case.of(model, files.with_statistics))
+    check(dvae.TABLE, Case.of(model, files.with_statistics))
 
 
 def test_square_models_are_square() -> None:
@@ -271,69 +186,69 @@ INTERLEAVED = np.arange(3 * SQUARE).reshape(3, HEADS, -1).swapaxes(0, 1).reshape
 BLOCKED = np.arange(3 * SQUARE).reshape(HEADS, 3, -1).swapaxes(0, 1).reshape(-1)
 
 
-def without(table: Table, place: int) -> Iterator[Table]:
+def without(table: Table, index: int) -> Iterator[Table]:
     """The row is left out."""
-    yield [*table[:place], *table[place + 1 :]]
+    yield [*table[:index], *table[index + 1 :]]
 
 
-def not_converted(table: Table, place: int) -> Iterator[Table]:
+def not_converted(table: Table, index: int) -> Iterator[Table]:
     """What should be converted is dropped."""
-    if table[place].flax:
-        yield replaced(table, place, Row(table[place].torch, reason="by mistake"))
+    if table[index].flax:
+        yield replaced(table, index, Row(table[index].torch, reason="by mistake"))
 
 
-def wrong_operation(table: Table, place: int) -> Iterator[Table]:
+def wrong_operation(table: Table, index: int) -> Iterator[Table]:
     """A transposed square matrix, a reversed kernel, a reversed vector; each with its exact inverse."""
-    row = table[place]
+    row = table[index]
     if row.flax:
         for operation in WRONG_OPERATION.get(row.operation, [REVERSED, TRANSPOSED]):
             if operation is KERNEL_REVERSED and ("point" in row.flax or "net_4" in row.flax):
                 continue  # of width 1
-            yield replaced(table, place, dataclasses.replace(row, operation=operation))
+            yield replaced(table, index, dataclasses.replace(row, operation=operation))
 
 
-def wrong_inverse(table: Table, place: int) -> Iterator[Table]:
+def wrong_inverse(table: Table, index: int) -> Iterator[Table]:
     """Right to Flax, wrong back."""
-    row = table[place]
+    row = table[index]
     if row.flax:
         operation = WRONG_INVERSE.get(row.operation, Operation(row.operation.to_flax, lambda w: w[::-1], None))
-        yield replaced(table, place, dataclasses.replace(row, operation=operation))
+        yield replaced(table, index, dataclasses.replace(row, operation=operation))
 
 
-def swapped(table: Table, place: int) -> Iterator[Table]:
+def swapped(table: Table, index: int) -> Iterator[Table]:
     """Two rows of the same operation fill each other's paths."""
-    row = table[place]
-    for other in range(place + 1, len(table)):
+    row = table[index]
+    for other in range(index + 1, len(table)):
         partner = table[other]
         if row.flax and partner.flax and partner.operation == row.operation and partner.stacked == row.stacked:
-            table = replaced(table, place, dataclasses.replace(row, flax=partner.flax))
+            table = replaced(table, index, dataclasses.replace(row, flax=partner.flax))
             yield replaced(table, other, dataclasses.replace(partner, flax=row.flax))
             return
 
 
-def filled_twice(table: Table, place: int) -> Iterator[Table]:
+def filled_twice(table: Table, index: int) -> Iterator[Table]:
     """The row fills the path of the row before it."""
-    if table[place].flax and table[place - 1].flax:
-        yield replaced(table, place, dataclasses.replace(table[place], flax=table[place - 1].flax))
+    if table[index].flax and table[index - 1].flax:
+        yield replaced(table, index, dataclasses.replace(table[index], flax=table[index - 1].flax))
 
 
-def fused_wrongly(table: Table, place: int) -> Iterator[Table]:
+def fused_wrongly(table: Table, index: int) -> Iterator[Table]:
     """q, k and v interleaved where torch has blocks, and the reverse; undone exactly on the way back."""
-    if ".c_attn." in table[place].torch:
-        yield replaced(table, place, columns_reordered(INTERLEAVED, table[place]))
-    if ".qkv." in table[place].torch:
-        yield replaced(table, place, columns_reordered(BLOCKED, table[place]))
+    if ".c_attn." in table[index].torch:
+        yield replaced(table, index, columns_reordered(INTERLEAVED, table[index]))
+    if ".qkv." in table[index].torch:
+        yield replaced(table, index, columns_reordered(BLOCKED, table[index]))
 
 
-def not_compared(table: Table, place: int) -> Iterator[Table]:
+def not_compared(table: Table, index: int) -> Iterator[Table]:
     """A copy is dropped unseen."""
-    if table[place].copy_of:
-        yield replaced(table, place, dataclasses.replace(table[place], copy_of=""))
+    if table[index].copy_of:
+        yield replaced(table, index, dataclasses.replace(table[index], copy_of=""))
 
 
-def too_greedy(table: Table, place: int) -> Iterator[Table]:
+def too_greedy(table: Table, index: int) -> Iterator[Table]:
     """A rule that drops takes all that begins alike: `.attn.bias` by its ending also eats `c_attn.bias`."""
-    row = table[place]
+    row = table[index]
     if not row.flax and row.torch.endswith("attn.bias") and row.torch.startswith("gpt."):
         yield [Row("gpt.*", reason=row.reason), *table]
 
@@ -351,8 +266,8 @@ MUTATIONS = [
 ]
 
 
-def replaced(table: Table, place: int, row: Row) -> Table:
-    return [*table[:place], row, *table[place + 1 :]]
+def replaced(table: Table, index: int, row: Row) -> Table:
+    return [*table[:index], row, *table[index + 1 :]]
 
 
 @pytest.mark.parametrize("name", ["voice", "dvae"])
@@ -361,8 +276,8 @@ def test_each_mutation_of_each_row_shows(cases, name: str, mutation: Callable[[T
     table, case = cases[name]
     rows = {row.torch for row in table if any(row.pattern.fullmatch(key) for key in case.state)}
     count = 0
-    for place, row in enumerate(table):
-        for mutated in mutation(table, place) if row.torch in rows else ():
+    for index, row in enumerate(table):
+        for mutated in mutation(table, index) if row.torch in rows else ():
             with pytest.raises((AssertionError, UserError, ValueError, IndexError, pytest.fail.Exception)):
                 check(mutated, case)
             count += 1
@@ -372,25 +287,26 @@ def test_each_mutation_of_each_row_shows(cases, name: str, mutation: Callable[[T
 def test_mutations_reach_every_row(cases) -> None:
     for table, case in cases.values():
         unused = [row.torch for row in table if not any(row.pattern.fullmatch(key) for key in case.state)]
-        assert unused == (["aligned_head.*"] if table is UNIFIED_VOICE else [])
+        assert unused == (["aligned_head.*"] if table is unified_voice.TABLE else [])
 
 
 def test_swapped_layers_show(cases, monkeypatch: pytest.MonkeyPatch) -> None:
     table, case = cases["voice"]
-    plan = state_dict.plan
-    for path, (row, _) in plan(table, {k: v.shape for k, v in case.state.items()}, case.expected, "").filled.items():
-        if not row.stacked:
+    plan = mapping.plan
+    for path, assignment in plan(table, shapes_of(case.state), case.expected, "").filled.items():
+        if not assignment.row.stacked:
             continue
 
-        def with_layers_swapped(*arguments: Any, path: str = path) -> state_dict.Plan:
+        def with_layers_swapped(*arguments: Any, path: str = path) -> mapping.KeyPlan:
             planned = plan(*arguments)
-            row, keys = planned.filled[path]
-            return dataclasses.replace(planned, filled=planned.filled | {path: (row, (keys[1], keys[0], *keys[2:]))})
+            old = planned.filled[path]
+            new = dataclasses.replace(old, keys=(old.keys[1], old.keys[0], *old.keys[2:]))
+            return dataclasses.replace(planned, filled=planned.filled | {path: new})
 
-        monkeypatch.setattr(state_dict, "plan", with_layers_swapped)
+        monkeypatch.setattr(mapping, "plan", with_layers_swapped)
         with pytest.raises(AssertionError):
             check(table, case)
-        monkeypatch.setattr(state_dict, "plan", plan)
+        monkeypatch.setattr(mapping, "plan", plan)
 
 
 # --- dimensions -------------------------------------------------------------------------------------------------------
@@ -398,14 +314,14 @@ def test_swapped_layers_show(cases, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dimensions_of_the_released_models() -> None:
     with torch.device("meta"):
-        voice, dvae = UnifiedVoice(), DiscreteVAE()
+        voice, book = UnifiedVoice(), DiscreteVAE()
     shapes = {key: tuple(value.shape) for key, value in voice.state_dict().items()}
-    config = unified_voice_config(shapes, "test")
+    config = unified_voice.config_of(shapes, "test")
     assert dataclasses.astuple(config) == (30, 1024, 16, 256, 8194, 404, 608, 6, 80, 0)
     assert sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) == 421_526_786
-    shapes = {key: tuple(value.shape) for key, value in dvae.state_dict().items()}
-    assert dataclasses.astuple(dvae_config(shapes, "test")) == (512, 8192, 512, 2, 3, 80, 3)
-    assert sum(int(np.prod(shape)) for shape in expected_shapes(dvae_config(shapes, "test")).values()) == 59_963_984
+    shapes = {key: tuple(value.shape) for key, value in book.state_dict().items()}
+    assert dataclasses.astuple(dvae.config_of(shapes, "test")) == (512, 8192, 512, 2, 3, 80, 3)
+    assert sum(int(np.prod(shape)) for shape in expected_shapes(dvae.config_of(shapes, "test")).values()) == 59_963_984
 
 
 @pytest.mark.parametrize(
@@ -428,7 +344,7 @@ def test_dvaes_that_are_not_supported_are_named(key: str, shape: tuple[int, ...]
     else:
         shapes[key] = shape
     with pytest.raises(UserError) as caught:
-        state_dict.plan(DVAE, shapes, expected_shapes(dvae_config(shapes, "d.pth")), "d.pth")
+        mapping.plan(dvae.TABLE, shapes, expected_shapes(dvae.config_of(shapes, "d.pth")), "d.pth")
     assert says in str(caught.value)
     assert str(caught.value).startswith("d.pth: ")
 
@@ -436,20 +352,40 @@ def test_dvaes_that_are_not_supported_are_named(key: str, shape: tuple[int, ...]
 def test_heads_must_divide_the_width_and_are_asked_for_below_512() -> None:
     shapes = {key: tuple(value.shape) for key, value in tiny_unified_voice().state_dict().items()}
     with pytest.raises(UserError, match=r"width 64 is below .* --heads N"):
-        unified_voice_config(shapes, "a.pth")
+        unified_voice.config_of(shapes, "a.pth")
     with pytest.raises(UserError, match="5 heads do not divide the width 64"):
-        unified_voice_config(shapes, "a.pth", heads=5)
-    assert unified_voice_config(shapes, "a.pth", heads=8).heads == 8
+        unified_voice.config_of(shapes, "a.pth", heads=5)
+    assert unified_voice.config_of(shapes, "a.pth", heads=8).heads == 8
 
 
 def test_a_key_is_matched_as_a_whole_and_its_number_without_leading_zeros() -> None:
-    assert state_dict.match(UNIFIED_VOICE, "gpt.h.12.attn.bias").row.reason == state_dict.MASK
-    assert state_dict.match(UNIFIED_VOICE, "gpt.h.12.attn.c_attn.bias").row.flax == "gpt/h/attn/c_attn/bias"
+    assert mapping.match(unified_voice.TABLE, "gpt.h.12.attn.bias").row.reason == unified_voice.MASK
+    assert mapping.match(unified_voice.TABLE, "gpt.h.12.attn.c_attn.bias").row.flax == "gpt/h/attn/c_attn/bias"
     for key in ("gpt.h.012.attn.bias", "xgpt.h.1.attn.bias", "gpt.h.1.attn.bias.x", "gpt_h.1.attn.bias"):
         with pytest.raises(UserError, match="no known part"):
-            state_dict.match(UNIFIED_VOICE, key)
+            mapping.match(unified_voice.TABLE, key)
 
 
 def test_a_parameter_without_a_row_is_named() -> None:
     with pytest.raises(UserError, match="parameter gpt/h/ln_9/scale has no place"):
-        to_torch(UNIFIED_VOICE, {"gpt": {"h": {"ln_9": {"scale": np.zeros((2, 3), np.float32)}}}})
+        to_torch(unified_voice.TABLE, {"gpt": {"h": {"ln_9": {"scale": np.zeros((2, 3), np.float32)}}}})
+
+
+def test_mapping_and_tables_need_no_torch() -> None:
+    """They may be read where only the package is installed; `convert.torch_files` is where torch begins."""
+    folder = Path(mapping.__file__).parent
+    files_ = [folder / "mapping.py", *(folder / "tables").glob("*.py")]
+    assert len(files_) == 3 + len(MODELS)
+    for path in files_:
+        imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        for name in imported:
+            assert name.split(".")[0] not in ("torch", "transformers"), path
+            assert not name.startswith("convert") or name.startswith(("convert.mapping", "convert.tables")), path
+
+
+def test_every_model_is_registered_under_its_part() -> None:
+    assert MODELS.keys() == PART_TYPES.keys()
+    for part, model in MODELS.items():
+        assert model.part == part
+        assert model.file.endswith(".pth")
+        assert model.locations
