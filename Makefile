@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tests.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
