@@ -103,9 +103,8 @@ def check_export(path: Path) -> None:
     model = tj.load(ROOT / DEMO / "run")
     dataset = tj.Dataset.open(ROOT / DEMO / "dataset")
     index = int(dataset.split("validation")[0])
-    record = dataset.read(index)
-    text_ids, codes = record.text_ids.astype(np.int64), record.codes.astype(np.int64)
-    waveform = record.waveform.astype(np.float32) / 32768
+    text_ids, codes = dataset.text_ids(index).astype(np.int64), dataset.codes(index).astype(np.int64)
+    waveform = dataset.waveform(index).astype(np.float32) / 32768
     mel = np.asarray(model.log_mel(waveform))
     with torch.no_grad():
         vector = reference.conditioning_latent(torch.tensor(mel.T[None, None]))[0]
