@@ -26,7 +26,7 @@ RUN_ELSEWHERE = {
     "make test": "by CI",
     "make test-slow": "by hand: minutes long, gigabytes large",
     "pip install": "by the Makefile, with other extras",
-    "gcloud": "needs a pod; the same train.py command is run by tests/test_parallel.py's two processes",
+    "gcloud": "needs a pod; the same train.py command is run on several processes by tests/test_train_hosts.py",
     "srun": "needs SLURM; likewise",
     "whisper": "another program",
 }
