@@ -25,13 +25,12 @@ from convert.progress import byte_bar
 from convert.source import Source, describe, metadata_beside, nonfinite, number_beside, open_source, sha256
 from convert.tables import MODELS
 from convert.tables.dvae import PUBLIC_CODEBOOK_DIM
-from convert.tables.unified_voice import RELEASED
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line, first_line
 from tortoise_jax.models.dvae import DVAEConfig
-from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
 
 LOOK_IN = Path("checkpoints")

@@ -11,11 +11,8 @@ from convert.mapping import LINEAR, POINTWISE, SAME, Row, Shapes, layer_count, n
 from convert.tables.model import Facts, Location, TorchModel
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 
-RELEASED = UnifiedVoiceConfig(
-    layers=30, width=1024, heads=16, text_tokens=256, mel_tokens=8194, text_positions=404, mel_positions=608
-)
 EARLY_MEL_POSITIONS = 304  # of an early release
 CONDITIONING_INPUTS = "conditioning_inputs"  # an argument of TorToiSe's constructor; the tensors do not tell it
 HEAD_WIDTH = 64  # of every released model
