@@ -4,7 +4,7 @@
 
 Makes random checkpoints of the released models' sizes in the folder (6 GB at the end, removed unless --keep), runs
 each measurement in a process of its own and prints the ratios. The targets: peak memory at most 2.5 times the float32
-parameters, time at most 3 times orbax alone.
+parameters, time at most 3 times orbax alone. The exit code is 1 if one of them is missed.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def report(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="an empty place with 8 GB of room")
-    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder on a disk with 8 GB free")
+    parser.add_argument("--keep", action="store_true", help="keep the files")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -167,8 +167,11 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     try:
         make_files(args.folder)
-        for line in report({job: measure(job, args.folder) for job in JOBS}):
-            print(line)
+        results = {job: measure(job, args.folder) for job in JOBS}
+        print("\n".join(report(results)))
+        memory, time_ratio = ratios(results)
+        if memory > MEMORY_TARGET or time_ratio > TIME_TARGET:
+            sys.exit("a target is missed")
     finally:
         if not args.keep:
             shutil.rmtree(args.folder)
