@@ -531,6 +531,74 @@ def test_nobody_elses_file_is_written_over(converted, tmp_path) -> None:
     assert json.loads((tmp_path / "voice.json").read_text())["dtype"] == "float16"
 
 
+# --- files of earlier versions ----------------------------------------------------------------------------------------
+
+TOKENIZER_DIGEST = "db1206f16ebb87e997641251483a3d1550f7c8272c90910ae6d5af5cc78d5ea9"  # of the released tokenizer
+MEL_NORMS_DIGEST = "c8d1452681391f3a4ea084d606b8f560f555fcb4f3ac9274839b75d12bd1af7e"  # of the released mel norms
+VOICE_DIMENSIONS = {
+    "layers": 3,
+    "width": 64,
+    "heads": 4,
+    "text_tokens": 256,
+    "mel_tokens": 66,
+    "text_positions": 32,
+    "mel_positions": 44,
+    "conditioning_layers": 6,
+    "mel_channels": 80,
+    "stop_text": 0,
+}
+DVAE_DIMENSIONS = {
+    "codebook_dim": 24,
+    "codes": 64,
+    "hidden": 16,
+    "layers": 2,
+    "res_blocks": 2,
+    "channels": 80,
+    "kernel": 3,
+}
+# tortoise.json as the first version wrote it: without checksums, digests of all parts and conditioning_inputs.
+OLD_METADATA = {
+    "format": 1,
+    "ar": VOICE_DIMENSIONS,
+    "dvae": DVAE_DIMENSIONS,
+    "dvae_digest": "c2bde22515781f35e98f098434b6b40932ecb41c48cb4b561704f3d17aae1941",
+    "tokenizer_digest": TOKENIZER_DIGEST,
+    "mel_norms_digest": MEL_NORMS_DIGEST,
+    "source": {"ar": {"file": "autoregressive.pth", "sha256": "0"}, "dvae": {"file": "dvae.pth", "sha256": "0"}},
+}
+# The .json of an export as the first version wrote it.
+OLD_EXPORT = {
+    "tortoise_jax": "0.1.0",
+    "model": "ar",
+    "dimensions": VOICE_DIMENSIONS,
+    "heads": 4,
+    "tokenizer_digest": TOKENIZER_DIGEST,
+    "mel_norms_digest": MEL_NORMS_DIGEST,
+    "source": OLD_METADATA["source"],
+}
+
+
+def test_a_checkpoint_of_the_first_version_is_exported(voice, dvae, converted, tmp_path) -> None:
+    old = shutil.copytree(converted, tmp_path / "old")
+    files.write_json(old / "tortoise.json", OLD_METADATA)
+    assert load_pretrained(old).dvae.digest == OLD_METADATA["dvae_digest"]
+    for part, model in ((AR, voice), (DVAE, dvae)):
+        export(old, tmp_path / f"{part}.pth", part=part)
+        assert_same(read_state_dict(tmp_path / f"{part}.pth"), model)
+    assert files_arguments(tmp_path / "ar.pth")["max_conditioning_inputs"] == 2
+
+
+def test_an_export_of_the_first_version_is_converted_again(voice, tmp_path) -> None:
+    path = files.save(tmp_path / "voice.pth", files.state_of(voice))
+    files.write_json(tmp_path / "voice.json", OLD_EXPORT)
+    lines = convert({AR: path}, tmp_path / "out")
+    assert any("4 heads (its .json)" in line for line in lines)
+    source = load_pretrained(tmp_path / "out", ()).source["ar"]
+    assert (source["file"], source["conditioning_inputs"]) == ("voice.pth", 2)
+    export(tmp_path / "out", path)  # an export of ours may be written over
+    assert_same(read_state_dict(path), voice)
+
+
 # --- mistakes on the command line -------------------------------------------------------------------------------------
 
 
