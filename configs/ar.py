@@ -4,7 +4,8 @@
 
 Hardware: any. With the released model (421 M parameters), float32 state and gradients take 6.8 GB; see what fits with
 --plan. Every field can be given on the command line: --config.optimizer.learning_rate=5e-6
-A field that is None is chosen by the size of the data set (tortoise_jax/presets.py), printed, and yours to override.
+A field that is None is chosen by the size of the data set (tortoise_jax/training/presets.py) and printed; what you give
+is kept.
 """
 
 from __future__ import annotations

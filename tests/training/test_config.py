@@ -122,6 +122,11 @@ def test_presets_keep_what_is_given(clips: int) -> None:
     config.check(settings, SCHEMA)
 
 
+def test_presets_are_for_at_least_one_clip() -> None:
+    with pytest.raises(AssertionError, match="the train split is empty"):
+        presets.fill(ar.get_config(), 0)
+
+
 def test_dlas_numbers_stand_for_thousands_of_clips() -> None:
     values = presets.values(presets.choose(5000), 5000)
     assert (values["batch_size"], values["optimizer.learning_rate"]) == (128, 1e-5)

@@ -23,7 +23,8 @@ from tortoise_jax.training.step import StepConfig, TrainState, initial_state, tr
 
 GIB = 2**30
 TIMED_STEPS = 3
-TIMING_SECONDS = 20.0  # about, for all timed runs of one shape together
+TIMING_SECONDS = 20.0  # of all timed runs of one shape together, about
+FEW_ROWS = 4  # per device: enough to occupy most machines, quick on a CPU
 
 
 def assumed_lengths() -> np.ndarray:
@@ -73,7 +74,7 @@ def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.
     whole = timed_rows == rows * accumulation
     takes = f"takes {seconds:.2f} s (median of {TIMED_STEPS})"
     if not whole:
-        takes = f"takes about {seconds:.2f} s (estimated from {timed_rows} rows of {work.length} positions)"
+        takes = f"takes about {seconds:.2f} s (estimated from {timed_rows} rows of {work.length} positions per device)"
     in_epoch = sum(seconds * length / work.length * count for length, count in shapes.items())
     yield f"the longest step {takes}; an epoch about {duration(in_epoch)}"
     epochs = settings.steps / len(epoch)
@@ -151,27 +152,23 @@ def remedies(remat: bool, accumulation: int, rows: int) -> Iterator[str]:
 def step_seconds(work: Work, whole: Any, rows: int, accumulation: int) -> tuple[float, int]:
     """Seconds of a step of rows x accumulation rows per device, and how many rows per device were timed for it.
 
-    whole: the compiled step, which is timed if that is quick. If not, fewer rows are, in one micro-batch, and the time
-    is taken to be in proportion to the rows. One row is timed first, to see what is quick.
+    whole: the compiled step. A few rows in one micro-batch are timed first. Only where they show that the whole step is
+    quick is it timed itself; else their time is taken in proportion.
     """
-    total = rows * accumulation
+    total, few = rows * accumulation, min(rows, FEW_ROWS)
     live = parallel.replicate(zeros(work.state))
-    one, live = timed(work.compile(1, 1), live, zeros(work.batch(1, 1)), runs=1)
-    count = total
-    while count > 1 and parallel.any_host(one * count > TIMING_SECONDS / (1 + TIMED_STEPS)):  # all hosts alike
-        count = min(rows, count // 2)
-    if count == 1:
-        return one * total, 1
-    layout = (rows, accumulation) if count == total else (count, 1)
-    compiled = whole if count == total else work.compile(*layout)
-    seconds, _ = timed(compiled, live, zeros(work.batch(*layout)), TIMED_STEPS)
-    return seconds * total / count, count
+    if total > few:
+        seconds, live = timed(work.compile(few, 1), live, zeros(work.batch(few, 1)))
+        estimate = seconds * total / few
+        if parallel.any_host(estimate * (1 + TIMED_STEPS) > TIMING_SECONDS):  # all hosts must run the same
+            return estimate, few
+    return timed(whole, live, zeros(work.batch(rows, accumulation)))[0], total
 
 
-def timed(compiled: Any, live: Any, batch: Any, runs: int) -> tuple[float, Any]:
-    """Median seconds of `runs` runs after a first one, or of fewer where they take too long; and the last state."""
+def timed(compiled: Any, live: Any, batch: Any) -> tuple[float, Any]:
+    """Median seconds of TIMED_STEPS runs after a first one, or of fewer where they take long; and the last state."""
     seconds: list[float] = []
-    while len(seconds) <= runs and not parallel.any_host(sum(seconds) > TIMING_SECONDS):
+    while len(seconds) <= TIMED_STEPS and not parallel.any_host(sum(seconds) > TIMING_SECONDS):
         started = time.perf_counter()
         live, metrics = compiled(live, batch)
         jax.block_until_ready(metrics)

@@ -1,4 +1,4 @@
-"""The recipe's fields that depend on how much data there is, and the rule behind each.
+"""The config's fields that depend on how much data there is, and the rule behind each.
 
 DLAS recommends to let the rate fall first within ten epochs of a set of 50-500 clips, and its users found 1e-5 too high
 for 180 clips; with thousands of clips its own numbers (batch 128, 1e-5, halved at 500, 1000, 1400, 1800) hold.
@@ -40,7 +40,8 @@ def choose(clips: int) -> Preset:
 
 
 def values(preset: Preset, clips: int, batch_size: int | None = None, steps: int | None = None) -> dict[str, Any]:
-    """The preset's fields in steps, for `clips` training clips; batch_size and steps where the user gave them."""
+    """The preset's fields in steps, for `clips` training clips, 1 or more; batch_size, steps: as far as given."""
+    assert clips > 0, "the train split is empty, which the caller must find first"
     batch_size = batch_size or preset.batch_size
     epoch = math.ceil(clips / min(batch_size, clips))
     steps = steps or max(20, round(preset.epochs * epoch))
