@@ -1,16 +1,15 @@
-"""How near a draft comes to the recording it copies: mean log-mel distance in dB, after each part of the way.
+"""How close a draft is to the recording it copies: the mean log-mel distance in dB, after each step of the copying.
 
   python -m benchmarks.copy_synthesis                    with a small dVAE, trained here on the other clips
   python -m benchmarks.copy_synthesis --checkpoint DIR   with a converted one
 
 recording -> mel -> codes -> mel -> Griffin-Lim -> waveform, on the example voice's last clips, which the small dVAE was
-not trained on. Codes whose sound is drawn at random are the distance to beat. --out FOLDER keeps what was made.
+not trained on. The mel of random codes is the distance to beat. --out FOLDER keeps the sounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from tortoise_jax.audio import default_mel_norms, griffin_lim, log_mel, read_audio
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.errors import exit_with_one_line
+from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.synthesis.drafts import decode_mel, draft, write_wav
 
@@ -76,13 +76,12 @@ def train(mel: np.ndarray, config: DVAEConfig, steps: int, seed: int = 0) -> Tre
 def compare(
     variables: Tree, config: DVAEConfig, mel_norms: np.ndarray, waveforms: list[np.ndarray], out: Path | None = None
 ) -> dict[str, float]:
-    """The mean distance of some recordings (samples,) after each part of the way."""
+    """The mean distance to recordings (samples,) after each step of the copying."""
     mel_of = lambda waveform: np.asarray(log_mel(waveform, mel_norms))
-    encode = jax.jit(functools.partial(DiscreteVAE(config).apply, method=DiscreteVAE.encode))
     found: dict[str, list[float]] = {}
     for number, waveform in enumerate(waveforms):
         mel = mel_of(waveform)
-        codes = np.asarray(encode(variables, mel[None]))[0]
+        codes = np.asarray(apply(DiscreteVAE(config), "encode", variables, mel[None]))[0]
         other = np.random.default_rng(number).integers(0, config.codes, len(codes))
         made = {
             "mel -> waveform": griffin_lim(mel, mel_norms),

@@ -1,13 +1,14 @@
-"""Codes a second of cached sampling, here and by the torch reference, alternately in one process.
+"""Codes per second of cached sampling, here and by the torch reference, alternately in one process.
 
   python -m benchmarks.generate                      the real size, random weights, batches 1 and 16
   python -m benchmarks.generate --size tiny
 
 torch: transformers' GPT2Model with its cache and logits processors (tests/torch_reference), float32, all cores. Both
-draw the same number of codes for one text with tortoise's settings; the stop token is made impossible. Codes a second
-count the reading of the prompt. Also measured: compile time, and what decoding reads of memory beside what memory
-gives, which bounds batch 1: every code reads all weights once. Decoding is what the codes behind those of the first
-program run take; memory's streaming bandwidth is taken before and after each run, as neighbours of a machine change it.
+draw the same number of codes for one text with tortoise's settings; the stop token is made impossible. Codes per
+second include the reading of the prompt. Also measured: the time to compile, and how much memory decoding reads per
+second next to what the memory can give, which limits batch 1: every code reads all weights once. "Decoding per code" is
+the time of the codes after those of the first call of the compiled loop. The memory's bandwidth is measured before and
+after each run, because other work on the machine changes it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def streaming_bandwidth() -> float:
-    """GB/s of reading a gigabyte with all cores: the median of twenty, as decoding takes what it gets for as long."""
+    """GB/s of reading a gigabyte with all cores: the median of twenty readings."""
     block = torch.ones(2**28)
     return block.numel() * 4 / 1e9 / statistics.median(seconds(block.sum) for _ in range(20))
 
@@ -86,17 +87,17 @@ def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, tex
             before = streaming_bandwidth()
             ours_took = seconds(ours)
             bandwidth = (before + streaming_bandwidth()) / 2
-            a_code = (ours_took - seconds(ours_start)) / (codes - started.max_codes)
-            read = decoding_bytes(weights) / a_code / 1e9
-            measured.append((theirs_took, ours_took, 1e3 * a_code, read, bandwidth, read / bandwidth))
-        theirs_took, ours_took, a_code, read, bandwidth, part = map(statistics.median, zip(*measured, strict=True))
+            per_code = (ours_took - seconds(ours_start)) / (codes - started.max_codes)
+            read = decoding_bytes(weights) / per_code / 1e9
+            measured.append((theirs_took, ours_took, 1e3 * per_code, read, bandwidth, read / bandwidth))
+        theirs_took, ours_took, per_code, read, bandwidth, part = map(statistics.median, zip(*measured, strict=True))
         rows.append(
             f"| {batch} | {batch * codes / theirs_took:.1f} | {batch * codes / ours_took:.1f} "
-            f"| {theirs_took / ours_took:.2f} | {first - ours_took:.0f} s | {a_code:.1f} ms "
+            f"| {theirs_took / ours_took:.2f} | {first - ours_took:.0f} s | {per_code:.1f} ms "
             f"| {read:.1f} of {bandwidth:.1f} GB/s ({part:.0%}) |"
         )
         print(
-            rows[-1], f"torch, ours (s), ms a code, GB/s read, memory's: {np.round(measured, 1).tolist()}", flush=True
+            rows[-1], f"torch, ours (s), ms per code, GB/s read, memory's: {np.round(measured, 1).tolist()}", flush=True
         )
     return rows
 
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.codes <= sampler.CODES_PER_CALL:
-        parser.error(f"--codes {arguments.codes}: expected more than {sampler.CODES_PER_CALL}, those of the first run")
+        parser.error(f"--codes {arguments.codes}: expected more than {sampler.CODES_PER_CALL}, those of the first call")
     torch.set_num_threads(os.cpu_count() or 1)
     load = os.getloadavg()[0]
     rows = compare(*torch_model(arguments.size), arguments.batches, arguments.codes, arguments.text, arguments.rounds)
@@ -118,7 +119,7 @@ def main() -> None:
         f"\n{arguments.size} size, {arguments.text} text tokens, {arguments.codes} codes, {parallel.describe()}, "
         f"{os.cpu_count()} cores, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
     )
-    print("| batch | torch codes/s | ours codes/s | ratio | compile | decoding a code | weights read |")
+    print("| batch | torch codes/s | ours codes/s | ratio | compile | decoding per code | weights read |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 

@@ -46,7 +46,7 @@ class Compute:
 
 
 def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Array:
-    """Drops elements of x (b, ...) with one key a row, so that a row's draw does not depend on where it is computed.
+    """Drops elements of x (b, ...) with one key per row, so that a row's draw does not depend on where it is computed.
 
     keys (b,) typed PRNG keys, or None for no dropout; site tells one place in the network from another.
     """
