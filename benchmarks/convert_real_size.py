@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.support.released import DVAE_PARAMETERS, UNIFIED_VOICE_PARAMETERS
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
 from tortoise_jax.checkpoints.parts import AR, DVAE
 
 GB = 1e9
-PARAMETERS = {"autoregressive.pth": 421_526_786, "dvae.pth": 59_963_984}
+PARAMETERS = {"autoregressive.pth": UNIFIED_VOICE_PARAMETERS, "dvae.pth": DVAE_PARAMETERS}
 MEMORY_TARGET, TIME_TARGET = 2.5, 3.0
 
 

@@ -24,9 +24,12 @@ from convert.source import expected_shapes
 from convert.tables import MODELS, dvae, unified_voice
 from tests.support import checkpoint_files as files
 from tests.support.layer_values import check_values, layer_outputs
+from tests.support.released import DVAE_PARAMETERS, UNIFIED_VOICE_PARAMETERS
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, tiny_dvae, tiny_unified_voice
 from tortoise_jax.checkpoints.parts import PART_TYPES
 from tortoise_jax.errors import UserError
+from tortoise_jax.models import dvae as dvae_model
+from tortoise_jax.models import unified_voice as unified_voice_model
 
 Table = list[Row]
 SQUARE = 80
@@ -317,11 +320,12 @@ def test_dimensions_of_the_released_models() -> None:
         voice, book = UnifiedVoice(), DiscreteVAE()
     shapes = {key: tuple(value.shape) for key, value in voice.state_dict().items()}
     config = unified_voice.config_of(shapes, "test")
-    assert dataclasses.astuple(config) == (30, 1024, 16, 256, 8194, 404, 608, 6, 80, 0)
-    assert sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) == 421_526_786
+    assert config == unified_voice_model.RELEASED
+    assert sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) == UNIFIED_VOICE_PARAMETERS
     shapes = {key: tuple(value.shape) for key, value in book.state_dict().items()}
-    assert dataclasses.astuple(dvae.config_of(shapes, "test")) == (512, 8192, 512, 2, 3, 80, 3)
-    assert sum(int(np.prod(shape)) for shape in expected_shapes(dvae.config_of(shapes, "test")).values()) == 59_963_984
+    config = dvae.config_of(shapes, "test")
+    assert config == dvae_model.RELEASED
+    assert sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) == DVAE_PARAMETERS
 
 
 @pytest.mark.parametrize(

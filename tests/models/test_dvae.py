@@ -28,10 +28,11 @@ from tests.support.parity import (
     numpy,
     part_tree,
 )
+from tests.support.released import DVAE_PARAMETERS
 from tests.support.torch_reference import tiny_dvae
 from tortoise_jax.checkpoints.parts import abstract_variables, in_collections
 from tortoise_jax.models import dvae as dvae_module
-from tortoise_jax.models.dvae import Codebook, Decoder, DiscreteVAE, DVAEConfig, Encoder
+from tortoise_jax.models.dvae import RELEASED, Codebook, Decoder, DiscreteVAE, DVAEConfig, Encoder
 
 COMMITMENT = 0.25
 CODE_MARGIN = 1e-4  # codes must be equal where the best two distances are further apart than this (relative)
@@ -213,8 +214,7 @@ def test_training_forward_parity_fires_without_straight_through(
 
 
 def test_released_dimensions() -> None:
-    config = DVAEConfig(codebook_dim=512, codes=8192, hidden=512, layers=2, res_blocks=3)
-    shapes = abstract_variables(config)
+    shapes = abstract_variables(RELEASED)
     assert shapes.keys() == {"params", "codebook"}
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 59_963_984
-    assert config.frames_per_code == 4
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == DVAE_PARAMETERS
+    assert RELEASED.frames_per_code == 4

@@ -28,12 +28,13 @@ from tests.support.parity import (
     numpy,
     voice_tree,
 )
+from tests.support.released import UNIFIED_VOICE_PARAMETERS
 from tests.support.small import CONFIG, joined_batch
 from tests.support.torch_reference import SAMPLES_PER_CODE, random_batch, record_outputs, tiny_unified_voice
 from tests.support.upstream_layout import upstream_batch
 from tortoise_jax.models import layers
 from tortoise_jax.models.layers import Compute
-from tortoise_jax.models.unified_voice import CONDITIONING, TEXT, UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import CONDITIONING, RELEASED, TEXT, UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.training.forward import dropout_keys
 from tortoise_jax.training.losses import counts, loss_sums, means, total_loss
 
@@ -224,10 +225,10 @@ def test_final_norms(torch_voice: Any, voice: Twin, name: str) -> None:
 
 
 def test_released_dimensions() -> None:
-    config = UnifiedVoiceConfig(30, 1024, 16, 256, 8194, 404, 608)
+    config = RELEASED
     row, mel = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 1, 8, 80))
     shapes = jax.eval_shape(lambda: UnifiedVoice(config).init(jax.random.key(0), mel, row, row, row))["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 421_526_786
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == UNIFIED_VOICE_PARAMETERS
     assert (config.codes, config.start_mel, config.stop_mel, config.start_text) == (8192, 8192, 8193, 255)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.released import DVAE_PARAMETERS, UNIFIED_VOICE_PARAMETERS
 from tests.support.torch_reference import (
     HISTORY_COLUMNS,
     SAMPLES_PER_CODE,
@@ -69,7 +70,7 @@ def test_unified_voice_of_the_released_size() -> None:
         state = UnifiedVoice().state_dict()
     assert list(state) == unified_voice_keys(layers=30)
     assert len(state) == 410
-    assert sum(tensor.numel() for tensor in state.values()) == 421_526_786
+    assert sum(tensor.numel() for tensor in state.values()) == UNIFIED_VOICE_PARAMETERS
     expected = {
         "conditioning_encoder.init.weight": (1024, 80, 1),
         "conditioning_encoder.attn.5.qkv.weight": (3072, 1024, 1),
@@ -95,7 +96,7 @@ def test_dvae_of_the_released_size() -> None:
     keys += ["codebook.embed", "codebook.cluster_size", "codebook.embed_avg"]
     assert list(state) == keys
     assert len(state) == 53
-    assert sum(tensor.numel() for tensor in state.values()) == 59_963_984
+    assert sum(tensor.numel() for tensor in state.values()) == DVAE_PARAMETERS
     assert tuple(state["codebook.embed"].shape) == (512, 8192)
     assert tuple(state["decoder.4.0.conv.weight"].shape) == (1024, 1024, 3)
     assert tuple(state["decoder.5.0.conv.weight"].shape) == (512, 1024, 3)

@@ -19,7 +19,7 @@ from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_
 from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION_PART, assign_splits, moved_to_validation
 from tortoise_jax.errors import UserError, did_you_mean
-from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.cleaners import CLEANERS
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -116,8 +116,6 @@ def check(data: Paths, checkpoint: str | Path | None, options: Options = Options
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
-
-RELEASED = UnifiedVoiceConfig(30, 1024, 16, 256, 8194, 404, 608)
 
 
 def limits_of(config: UnifiedVoiceConfig | None, options: Options) -> ClipLimits:
