@@ -64,8 +64,8 @@ def train(settings: ConfigDict, flags: Any) -> None:
     say(f"devices: {parallel.describe()}")
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 
-    # 2. Checkpoint.
-    pretrained = load_pretrained(settings.checkpoint, (AR, DVAE))
+    # 2. Checkpoint; a plan needs no weights.
+    pretrained = load_pretrained(settings.checkpoint, () if flags.plan else (AR, DVAE))
     say(f"checkpoint: {settings.checkpoint}")
 
     # 3. Data.

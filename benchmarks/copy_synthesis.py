@@ -10,7 +10,6 @@ not trained on. The mel of random codes is the distance to beat. --out FOLDER ke
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from tests.support.distance import distance
 from tortoise_jax.audio import default_mel_norms, griffin_lim, log_mel, read_audio
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.errors import exit_with_one_line
@@ -34,13 +34,6 @@ HELD_OUT = 3  # clips
 SMALL = DVAEConfig(codebook_dim=64, codes=256, hidden=64, layers=2, res_blocks=1)
 WINDOW, ROWS = 128, 16  # frames and rows of a training batch
 COMMITMENT = 0.25
-DECIBELS = 10 / math.log(10)  # of a natural logarithm of power
-
-
-def distance(mel: np.ndarray, other: np.ndarray, mel_norms: np.ndarray) -> float:
-    """Mean absolute difference in dB of two log-mels (t, 80), over the frames both have."""
-    frames = min(len(mel), len(other))
-    return float(np.abs((mel[:frames] - other[:frames]) * mel_norms).mean() * DECIBELS)
 
 
 def train(mel: np.ndarray, config: DVAEConfig, steps: int, seed: int = 0) -> Tree:

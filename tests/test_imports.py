@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ def violations(root: Path) -> list[str]:
     found = [*room_breaches(imported), *circles(imported)]
     for path in python_files(root):
         place = path.relative_to(root).as_posix()
+        if place.startswith("tests/"):
+            found += [f"{place}: imports {name}; move what is shared to tests/support" for name in others_tests(path)]
         if place.split("/")[0] not in MAY_IMPORT_TORCH:
             found += [f"{place}: imports {name}" for name in imports(path) if name.split(".")[0] in TORCH]
         if place.split("/")[0] in ("tortoise_jax", *SCRIPTS):
@@ -84,6 +87,13 @@ def imports(path: Path) -> Iterator[str]:
             yield "a relative import"
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def others_tests(path: Path) -> Iterator[str]:
+    """What a test file imports of other tests and of benchmarks."""
+    for name in imports(path):
+        if name.startswith("benchmarks.") or re.match(r"tests\.(\w+\.)*test_", name):
+            yield name
 
 
 def package_imports(path: Path, package: dict[str, Path]) -> Iterator[str]:
@@ -188,6 +198,8 @@ def test_the_project_is_what_was_looked_at() -> None:
             "calls jax.experimental",
         ),
         ("tortoise_jax/models/dvae.py", "from jax.sharding import Mesh", "dvae.py: calls jax.sharding"),
+        ("tests/data/test_y.py", "from tests.test_x import run", "imports tests.test_x.run; move what is shared"),
+        ("tests/test_y.py", "from benchmarks import generate", "imports benchmarks.generate; move what is shared"),
         ("train.py", "import jax\nif jax.process_index() == 0: ...", "train.py: calls jax.process_index"),
     ],
 )

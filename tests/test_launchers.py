@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax._src import distributed
 
-from tests.test_hosts import Host, free_port
+from tests.support.host_processes import Host, free_port
 from tortoise_jax import launchers, parallel
 from tortoise_jax.errors import UserError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.host_processes import free_port
 from tortoise_jax import parallel
 from tortoise_jax.errors import UserError
 
@@ -38,12 +38,6 @@ def results(*hosts: subprocess.Popen[str]) -> list[dict[str, Any]]:
     for host, (_, errors) in zip(hosts, outputs, strict=True):
         assert host.returncode == 0, errors
     return [json.loads(printed.splitlines()[-1]) for printed, _ in outputs]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.host_processes import free_port
 from tests.support.kill_prepare import snapshot
 from tests.support.parity import Twin
 from tests.support.recordings import VOICE, checkpoint_at, write_speech
@@ -61,9 +61,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(voice_folder, tmp_pa
 
 def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
     checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = (
         "import sys; from pathlib import Path; from tortoise_jax import parallel\n"
         "from tortoise_jax.data import shards, preparation\n"
@@ -90,6 +88,32 @@ def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
     assert "kept" in results[1][0]
     assert "kept" not in results[2][0], "one host reports"
     assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "shared")
+
+
+def test_sigterm_on_one_host_ends_preparing_on_all(voice_folder, tmp_path, dvae, voice):
+    """The command as typed on two hosts; the second, which has nothing to encode, is told to end."""
+    checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
+    command = [sys.executable, "-m", "tortoise_jax.prepare", "--data", voice_folder, "--checkpoint", checkpoint]
+    command += ["--out", tmp_path / "out", "--max_rejected", "1", "--workers", "0", "--num_processes", "2"]
+    command += ["--coordinator", f"localhost:{free_port()}", "--process_id"]
+    limits = {"TORTOISE_JAX_LOST_SECONDS": "10", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "none")}
+    start = lambda host: subprocess.Popen(
+        list(map(str, [*command, host])), cwd=ROOT, env=environment(tmp_path) | limits, stderr=subprocess.PIPE
+    )
+    first, second = start(0), start(1)
+    try:
+        said = b""
+        while b"encoding: " not in said:
+            said += first.stderr.read(1)
+        second.terminate()
+        assert second.wait(60) == -signal.SIGTERM
+        rest = said + first.communicate(timeout=120)[1]
+        assert first.returncode == 3, rest.decode()
+        assert b"run the same command again on all hosts" in rest
+    finally:
+        for host in (first, second):
+            host.kill()
+            host.communicate()
 
 
 def test_workers_end_with_their_parent(tmp_path):

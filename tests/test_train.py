@@ -131,7 +131,7 @@ def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) ->
 def test_a_signal_saves_and_the_same_command_goes_on(project: Path, undisturbed: Path, number: signal.Signals) -> None:
     run = project / f"stopped-by-{number}"
     process = runs.start(project, run)
-    wait_for_steps(run, 2)
+    runs.wait_for_steps(run, 2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -140,13 +140,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(project: Path, undisturbed:
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stdout
     assert_same_run(run, undisturbed)
-
-
-def wait_for_steps(run: Path, steps: int, limit: float = 300) -> None:
-    until = time.monotonic() + limit
-    while sum(entry["kind"] == "train" for entry in runs.history(run)) < steps:
-        assert time.monotonic() < until, "the run never came so far"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import pytest
 import torch
 
 from tests.support import runs
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 
 STEPS = runs.FIELDS["steps"]
-LOST_HOST = 3
 # A batch that four devices can share; DLAS's rate, at which what floating point rounds stays what it is.
 FIELDS: dict[str, Any] = {
     "sample_every": 6,
@@ -61,6 +60,8 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert np.max(np.abs(a - b)) <= SAME_WEIGHTS * np.max(np.abs(b))
     exported = [torch.load(path / "voice.pth", weights_only=True) for path in (run, other)]
     assert list(exported[0]) == list(exported[1])
+    for key, value in exported[1].items():
+        assert (exported[0][key] - value).abs().max() <= SAME_WEIGHTS * value.abs().max(), key
 
 
 def assert_all_ended(ended: list[tuple[int, str, str]]) -> None:
@@ -89,18 +90,11 @@ def test_hosts_train_the_same_run_and_take_it_up_again(project: Path, one_host: 
     assert_same_run(run, one_host)
 
 
-def wait_for_steps(run: Path, steps: int, limit: float = 200) -> None:
-    until = time.monotonic() + limit
-    while sum(entry["kind"] == "train" for entry in runs.history(run)) < steps:
-        assert time.monotonic() < until, "the run never came so far"
-        time.sleep(0.02)
-
-
 def test_a_signal_to_one_host_stops_all_and_another_number_of_hosts_goes_on(project: Path, one_host: Path) -> None:
     """SIGTERM on the second of two hosts; then one host with four devices takes the run up."""
     run = project / "stopped"
     hosts = runs.start_hosts(project, run, 2, 1, **FIELDS | {"steps": 400, "eval_every": 400, "sample_every": 0})
-    wait_for_steps(run, 1)
+    runs.wait_for_steps(run, 1)
     hosts[1].send_signal(signal.SIGTERM)
     ended = runs.outputs(hosts)
     assert_all_ended(ended)
@@ -118,11 +112,11 @@ def test_a_killed_host_ends_the_others_with_a_line(project: Path, one_host: Path
     run = project / "killed"
     fields = FIELDS | {"steps": 2000, "eval_every": 2000, "save_every": 2, "sample_every": 0}
     hosts = runs.start_hosts(project, run, 2, 1, **fields)
-    wait_for_steps(run, 4)
+    runs.wait_for_steps(run, 4)
     hosts[1].kill()
     (code, _, errors), (killed, _, _) = runs.outputs(hosts, limit=60)
     assert killed == -signal.SIGKILL
-    assert code == LOST_HOST, errors
+    assert code == parallel.LOST_HOST, errors
     [line] = [line for line in errors.splitlines() if "error: " in line]
     assert "was lost" in line
     assert "run the same command again on all hosts" in line
@@ -134,19 +128,7 @@ def test_a_killed_host_ends_the_others_with_a_line(project: Path, one_host: Path
 
 
 def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: Path) -> None:
-    port = runs.free_port()
-    where = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", "2", "--process_id"]
-    hosts = [
-        subprocess.Popen(
-            [*runs.command(project, tmp_path / "run", **{**FIELDS, "seed": host}), *where, str(host)],
-            cwd=runs.ROOT,
-            env=runs.environment(project),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for host in range(2)
-    ]
+    hosts = runs.start_hosts(project, tmp_path / "run", 2, 1, **FIELDS, of_second={"seed": 1})
     for code, _, errors in runs.outputs(hosts, limit=120):
         assert code == 2, errors
         assert "the configuration differs between hosts" in errors

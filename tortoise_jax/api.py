@@ -27,7 +27,7 @@ from tortoise_jax.models.dvae import DiscreteVAE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.synthesis import voices
-from tortoise_jax.training import losses as loss
+from tortoise_jax.training import losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Tortoise:
     def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean cross-entropies of a batch (with targets and weights too): text, mel, stop."""
         stop = self.model.config.stop_mel
-        sums = loss.loss_sums(self.outputs(conditioning, batch), batch, stop)
-        means = loss.means(sums, loss.counts(batch, stop))
-        return {name: float(means[name]) for name in loss.STREAMS}
+        sums = losses.loss_sums(self.outputs(conditioning, batch), batch, stop)
+        means = losses.means(sums, losses.counts(batch, stop))
+        return {name: float(means[name]) for name in losses.STREAMS}
 
 
 def load(path: str | Path, step: int | None = None) -> Tortoise:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -12,15 +13,28 @@ class UserError(Exception):
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:
-    """Runs a command line's main: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs a command line's main; what a user is meant to read ends it with one line."""
     try:
         main()
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(report(error))
+
+
+def report(error: BaseException) -> int:
+    """Prints what ended a program to stderr and returns its exit code.
+
+    A UserError: one line and 2; Ctrl-C: one line and 130; sys.exit: nothing and its code; else: the traceback and 1.
+    """
+    if isinstance(error, UserError):
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")  # in one piece, whatever threads print
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return 2
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    traceback.print_exception(error)
+    return 1
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ import re
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ from jax._src import distributed as jax_distributed  # its client: messages betw
 from jax._src.clusters import GceTpuCluster
 from jax.experimental import multihost_utils
 
-from tortoise_jax.errors import UserError, exit_with_one_line, first_line
+from tortoise_jax.errors import UserError, first_line, report
 from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, announced, whole
 from tortoise_jax.native_errors import NativeErrors
 
@@ -45,7 +44,7 @@ def prepare_process(deterministic: bool = True) -> None:
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Joins the hosts of a run, before any other use of JAX; ends within `join_seconds`, one way or the other.
+    """Joins the hosts of a run, before any other use of JAX; ends within JOIN_SECONDS, one way or the other.
 
     With a coordinator ("host:port") all three are needed. Without, the environment says whether this process is one of
     several (a TPU pod, SLURM, Open MPI, Kubernetes): then it joins them or is refused. `num_processes` 1, given alone,
@@ -204,21 +203,10 @@ def leave(error: BaseException) -> NoReturn:
         line = lost(f"another host was lost or ended ({first_line(broken)}); its own output says more")
         time.sleep(ERROR_SECONDS if jax_distributed.global_state.process_id == 0 else 0)  # others fail by this too
         _hosts.native.end(line, LOST_HOST)
-
-    def fail() -> None:
-        raise error
-
-    code = 1
-    try:
-        exit_with_one_line(fail)
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except BaseException:
-        traceback.print_exception(error)
-    _hosts.phase, _hosts.code = "leaving", code
+    _hosts.phase, _hosts.code = "leaving", report(error)
     with contextlib.suppress(Exception):  # an error of all hosts: each prints its own line before the first one leaves
         client().wait_at_barrier("tortoise_jax/failed", ERROR_SECONDS * 1000)
-    _hosts.native.end("", code)
+    _hosts.native.end("", _hosts.code)
 
 
 def by_lost_host(error: BaseException | None) -> BaseException | None:
@@ -282,6 +270,11 @@ def signals_for_python() -> tuple[signal.Signals, ...]:
     return (signal.SIGINT,) if _hosts else (signal.SIGINT, signal.SIGTERM)
 
 
+def end_at_sigterm() -> None:
+    """For programs that never ask `stop_requested`: JAX takes SIGTERM when hosts join, and it would end nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def is_main() -> bool:
     """Whether this is the host that prints and writes what is written once."""
     return jax.process_index() == 0
@@ -337,8 +330,7 @@ def mapped(step: Callable[..., Any], *, donate: bool) -> Any:
 def replicate(tree: Tree) -> Tree:
     """A copy of every array on each local device, behind a leading device axis, sharded as pmap's own outputs are."""
     devices = jax.local_devices()
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    sharding = jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS))
 
     def copy(leaf: Any) -> Any:
         one = np.asarray(leaf)[None]

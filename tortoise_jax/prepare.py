@@ -82,6 +82,7 @@ def main() -> None:
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, unless with --check")
     parallel.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    parallel.end_at_sigterm()  # what is finished is kept
     with parallel.ending_together():
         prepare(arguments.data, arguments.checkpoint, arguments.out, options)
 

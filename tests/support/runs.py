@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from tests.support import small
+from tests.support.host_processes import free_port
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
@@ -110,30 +110,30 @@ def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Pop
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def start_hosts(
-    project: Path, run: Path, hosts: int, devices: int, *more: str, **fields: Any
+    project: Path, run: Path, hosts: int, devices: int, of_second: dict[str, Any] | None = None, **fields: Any
 ) -> list[subprocess.Popen[str]]:
-    """The command as a user types it on every host of a run, here as processes of one machine."""
+    """The command as a user types it on every host of a run, here as processes of one machine.
+
+    of_second: fields that the second host is given in the place of those of all.
+    """
     coordinator = f"127.0.0.1:{free_port()}"
-    short = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
-    return [
-        subprocess.Popen(
-            command(project, run, *more, "--coordinator", coordinator, "--num_processes", str(hosts), "--process_id",
-                    str(host), **fields),
-            cwd=ROOT,
-            env=environment(project) | short | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    limits = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
+    started = []
+    for host in range(hosts):
+        where = ["--coordinator", coordinator, "--num_processes", str(hosts), "--process_id", str(host)]
+        own = of_second if of_second and host == 1 else {}
+        started.append(
+            subprocess.Popen(
+                command(project, run, *where, **fields | own),
+                cwd=ROOT,
+                env=environment(project) | limits | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         )
-        for host in range(hosts)
-    ]  # fmt: skip
+    return started
 
 
 def outputs(hosts: list[subprocess.Popen[str]], limit: float = 240) -> list[tuple[int, str, str]]:
@@ -145,6 +145,13 @@ def outputs(hosts: list[subprocess.Popen[str]], limit: float = 240) -> list[tupl
         for host in hosts:
             host.kill()
     return [(host.returncode, *printed) for host, printed in zip(hosts, ended, strict=True)]
+
+
+def wait_for_steps(run: Path, steps: int, limit: float = 300) -> None:
+    until = time.monotonic() + limit
+    while sum(entry["kind"] == "train" for entry in history(run)) < steps:
+        assert time.monotonic() < until, "the run never came so far"
+        time.sleep(0.02)
 
 
 def history(run: Path) -> list[dict[str, Any]]:

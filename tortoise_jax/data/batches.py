@@ -45,9 +45,7 @@ def row(text_ids: np.ndarray, codes: np.ndarray, length: int, config: UnifiedVoi
     n = CONDITIONING_VECTORS
     text = np.array([config.start_text, *text_ids, config.stop_text], np.int32)
     mel = np.array([config.start_mel, *codes, config.stop_mel], np.int32)
-    arrays = {name: np.zeros(length, np.int32) for name in ("tokens", "token_types", "positions", "targets")}
-    arrays["token_types"][:] = CONDITIONING
-    arrays["weights"] = np.zeros(length, np.float32)
+    arrays = padding_row(length)
     for start, stream, token_type in ((n, text, TEXT), (n + len(text), mel, MEL)):
         end = start + len(stream)
         arrays["tokens"][start:end] = stream

@@ -21,7 +21,7 @@ import numpy as np
 
 from tortoise_jax.models.layers import LAYER_NORM_EPSILON, Array
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-from tortoise_jax.synthesis import logits as sampling
+from tortoise_jax.synthesis.logits import draw, penalise
 
 Tree = Any
 Leaf = Any  # an array: numpy on the host, jax's on the devices
@@ -299,12 +299,12 @@ def decode(
             grown.append(new)
         hidden = normalise(normalise(x, weights.ln_f), weights.final_norm)
         logits = product(weights.mel_head, hidden).astype(jnp.float32).T
-        penalised = sampling.penalise(logits, state.seen, controls.repetition_penalty)
+        penalised = penalise(logits, state.seen, controls.repetition_penalty)
         if greedy:
             drawn = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
         else:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-            drawn = sampling.draw(step_keys, penalised, controls.temperature, top_k, controls.tail)
+            drawn = draw(step_keys, penalised, controls.temperature, top_k, controls.tail)
         drawn = jnp.where(state.stopped, config.stop_mel, drawn)
         likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, None], axis=1)[:, 0]
         rows = jnp.arange(len(drawn))
