@@ -24,10 +24,10 @@ def get_config() -> ConfigDict:
 
     # How long, in which portions.
     config.steps = placeholder(int)  # by the data's size: DLAS's users overfit small sets long before its 2000
-    config.batch_size = placeholder(int)  # clips a step, over all devices; made smaller where the data set is
+    config.batch_size = placeholder(int)  # clips per step, over all devices; lowered where the data set has fewer
     config.gradient_accumulation_steps = 4  # micro-batches per step on each device; raise it when memory runs out
     config.eval_every = placeholder(int)  # steps between validation losses, and the checkpoints they judge
-    config.save_every = 0  # steps between checkpoints besides; 0: only where there is a validation loss
+    config.save_every = 0  # steps between further checkpoints; 0: only after evaluations
     config.patience = 5  # evaluations without a better validation loss before the run ends; 0: never
 
     # Optimiser: DLAS's numbers where not said otherwise.

@@ -86,12 +86,12 @@ def latents_to_torch(source: Path, out: Path) -> list[str]:
 
 def convert(source: Path, out: Path, diffusion: Path | None = None) -> list[str]:
     """Converts by what the files are; returns the lines to print."""
-    kinds = source.suffix, out.suffix
-    if diffusion and kinds != (".npz", ".pth"):
+    suffixes = source.suffix, out.suffix
+    if diffusion and suffixes != (".npz", ".pth"):
         raise UserError("--diffusion goes with a voice .npz that becomes a .pth")
-    if kinds == (".pth", ".npz"):
+    if suffixes == (".pth", ".npz"):
         return from_torch(source, out)
-    if kinds != (".npz", ".pth"):
+    if suffixes != (".npz", ".pth"):
         raise UserError(f"{source} to {out}: expected .pth to .npz, or .npz to .pth")
     if LATENTS not in read_npz(source):
         return to_torch(source, out, diffusion)

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, strict dtypes and ranks, warnings as errors, and the tiny models that many tests share."""
+"""Eight simulated CPU devices, strict dtypes and ranks, warnings as errors, and the tiny models tests share."""
 
 from __future__ import annotations
 

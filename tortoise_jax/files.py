@@ -44,7 +44,7 @@ def remove_partials(folder: Path) -> None:
 def written_whole(target: Path) -> Iterator[Path]:
     """A directory beside `target` to write into; renamed to it at the end, removed if anything fails."""
     if target.exists():
-        raise UserError(f"{target} exists already; remove it or choose another place")
+        raise UserError(f"{target} exists already; remove it or choose another name")
     partial = target.with_name(f"{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

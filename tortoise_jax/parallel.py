@@ -1,4 +1,4 @@
-"""The only module that names devices, hosts and pmap. Everything is data parallel: a state copy a device.
+"""The only module that names devices, hosts and pmap. Everything is data parallel: each device has a copy of the state.
 
 Works unchanged from one CPU to a TPU pod: each host feeds its own devices its own rows, `psum` over AXIS joins them.
 """
@@ -327,8 +327,14 @@ def mapped(step: Callable[..., Any], *, donate: bool) -> Any:
     return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else ())
 
 
+def call(program: Any, *arguments: Tree) -> Any:
+    """Calls a mapped program; a host array among its arguments, which JAX would copy silently, is an error."""
+    with jax.transfer_guard_host_to_device("disallow"):
+        return program(*arguments)
+
+
 def replicate(tree: Tree) -> Tree:
-    """A copy of every array on each local device, behind a leading device axis, sharded as pmap's own outputs are."""
+    """A copy of every array on each local device, with a leading device axis, sharded as pmap's own outputs are."""
     devices = jax.local_devices()
     sharding = jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS))
 
@@ -352,10 +358,10 @@ def host_rows(rows: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def split_rows(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, np.ndarray]:
-    """This host's rows (r, ...) -> (local devices, accumulation, rows of a micro-batch, ...)."""
-    devices = jax.local_device_count()
-    return {name: value.reshape(devices, accumulation, -1, *value.shape[1:]) for name, value in batch.items()}
+def split_rows(batch: dict[str, np.ndarray], gradient_accumulation_steps: int) -> dict[str, np.ndarray]:
+    """This host's rows (r, ...) -> (local devices, micro-batches, rows of a micro-batch, ...)."""
+    leading = (jax.local_device_count(), gradient_accumulation_steps, -1)
+    return {name: value.reshape(*leading, *value.shape[1:]) for name, value in batch.items()}
 
 
 def check_same_everywhere(what: str, value: Any) -> None:

@@ -79,7 +79,7 @@ def with_padding_rows(batch: Batch, rows: int) -> Batch:
     return {name: np.concatenate([value, *[padding[name][None]] * (rows - have)]) for name, value in batch.items()}
 
 
-def recipe(compute: Compute = DROPOUT, axis: str | None = "data", freeze: str = "", **options: Any) -> StepConfig:
+def step_config(compute: Compute = DROPOUT, axis: str | None = "data", freeze: str = "", **options: Any) -> StepConfig:
     """DLAS's recipe with a rate and milestones at which 20 steps matter; keeps the last gradient for tests."""
     config = OptimizerConfig(learning_rate=1e-3, milestones=(8, 14), clip_norm=0.5, freeze=freeze)
     return StepConfig(

@@ -30,9 +30,9 @@ def loud(codes: int, silent: int = 0) -> np.ndarray:
     ("codes", "stopped", "silent", "expected"),
     [
         pytest.param(VARIED, True, 0, (), id="fine"),
-        pytest.param(VARIED, True, 20, (), id="a short silence behind"),
+        pytest.param(VARIED, True, 20, (), id="a short silence after"),
         pytest.param(VARIED, False, 0, ("never stops",), id="never stops"),
-        pytest.param(VARIED, True, 30, ("1.4 s of silence behind",), id="a long silence behind"),
+        pytest.param(VARIED, True, 30, ("1.4 s of silence after",), id="a long silence after"),
         pytest.param(np.tile([1, 2, 3], 20), True, 0, ("loops for 2.8 s",), id="loops"),
         pytest.param(np.full(60, 5), False, 0, ("never stops", "loops for 2.8 s"), id="one code, without end"),
         pytest.param(np.tile(VARIED[:14], 3), True, 0, (), id="three times the same, below two seconds"),

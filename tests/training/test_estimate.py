@@ -50,7 +50,7 @@ def plan_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tu
     presets.fill(settings, len(LENGTHS))
     params = abstract_tree(runs.AR)
     optimizer = make_optimizer(OptimizerConfig(), params)
-    step_config = dataclasses.replace(small.recipe(), model=UnifiedVoice(runs.AR), optimizer=optimizer)
+    step_config = dataclasses.replace(small.step_config(), model=UnifiedVoice(runs.AR), optimizer=optimizer)
     return list(estimate.describe(step_config, params, settings, LENGTHS)), compiler
 
 

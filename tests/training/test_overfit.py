@@ -18,14 +18,14 @@ STEPS, LEARNT = 300, 0.05
 
 def test_eight_clips_are_learnt_by_heart() -> None:
     config = OptimizerConfig(learning_rate=3e-3, milestones=(200,))
-    recipe = dataclasses.replace(
-        small.recipe(Compute(), axis=None),
+    step_config = dataclasses.replace(
+        small.step_config(Compute(), axis=None),
         optimizer=make_optimizer(config, small.params()),
         schedule=learning_rate_schedule(config),
     )
     batch = {name: value[None] for name, value in small.clips(0).items()}
-    step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
-    state = initial_state(jax.tree.map(jnp.array, small.params()), recipe.optimizer)
+    step = jax.jit(functools.partial(train_step, step_config), donate_argnums=0)
+    state = initial_state(jax.tree.map(jnp.array, small.params()), step_config.optimizer)
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, batch)

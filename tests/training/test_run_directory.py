@@ -149,8 +149,8 @@ def test_a_step_that_was_not_finite_is_replayed_from_its_file(tmp_path: Path) ->
     for name, value in flatten_dict(params, sep="/").items():
         np.testing.assert_array_equal(flatten_dict(kept, sep="/")[name], value)
     names = [f"clip-{i}" for i in range(1000)]
-    recipe = dataclasses.replace(small.recipe(), axis=None)
-    lines = replay.explain(recipe, step, batch, kept, names)
+    step_config = dataclasses.replace(small.step_config(), axis=None)
+    lines = replay.explain(step_config, step, batch, kept, names)
     guilty = names[int(clips["example"][0, 0, 1])]
     assert f"clip {guilty}: its own loss is not finite" in lines
     assert sum(line.startswith("clip ") for line in lines) == 1

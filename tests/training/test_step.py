@@ -32,14 +32,14 @@ Layout = tuple[int, int]  # devices, micro-batches
 LAYOUTS: list[Layout] = [(1, 1), (1, 4), (2, 1), (4, 2), (8, 1)]
 
 
-def pmapped(step: Any, recipe: Any, devices: int) -> Any:
+def pmapped(step: Any, config: Any, devices: int) -> Any:
     """Not parallel.mapped, which takes all devices there are."""
-    return jax.pmap(functools.partial(step, recipe), axis_name=AXIS, devices=jax.local_devices()[:devices])
+    return jax.pmap(functools.partial(step, config), axis_name=AXIS, devices=jax.local_devices()[:devices])
 
 
 @functools.cache
 def trained_on(devices: int, compute: Compute) -> Any:
-    return pmapped(train_step, small.recipe(compute), devices)
+    return pmapped(train_step, small.step_config(compute), devices)
 
 
 def laid_out(batch: Batch, layout: Layout) -> Batch:
@@ -48,7 +48,7 @@ def laid_out(batch: Batch, layout: Layout) -> Batch:
 
 
 def start(devices: int) -> TrainState:
-    state = initial_state(small.params(), small.recipe().optimizer)
+    state = initial_state(small.params(), small.step_config().optimizer)
     return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), state)
 
 
@@ -142,11 +142,11 @@ def test_a_partial_batch_counts_its_real_rows_only() -> None:
 def test_invariance_fires_for_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each device dividing by its own count, and the shares averaged."""
     plain = step_module.global_counts
-    own = lambda recipe, batch: jax.tree.map(
-        lambda count: count * jax.lax.axis_size(AXIS), plain(step_module.dataclasses.replace(recipe, axis=None), batch)
+    own = lambda config, batch: jax.tree.map(
+        lambda count: count * jax.lax.axis_size(AXIS), plain(step_module.dataclasses.replace(config, axis=None), batch)
     )
     monkeypatch.setattr(step_module, "global_counts", own)
-    gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.recipe(), 2))
+    gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.step_config(), 2))
     with pytest.raises(AssertionError):
         assert_same_gradient(gradient, reference()[0])
 
@@ -154,7 +154,7 @@ def test_invariance_fires_for_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -
 def test_invariance_fires_for_dropout_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
     by_index = lambda seed, step, example: dropout_keys(seed, step, jnp.arange(len(example)))
     monkeypatch.setattr(step_module, "dropout_keys", by_index)
-    gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.recipe(), 2))
+    gradient, _ = one_step(clips(0), (2, 1), step=pmapped(train_step, small.step_config(), 2))
     with pytest.raises(AssertionError):
         assert_same_gradient(gradient, reference()[0])
 
@@ -183,7 +183,7 @@ def test_invariance_fires_for_counted_padding() -> None:
 
 def test_evaluation_sums_are_those_of_training_without_dropout() -> None:
     evaluate = lambda layout: first(
-        pmapped(eval_step, small.recipe(DROPOUT), layout[0])(start(layout[0]).params, laid_out(clips(0), layout))
+        pmapped(eval_step, small.step_config(DROPOUT), layout[0])(start(layout[0]).params, laid_out(clips(0), layout))
     )
     sums = evaluate((1, 1))
     metrics = one_step(clips(0), compute=NO_DROPOUT)[1]
@@ -222,7 +222,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
 
 
 def test_a_gradient_that_overflows_under_a_finite_loss_is_not_applied() -> None:
-    step = pmapped(train_step, small.recipe(DROPOUT, text_weight=1e30), 1)
+    step = pmapped(train_step, small.step_config(DROPOUT, text_weight=1e30), 1)
     before = start(1)
     state, metrics = step(before, laid_out(clips(0), (1, 1)))
     assert np.isfinite(first(metrics["loss/total"]))
@@ -257,7 +257,7 @@ def sizes(tree: Any) -> int:
 
 @pytest.mark.parametrize("freeze", ["conditioning_encoder/.*", FREEZE])
 def test_frozen_parameters_stay_and_the_gradient_of_others_is_the_same_bit_for_bit(freeze: str) -> None:
-    config = small.recipe(DROPOUT, freeze=freeze)
+    config = small.step_config(DROPOUT, freeze=freeze)
     before = initial_state(small.params(), config.optimizer)
     alone = jax.tree.map(lambda leaf: np.asarray(leaf)[None], before)
     after, metrics = pmapped(train_step, config, 1)(alone, laid_out(clips(0), (1, 4)))
@@ -281,7 +281,7 @@ def test_frozen_parameters_stay_and_the_gradient_of_others_is_the_same_bit_for_b
 
 @pytest.mark.parametrize("freeze", ["", FREEZE])
 def test_gradients_are_computed_and_summed_for_trained_parameters_alone(freeze: str) -> None:
-    config = small.recipe(NO_DROPOUT, freeze=freeze)
+    config = small.step_config(NO_DROPOUT, freeze=freeze)
     state = initial_state(small.params(), config.optimizer)
     batch = {name: value[0] for name, value in laid_out(clips(0), (1, 4)).items()}
     program = jax.make_jaxpr(functools.partial(train_step, config), axis_env=[(AXIS, 2)])(state, batch).jaxpr
@@ -295,7 +295,7 @@ def test_gradients_are_computed_and_summed_for_trained_parameters_alone(freeze: 
 
 def test_freezing_saves_memory_and_the_state_is_written_in_place() -> None:
     def analysis(freeze: str) -> Any:
-        config = small.recipe(NO_DROPOUT, freeze=freeze)
+        config = small.step_config(NO_DROPOUT, freeze=freeze)
         state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], initial_state(small.params(), config.optimizer))
         step = jax.pmap(functools.partial(train_step, config), AXIS, donate_argnums=0, devices=jax.local_devices()[:1])
         found = step.lower(state, laid_out(clips(0), (1, 4))).compile().memory_analysis()

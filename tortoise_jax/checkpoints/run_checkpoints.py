@@ -61,7 +61,7 @@ class RunCheckpoints:
     def save(self, step: int, params: Tree, opt_state: Tree, progress: dict[str, Any], loss: float | None) -> None:
         """Starts writing in the background; every host must call it with the same step.
 
-        A step that is there already is kept. Old checkpoints go only after the new one is whole.
+        An existing step is kept. Old checkpoints go only after the new one is whole.
         """
         if step in self.manager.all_steps():
             return

@@ -52,7 +52,7 @@ def _stat(path: Path) -> list[Any]:
 def write_group(
     out: Path, number: int, key: str, codes_key: str, sounds: Sequence[Sound], records: Sequence[Record | None]
 ) -> list[Sound]:
-    """Writes a group's shard, then its `finished` file; returns the sounds with the place of their records.
+    """Writes a group's shard, then its `finished` file; returns the sounds with the offsets of their records.
 
     records: one for each sound, None where it cannot be used. codes_key: digest of what decides codes (dVAE, mel).
     """

@@ -48,7 +48,7 @@ class Compute:
 def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Array:
     """Drops elements of x (b, ...) with one key per row, so that a row's draw does not depend on where it is computed.
 
-    keys (b,) typed PRNG keys, or None for no dropout; site tells one place in the network from another.
+    keys (b,) typed PRNG keys, or None for no dropout; site: which dropout of the network this is.
     """
     if keys is None or rate == 0.0:
         return x

@@ -45,7 +45,7 @@ def flags(codes: np.ndarray, stopped: bool, mel: np.ndarray, mel_norms: np.ndarr
         found.append(f"loops for {looping:.1f} s")
     silence = trailing_silence(mel, mel_norms)
     if silence > SILENT_SECONDS:
-        found.append(f"{silence:.1f} s of silence behind")
+        found.append(f"{silence:.1f} s of silence after")
     return tuple(found)
 
 

@@ -116,7 +116,7 @@ def join(waveforms: list[np.ndarray]) -> np.ndarray:
 def describe(part: Utterance, candidates: int) -> str:
     """One line on what was drawn and kept."""
     kept = "; ".join(
-        f"candidate {one.index + 1} ({one.log_likelihood:.2f} a code"
+        f"candidate {one.index + 1} ({one.log_likelihood:.2f} per code"
         + (f", {' and '.join(one.flags)}" if one.flags else "")
         + ")"
         for one in part.kept

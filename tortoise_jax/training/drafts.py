@@ -76,7 +76,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         run.writer.scalars(step, {"sample/share_that_stops": share, "sample/trailing_silence": silence})
         run.writer.say(
             f"step {step}: {len(entries)} drafts in {run.folder / FOLDER}; {share:.0%} stop by themselves, "
-            f"{silence:.1f} s of silence behind"
+            f"{silence:.1f} s of silence after"
         )
 
     return draft if parallel.is_main() else None

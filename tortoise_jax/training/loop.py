@@ -49,8 +49,8 @@ class Loop:
         if self.stops_early():
             return STOPPED_EARLY
         steps = range(first, self.settings.steps)
-        for step, batch in zip(steps, prefetch(self.feed.training_batch, steps), strict=True):
-            state, metrics = self.step_fn(state, batch)
+        for step, (batch, placed) in zip(steps, prefetch(placed_by(self.feed.training_batch), steps), strict=True):
+            state, metrics = parallel.call(self.step_fn, state, placed)
             self.log_running(state)  # the step before, while this one runs
             self.running = (step + 1, metrics, batch)
             ended = self.after(step + 1, state, stop_requested(step + 1))
@@ -117,8 +117,8 @@ class Loop:
         batches = self.feed.validation.batches_per_epoch
         if batches:
             totals: dict[str, np.ndarray] = {}
-            ahead = prefetch(self.feed.validation_batch, range(batches))
-            for sums in one_behind(self.eval_fn(state.params, batch) for batch in ahead):
+            ahead = prefetch(placed_by(self.feed.validation_batch), range(batches))
+            for sums in one_behind(parallel.call(self.eval_fn, state.params, placed) for _, placed in ahead):
                 totals = {name: totals.get(name, 0) + value for name, value in parallel.first_copy(sums).items()}
             losses = {name: float(means(totals, totals)[name]) for name in STREAMS}
             loss = losses["total"] = float(total_loss(totals, totals, self.config.text_weight))
@@ -150,6 +150,16 @@ class Loop:
         host = parallel.first_copy(state)
         progress = {"step": step, "skipped": int(host.skipped)}
         self.run.checkpoints.save(step, host.params, host.opt_state, progress, loss)
+
+
+def placed_by(make: Callable[[int], Batch]) -> Callable[[int], tuple[Batch, Any]]:
+    """Makes a batch and puts it on the devices: done ahead, by the threads that read it."""
+
+    def placed(index: int) -> tuple[Batch, Any]:
+        batch = make(index)
+        return batch, parallel.rows_on_devices(batch)
+
+    return placed
 
 
 def one_behind(results: Iterable[T]) -> Iterator[T]:

@@ -96,7 +96,7 @@ def curves(history: History) -> str:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
-    panels[0].set_ylabel("cross-entropy, nats a token")
+    panels[0].set_ylabel("cross-entropy, nats per token")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

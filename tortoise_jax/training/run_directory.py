@@ -1,7 +1,7 @@
 """A run's directory: what it was begun with, and the history of its losses.
 
 config.json      the filled configuration and the data set's digest     summary.json   how it went, for programs
-history.jsonl    a line a step or evaluation                            report.html    how it went, for people
+history.jsonl    a line per step or evaluation                          report.html    how it went, for people
 steps/           checkpoints                  tensorboard/, samples/, nonfinite/      dvae/, tortoise.json, …
 """
 
@@ -46,7 +46,7 @@ class Run:
 def begin(
     run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: str, renamed: Mapping[str, str]
 ) -> list[str]:
-    """Makes the run's directory a checkpoint of its own (card, dVAE), or checks that it is this run's.
+    """Makes the run's directory a checkpoint of its own (metadata, dVAE), or checks that it is this run's.
 
     Returns the settings that changed since the run began. Every host must call it. renamed: old names of fields, which
     a run begun with an older version has.
