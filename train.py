@@ -62,10 +62,12 @@ def train(settings: ConfigDict, flags: Any) -> None:
     if parallel.process_count() > 1:
         print(parallel.describe_this_host(), flush=True)
     say(f"devices: {parallel.describe()}")
+    parallel.check_same_code()
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 
     # 2. Checkpoint; a plan needs no weights.
     pretrained = load_pretrained(settings.checkpoint, () if flags.plan else (AR, DVAE))
+    parallel.check_same_everywhere("the checkpoint", {name: part.digest for name, part in pretrained.parts.items()})
     say(f"checkpoint: {settings.checkpoint}")
 
     # 3. Data.
@@ -73,6 +75,7 @@ def train(settings: ConfigDict, flags: Any) -> None:
         show_plan(settings, pretrained)
         return
     dataset = find_data(settings, pretrained)
+    parallel.check_same_everywhere("the data set", dataset.header["sha256"])
     pretrained = with_text_of(dataset, pretrained)
 
     # 4. What the configuration leaves open, by the size of the data set; the step and what it is fed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def test_hosts_started_differently_are_refused(seen: list[dict[str, Any]]) -> No
     for host in seen[1:]:
         assert "the configuration differs between hosts: [1] do not have what host 0 has" in host["unlike"]
         assert "the first difference is optimizer.rate: 0 on host 0, 1 on host 1" in host["unlike"]
+
+
+def test_hosts_with_other_versions_are_refused(seen: list[dict[str, Any]]) -> None:
+    assert [host["same code"] for host in seen] == ["", "", ""]
+    assert seen[0]["other code"] == ""
+    for host in seen[1:]:
+        assert "the code differs between hosts: [1] do not have what host 0 has" in host["other code"]
+        assert re.search(r"version of\.flax: \"[\d.]+\" on host 0, \"0\.1\" on host 1", host["other code"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from tests.support import runs
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.pretrained import load_pretrained
+from tortoise_jax.data.preparation import Options, prepare
 
 STEPS = runs.FIELDS["steps"]
 # A batch that four devices can share; DLAS's rate, at which what floating point rounds stays what it is.
@@ -133,3 +134,37 @@ def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: 
         assert code == 2, errors
         assert "the configuration differs between hosts" in errors
         assert "seed: 0 on host 0, 1 on host 1" in errors
+
+
+@pytest.fixture
+def folders(project: Path, tmp_path: Path) -> list[Path]:
+    """Two hosts' own storage: the checkpoint is the same, the data sets differ by a clip."""
+    made = [tmp_path / "first", tmp_path / "second"]
+    for folder, clips in zip(made, (runs.CLIPS, runs.CLIPS - 1), strict=True):
+        folder.mkdir()
+        (folder / "checkpoint").symlink_to(project / "checkpoint")
+        recordings = runs.write_recordings(folder / "recordings", clips)
+        prepare([recordings], folder / "checkpoint", folder / "data", Options(workers=1))
+    return made
+
+
+OWN = {"checkpoint": "checkpoint", "data": "data"}
+
+
+def test_hosts_with_other_data_under_the_same_name_are_refused(project: Path, folders: list[Path]) -> None:
+    hosts = runs.start_hosts(project, folders[0] / "run", 2, 1, folders=folders, **FIELDS | OWN)
+    for code, _, errors in runs.outputs(hosts, limit=120):
+        assert code == 2, errors
+        assert "the data set differs between hosts: [1] do not have what host 0 has" in errors
+    assert not (folders[0] / "run").exists()
+
+
+def test_a_run_folder_that_hosts_do_not_share_is_refused(project: Path, folders: list[Path]) -> None:
+    for folder in folders:
+        (folder / "run").mkdir()
+    own = OWN | {"data": project / "data"}
+    hosts = runs.start_hosts(project, Path("run"), 2, 1, folders=folders, **FIELDS | own)
+    for code, _, errors in runs.outputs(hosts, limit=120):
+        assert code == 2, errors
+        assert "run must be on storage that all hosts share; hosts [1] do not see host 0's folder" in errors
+    assert [list((folder / "run").iterdir()) for folder in folders] == [[], []]

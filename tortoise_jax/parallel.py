@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +32,7 @@ from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, annou
 from tortoise_jax.native_errors import NativeErrors
 
 AXIS = "data"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # what hosts must have alike
 Tree = Any
 
 
@@ -379,6 +382,32 @@ def check_same_everywhere(what: str, value: Any) -> None:
         f"{what} differs between hosts: {different} do not have what host 0 has; the first difference is {name}"
         f"{here} on host 0, {there} on host {different[0]}; start all alike"
     )
+
+
+def check_same_code() -> None:
+    """Raises where hosts run different code: this package's files, or versions of what it computes and saves with."""
+    if _hosts is None:
+        return
+    package = Path(__file__).parent
+    sources = {str(path.relative_to(package)): path.read_bytes() for path in sorted(package.rglob("*.py"))}
+    digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in sources.items()}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    check_same_everywhere("the code", {"tortoise_jax": digests, "version of": versions})
+
+
+def check_shared(folder: Path) -> None:
+    """Raises where the hosts do not see one and the same folder under this name; it must exist on the main one."""
+    if _hosts is None:
+        return
+    mark = folder / f".seen-by-all-{exchange(uuid.uuid4().hex)[0]}"
+    if is_main():
+        mark.touch()
+    wait_for_all(f"marking {folder.name}")
+    without = [host for host, seen in enumerate(exchange(str(mark.exists()))) if seen == "False"]
+    if is_main():
+        mark.unlink()
+    if without:
+        raise UserError(f"{folder} must be on storage that all hosts share; hosts {without} do not see host 0's folder")
 
 
 def first_difference(one: Any, other: Any, name: str = "") -> tuple[str, str, str]:

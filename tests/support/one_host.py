@@ -5,8 +5,11 @@ Started by test_parallel.py: DEVICES [COORDINATOR NUM_PROCESSES PROCESS_ID].
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +27,7 @@ def main() -> None:
     else:
         parallel.initialize()
     index = parallel.process_index()
+    compare = functools.partial(parallel.check_same_everywhere, "the configuration")
     seen = {
         "processes": parallel.process_count(),
         "devices": parallel.device_count(),
@@ -31,16 +35,20 @@ def main() -> None:
         "main": parallel.is_main(),
         "describe": parallel.describe(),
         "any": [parallel.any_host(index == 1), parallel.any_host(False)],
-        "alike": complaint({"optimizer": {"rate": 1e-5}, "steps": 5}),
-        "unlike": complaint({"optimizer": {"rate": index}, "steps": 5}),
+        "alike": complaint(compare, {"optimizer": {"rate": 1e-5}, "steps": 5}),
+        "unlike": complaint(compare, {"optimizer": {"rate": index}, "steps": 5}),
+        "same code": complaint(parallel.check_same_code),
     }
+    if index == 1:
+        importlib.metadata.version = lambda name: "0.1"
+    seen["other code"] = complaint(parallel.check_same_code)
     parallel.shutdown()
     print(json.dumps(seen))
 
 
-def complaint(settings: dict[str, Any]) -> str:
+def complaint(check: Callable[..., None], *arguments: Any) -> str:
     try:
-        parallel.check_same_everywhere("the configuration", settings)
+        check(*arguments)
     except UserError as error:
         return str(error)
     return ""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,6 @@ def environment(project: Path) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(project / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
 
 
@@ -111,11 +110,18 @@ def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Pop
 
 
 def start_hosts(
-    project: Path, run: Path, hosts: int, devices: int, of_second: dict[str, Any] | None = None, **fields: Any
+    project: Path,
+    run: Path,
+    hosts: int,
+    devices: int,
+    of_second: dict[str, Any] | None = None,
+    folders: Sequence[Path] = (),
+    **fields: Any,
 ) -> list[subprocess.Popen[str]]:
     """The command as a user types it on every host of a run, here as processes of one machine.
 
-    of_second: fields that the second host is given in the place of those of all.
+    of_second: fields that the second host is given in the place of those of all. folders: where each host starts the
+    command, as storage that they do not share; relative paths then lead elsewhere on each.
     """
     coordinator = f"127.0.0.1:{free_port()}"
     limits = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
@@ -123,10 +129,11 @@ def start_hosts(
     for host in range(hosts):
         where = ["--coordinator", coordinator, "--num_processes", str(hosts), "--process_id", str(host)]
         own = of_second if of_second and host == 1 else {}
+        python, script, *flags = command(project, run, *where, **fields | own)
         started.append(
             subprocess.Popen(
-                command(project, run, *where, **fields | own),
-                cwd=ROOT,
+                [python, ROOT / script if folders else script, *flags],
+                cwd=folders[host] if folders else ROOT,
                 env=environment(project) | limits | {"JAX_NUM_CPU_DEVICES": str(devices)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

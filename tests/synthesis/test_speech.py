@@ -29,7 +29,9 @@ def test_flagged_candidates_are_kept_last(voice: Twin, dvae: Twin, monkeypatch: 
     [part] = speech.say(pretrained, None, *settings, candidates=2, keep=2, batch=2)  # type: ignore[arg-type]
     assert [one.index for one in part.kept] == [1, 0]
     assert part.kept[0].codes.tolist() == [5, 6, 7]
-    assert speech.describe(part, 2).endswith("kept candidate 2 (-5.00 per code); candidate 1 (-0.10 per code, never stops)")
+    assert speech.describe(part, 2).endswith(
+        "kept candidate 2 (-5.00 per code); candidate 1 (-0.10 per code, never stops)"
+    )
 
 
 def test_pauses_stand_between_parts_only() -> None:

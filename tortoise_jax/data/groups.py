@@ -93,6 +93,7 @@ def encode_all(
         "hearing": {"max_seconds": limits.seconds, "trim_silence": limits.trim_silence},
     }
     keys = [shards.group_key(group, settings) for group in groups]
+    parallel.check_same_code()
     parallel.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)
     mine = range(parallel.process_index(), len(groups), parallel.process_count())
     missing = {i: (keys[i], groups[i]) for i in mine if shards.read_group(out, keys[i], verify=True) is None}

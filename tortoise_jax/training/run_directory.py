@@ -52,6 +52,12 @@ def begin(
     a run begun with an older version has.
     """
     now = json.loads(json.dumps(flat(settings) | {"data_digest": data_digest}))
+    if parallel.is_main():
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
+    parallel.check_shared(run)
     before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
     changed = changes({renamed.get(name, name): value for name, value in before.items()}, now)
     refused = [line for line in changed if line.split(":")[0] in FIXED]
@@ -61,7 +67,6 @@ def begin(
     parallel.wait_for_all("reading the run's directory")
     if parallel.is_main():
         try:
-            run.mkdir(parents=True, exist_ok=True)
             remove_partials(run)
             if not (run / METADATA).exists():
                 if not (run / "dvae").exists():
@@ -71,8 +76,6 @@ def begin(
         except OSError as error:
             raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
     parallel.wait_for_all("writing the run's directory")
-    if not (run / METADATA).exists():
-        raise UserError(f"--workdir {run} is not on storage that all hosts share; a run's directory must be")
     return changed
 
 
