@@ -1,8 +1,7 @@
-"""train.py itself on several hosts: the same run as on one, started, stopped, killed, taken up again and exported."""
+"""train.py itself on several hosts: the same run as on one, started, taken up again, exported, or refused."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from tests.support import runs
-from tortoise_jax import parallel
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.data.preparation import Options, prepare
 
@@ -89,43 +87,6 @@ def test_hosts_train_the_same_run_and_take_it_up_again(project: Path, one_host: 
     assert_all_ended(again)
     assert f"going on from step {STEPS}" in again[0][1]
     assert_same_run(run, one_host)
-
-
-def test_a_signal_to_one_host_stops_all_and_another_number_of_hosts_goes_on(project: Path, one_host: Path) -> None:
-    """SIGTERM on the second of two hosts; then one host with four devices takes the run up."""
-    run = project / "stopped"
-    hosts = runs.start_hosts(project, run, 2, 1, **FIELDS | {"steps": 400, "eval_every": 400, "sample_every": 0})
-    runs.wait_for_steps(run, 1)
-    hosts[1].send_signal(signal.SIGTERM)
-    ended = runs.outputs(hosts)
-    assert_all_ended(ended)
-    assert "stopped and saved at step" in ended[0][1]
-    stopped = int(ended[0][1].split("stopped and saved at step ")[1].split(";")[0])
-    environment = runs.environment(project) | {"JAX_NUM_CPU_DEVICES": "4"}
-    command = runs.command(project, run, **FIELDS | {"steps": stopped + 2, "eval_every": 400, "sample_every": 0})
-    done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step {stopped}" in done.stdout
-    assert losses(run).keys() >= {("train", step) for step in range(1, stopped + 3)}
-
-
-def test_a_killed_host_ends_the_others_with_a_line(project: Path, one_host: Path) -> None:
-    run = project / "killed"
-    fields = FIELDS | {"steps": 2000, "eval_every": 2000, "save_every": 2, "sample_every": 0}
-    hosts = runs.start_hosts(project, run, 2, 1, **fields)
-    runs.wait_for_steps(run, 4)
-    hosts[1].kill()
-    (code, _, errors), (killed, _, _) = runs.outputs(hosts, limit=60)
-    assert killed == -signal.SIGKILL
-    assert code == parallel.LOST_HOST, errors
-    [line] = [line for line in errors.splitlines() if "error: " in line]
-    assert "was lost" in line
-    assert "run the same command again on all hosts" in line
-    assert "Traceback" not in errors
-    whole = sorted(int(path.name) for path in (run / "steps").iterdir() if path.name.isdigit())
-    done = runs.train(project, run, **FIELDS | {"steps": whole[-1] + 1, "eval_every": 2000, "sample_every": 0})
-    assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stdout
 
 
 def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: Path) -> None:

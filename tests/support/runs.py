@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -116,13 +118,16 @@ def start_hosts(
     devices: int,
     of_second: dict[str, Any] | None = None,
     folders: Sequence[Path] = (),
+    largest_file: int | None = None,
     **fields: Any,
 ) -> list[subprocess.Popen[str]]:
     """The command as a user types it on every host of a run, here as processes of one machine.
 
     of_second: fields that the second host is given in the place of those of all. folders: where each host starts the
-    command, as storage that they do not share; relative paths then lead elsewhere on each.
+    command, as storage that they do not share; relative paths then lead elsewhere on each. largest_file: bytes to which
+    a file of host 0 may grow, as where its disk is full.
     """
+    full_disk = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
     coordinator = f"127.0.0.1:{free_port()}"
     limits = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
     started = []
@@ -138,6 +143,7 @@ def start_hosts(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=full_disk if largest_file and host == 0 else None,
             )
         )
     return started
