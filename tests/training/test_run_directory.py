@@ -47,7 +47,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_no_more_are_kept_than_asked_for(tmp_path: Path) -> None:
     """Most have no validation loss, or one that is not a number; the best may be the start."""
-    losses = {step: None for step in range(17)} | {0: 1.0, 4: 3.0, 8: float("nan"), 12: float("inf")}
+    losses = dict.fromkeys(range(17)) | {0: 1.0, 4: 3.0, 8: float("nan"), 12: float("inf")}
     checkpoints = saved(tmp_path, losses)
     assert checkpoints.steps() == [0, 15, 16]
     assert (checkpoints.best(), checkpoints.newest()) == (0, 16)
