@@ -27,7 +27,8 @@ from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
-from tortoise_jax.data.dataset import Dataset, is_dataset
+from tortoise_jax.data.dataset import CLIPS, TEXT_IDS, Dataset, inputs_of, is_dataset
+from tortoise_jax.data.manifests import read_inputs
 from tortoise_jax.data.plan import BatchPlan, row_lengths
 from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
@@ -86,28 +87,29 @@ def train(settings: ConfigDict, flags: Any) -> None:
         show_replay(step_config, Path(flags.replay), dataset)
         return
 
-    # 5. State: of the run's newest whole checkpoint, else of the converted weights.
-    for line in run_directory.begin(folder, settings, pretrained, data_digest(dataset), SCHEMA.renamed):
-        say(f"changed since the run began: {line}")
-    checkpoints = RunCheckpoints(folder, settings.keep_last)
-    state = resume_or_start(checkpoints, step_config, pretrained.ar.params)
-    first = int(parallel.first_copy(state.step))
-    history = History(folder, first, parallel.is_main())
+    with parallel.alone_in(folder, "--workdir"):
+        # 5. State: of the run's newest whole checkpoint, else of the converted weights.
+        for line in run_directory.begin(folder, settings, pretrained, digests_of(dataset), SCHEMA.renamed):
+            say(f"changed since the run began: {line}")
+        checkpoints = RunCheckpoints(folder, settings.keep_last)
+        state = resume_or_start(checkpoints, step_config, pretrained.ar.params)
+        first = int(parallel.first_copy(state.step))
+        history = History(folder, first, parallel.is_main())
 
-    # 6. Loop.
-    with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
-        run = Run(folder, checkpoints, history, writer)
-        loop = Loop(settings, step_config, run, feed, make_drafter(settings, pretrained, dataset))
-        ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
-    checkpoints.finish()
+        # 6. Loop.
+        with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
+            run = Run(folder, checkpoints, history, writer)
+            loop = Loop(settings, step_config, run, feed, make_drafter(settings, pretrained, dataset))
+            ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
+        checkpoints.finish()
 
-    # 7. Export.
-    if ended == INTERRUPTED:
-        say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
-    elif parallel.is_main():
-        report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
-        say(f"{ended}; report: {folder / 'report.html'}")
-        export(folder, settings.export, dataset)
+        # 7. Export.
+        if ended == INTERRUPTED:
+            say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
+        elif parallel.is_main():
+            report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
+            say(f"{ended}; report: {folder / 'report.html'}")
+            export(folder, settings.export, dataset)
 
 
 def say(line: str) -> None:
@@ -125,6 +127,7 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
         if not is_dataset(prepared):
             say(f"preparing {source}, once, into {prepared}")
             prepare([source], settings.checkpoint, prepared)
+        check_current(source, prepared, settings.checkpoint)
         source = prepared
     dataset = Dataset.open(source)
     if not len(dataset.split("train")):
@@ -151,6 +154,19 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     return dataset
 
 
+def check_current(source: Path, prepared: Path, checkpoint: str) -> None:
+    """Raises UserError where a data set was not made of what the recordings beside it are now."""
+    inputs = inputs_of(prepared)
+    if not inputs:
+        say(f"{prepared} was made by an older version: it is used as it is, whether or not {source} changed since")
+    elif not any(read_inputs([source], one["format"])[0].digest == one["digest"] for one in inputs):
+        raise UserError(
+            f"{prepared} was not made of what {source} holds now: recordings or transcripts changed since, or it is of "
+            f"{inputs[0]['path']}; prepare again: python -m tortoise_jax.prepare --data {source} --checkpoint "
+            f"{checkpoint} --out {prepared}; or train on it as it is: --config.data={prepared}"
+        )
+
+
 def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
     """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
     if dataset.header["own_tokenizer"]:
@@ -173,9 +189,10 @@ def check_room(dataset: Dataset, model: UnifiedVoiceConfig) -> None:
                 )
 
 
-def data_digest(dataset: Dataset) -> str:
-    """Tells one data set from another, whatever their folders are called."""
-    return str(dataset.header["sha256"]["clips.jsonl"])
+def digests_of(dataset: Dataset) -> dict[str, str]:
+    """They tell one data set from another, whatever their folders are called."""
+    digests = dataset.header["sha256"]
+    return {"data_digest": digests[CLIPS], "text_digest": digests[TEXT_IDS]}
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:

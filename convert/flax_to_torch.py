@@ -24,7 +24,7 @@ from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
 from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, read_metadata
-from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import STEPS
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import read_json, write_json
 
@@ -47,8 +47,9 @@ def export(
     check_names(out, source)
     part = part or (AR if read_metadata(checkpoint).get(AR) else DVAE)
     model = MODELS[part]
-    step = chosen_step(checkpoint, part, step)
+    check_step(checkpoint, part, step)
     pretrained = load_pretrained(checkpoint, (part,), step)
+    step = pretrained.step
     config = pretrained.part(part).config
     state = mapping.to_torch(model.table, pretrained.part(part).tree)
     own = len(state)
@@ -90,15 +91,12 @@ def check_names(out: Path, source: Path | None) -> None:
         )
 
 
-def chosen_step(checkpoint: Path, part: str, step: int | None) -> int | None:
-    """The step of a run that is exported; None for a converted checkpoint, and for a dVAE, which is not trained."""
+def check_step(checkpoint: Path, part: str, step: int | None) -> None:
+    """Raises UserError for a step of a converted checkpoint, or of a dVAE, which is not trained."""
     is_run = (checkpoint / STEPS).is_dir()
     if step is not None and (not is_run or part == DVAE):
         what = "the dVAE is the same at every step" if is_run else f"{checkpoint} is a converted checkpoint, not a run"
         raise UserError(f"--step {step}: {what}")
-    if not is_run or part == DVAE:
-        return None
-    return step if step is not None else RunCheckpoints.to_read(checkpoint).best()
 
 
 def dropped_tensors(state: dict[str, np.ndarray], source: Path, model: TorchModel) -> dict[str, np.ndarray]:

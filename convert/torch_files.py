@@ -7,7 +7,6 @@ verified), torch's older pickle stream, safetensors.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import warnings
 import zipfile
@@ -22,6 +21,7 @@ import torch
 from convert.mapping import same_bits
 from tortoise_jax.checkpoints.pretrained import METADATA
 from tortoise_jax.errors import UserError, first_line
+from tortoise_jax.files import remove_partials, replaced_whole
 
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"
 CHUNK = 1 << 23
@@ -222,21 +222,15 @@ def write_state_dict(path: Path, state: dict[str, np.ndarray]) -> None:
 
     Raises UserError.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save({key: as_torch(value) for key, value in state.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        check_written(partial, path, state)
-        partial.replace(path)
+        remove_partials(path.parent, path.name)
+        with replaced_whole(path) as partial:
+            with partial.open("wb") as file:
+                torch.save({key: as_torch(value) for key, value in state.items()}, file)
+            check_written(partial, path, state)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"{path}: cannot be written: {reason}") from None
-    finally:
-        if partial.exists():
-            partial.unlink()
 
 
 def check_written(partial: Path, path: Path, state: dict[str, np.ndarray]) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.preparation import Options, check, prepare
 from tortoise_jax.data.recordings import Recording
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import locked
 from tortoise_jax.text.tokenizer import Tokenizer
 
 
@@ -384,13 +386,16 @@ def test_a_lower_limit_rejects_what_was_encoded(growing, checkpoint, tmp_path):
 def test_what_killed_runs_left_is_removed_and_nothing_else(growing, checkpoint, tmp_path):
     prepare(growing, checkpoint, tmp_path / "set", SMALL)
     before = snapshot(tmp_path / "set")
-    leftovers = (".report.json.123.partial", "shards/.00000-00.bin.9.partial", f"finished/{'0' * 32}.json")
+    shard = f"shards/00007-{shards._content_digest(b'half')}.bin"
+    leftovers = (".report.json.123.tortoise_jax-partial", "shards/.00000-00.bin.9.tortoise_jax-partial", shard)
     for name in leftovers:
-        (tmp_path / "set" / name).write_text("half")
-    for name in ("notes.txt", "shards/notes.txt", "finished/notes.json"):
+        (tmp_path / "set" / name).write_bytes(b"half")
+    shards.write_group(tmp_path / "set", 9, "0" * 32, "1" * 32, [], [])
+    others = {"notes.txt", ".film.mp4.partial", "shards/notes.txt", "finished/notes.json"}
+    others |= {f"shards/00000-{'0' * 16}.bin", f"finished/{'f' * 32}.json"}  # by chance named like ours
+    for name in others:
         (tmp_path / "set" / name).write_text("somebody's")
     prepare(growing, checkpoint, tmp_path / "set", SMALL)
-    others = {"notes.txt", "shards/notes.txt", "finished/notes.json"}
     after = snapshot(tmp_path / "set")
     assert {name: after.pop(name) for name in others} == dict.fromkeys(others, b"somebody's")
     assert after == before
@@ -443,6 +448,75 @@ def test_what_is_not_ours_is_left_alone(growing, checkpoint, tmp_path):
         prepare(growing, checkpoint, tmp_path / "mine", QUICK)
     with pytest.raises(UserError, match="is a file; --out must be a folder"):
         prepare(growing, checkpoint, tmp_path / "mine" / "thesis.txt", QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", '{"name": "imagenet"}'),
+        ("dataset.json", "not JSON"),
+        ("finished/book.json", "{}"),
+        (f"finished/{'0' * 32}.json", '{"chapter": 1}'),
+        ("shards/00000.tar", "years of work"),
+        (f"shards/00000-{'0' * 16}.bin", "years of work"),
+        ("report.json", '{"quarter": 3}'),
+    ],
+)
+def test_another_programs_folders_are_left_alone(growing, checkpoint, tmp_path, name, content):
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text(content)
+    with pytest.raises(UserError, match=f"holds other files and no data set, e.g. {name}; choose a new or empty folder"):
+        prepare(growing, checkpoint, tmp_path / "theirs", QUICK)
+    assert snapshot(tmp_path / "theirs") == {name: content.encode()}
+
+
+def test_what_interrupted_preparations_leave_is_gone_on_with(growing, checkpoint, tmp_path, encoded_clips):
+    """Killed before the index was written, or ended by too many rejected clips."""
+    out = tmp_path / "set"
+    prepare(growing, checkpoint, out, SMALL)
+    whole = snapshot(out)
+    shard = next((out / "shards").iterdir())
+    for gone in (["dataset.json"], ["dataset.json", "clips.jsonl", "report.png"], [*before_the_report(out)]):
+        for name in gone:
+            (out / name).unlink()
+        (out / "shards" / ".x.bin.1.tortoise_jax-partial").write_text("half")
+        encoded_clips.clear()
+        prepare(growing, checkpoint, out, SMALL)
+        assert not encoded_clips
+        assert snapshot(out) == whole
+    (out / "dataset.json").write_text("{")
+    shard.write_bytes(b"damaged")
+    prepare(growing, checkpoint, out, SMALL)
+    assert snapshot(out) == whole
+
+
+def before_the_report(out: Path) -> list[str]:
+    return [path.name for path in out.iterdir() if path.is_file()]
+
+
+def test_a_data_set_of_other_recordings_is_not_replaced(growing, checkpoint, tmp_path):
+    out, other = tmp_path / "set", tmp_path / "bob"
+    prepare(growing, checkpoint, out, SMALL)
+    before = snapshot(out)
+    (other / "wavs").mkdir(parents=True)
+    grow(other, range(8, 12))
+    with pytest.raises(UserError, match=f"holds a data set of {growing}, which --data does not name"):
+        prepare(other, checkpoint, out, SMALL)
+    assert snapshot(out) == before
+    prepare([growing, other], checkpoint, out, SMALL)
+    assert len(Dataset.open(out)) == 12
+    with pytest.raises(UserError, match=f"holds a data set of {growing}, which"):
+        prepare(other, checkpoint, out, SMALL)
+    (tmp_path / "moved").mkdir()
+    growing.rename(tmp_path / "moved" / "ann")
+    prepare([tmp_path / "moved" / "ann", other], checkpoint, out, SMALL)  # the same recordings in another place
+
+
+def test_one_preparation_at_a_time(growing, checkpoint, tmp_path):
+    with locked(tmp_path / "set"), pytest.raises(UserError, match=rf"--out .*set is being written by .*{os.getpid()} on"):
+        prepare(growing, checkpoint, tmp_path / "set", SMALL)
+    prepare(growing, checkpoint, tmp_path / "set", SMALL)
 
 
 def test_workers_find_the_same(growing, checkpoint, tmp_path):

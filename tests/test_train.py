@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,10 +20,12 @@ import numpy as np
 import pytest
 import soundfile
 
+import tortoise_jax as tj
 from tests.support import runs
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from tortoise_jax.errors import UserError
 
 STEPS = runs.FIELDS["steps"]
 
@@ -234,6 +237,23 @@ def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undistu
     assert "going on from step 3" in done.stdout
     assert (run / "steps" / f"{STEPS}.damaged").exists()
     assert_same_run(run, undisturbed)
+
+
+def test_one_flipped_bit_is_refused_wherever_a_run_is_read(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "flipped"
+    shutil.copytree(undisturbed, run)
+    step = json.loads((run / "summary.json").read_text())["best_step"]
+    runs.flip_one_bit(run / "steps" / str(step) / "params", load_pretrained(run, ("ar",), step).ar.params)
+    named = f"steps/{step}/params is damaged: its checksum is not what was written"
+    export = ["convert/flax_to_torch.py", run, "--step", step, "--out", tmp_path / "voice.pth"]
+    speak = ["-m", "tortoise_jax.speak", "--checkpoint", run, "--text", "Yes.", "--voice", runs.VOICE / "wavs"]
+    for words in (export, [*speak, "--out", tmp_path / "draft.wav"]):
+        command = [sys.executable, *map(str, words)]
+        assert_one_line(subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True), named)
+    assert not list(tmp_path.glob("voice.*")) + list(tmp_path.glob("draft.*"))
+    assert_one_line(runs.train(project, tmp_path / "next", checkpoint=run), named)
+    with pytest.raises(UserError, match=named):
+        tj.load(run)
 
 
 def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path) -> None:

@@ -1,64 +1,167 @@
-"""Files and folders that are either whole or not there, whenever the process ends; JSON."""
+"""Files and folders that are either whole or not there, whenever the process ends; who may write them; JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
+import fcntl
+import fnmatch
+import glob
+import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tortoise_jax.errors import UserError
 
-PARTIAL = ".{name}.{process}.partial"
+# What is being written has the project's name in its own: nothing else is ever taken for ours and removed.
+PARTIAL = ".{name}.{process}.tortoise_jax-partial"
+LOCK = ".tortoise_jax-lock"
+
+
+# --- one writer at a time ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path, flag: str = "") -> Iterator[None]:
+    """A folder, made where there is none, for this process alone. flag: by which the user named it.
+
+    Raises UserError that says which process has it. The operating system ends a lock with its process, however that
+    ends, so none is ever stale; storage that hosts share (NFS, Lustre) knows those of other hosts.
+    """
+    path, named, is_new = folder / LOCK, f"{flag} {folder}".strip(), not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _opened_alone(path)
+    except OSError as error:
+        raise UserError(f"{named}: cannot be written: {error.strerror or error}") from None
+    except _Taken as taken:
+        other = f", or choose another {flag}" if flag else ""
+        raise UserError(f"{named} is being written by {taken}; wait until it ends{other}") from None
+    with file:
+        try:
+            now = datetime.datetime.now().isoformat(" ", "seconds")
+            program = Path(sys.argv[0]).name or "python"
+            file.write(f"{program}, process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # nothing was written
+
+
+class _Taken(Exception):
+    """Names the process that has a lock."""
+
+
+def _opened_alone(path: Path) -> IO[str]:
+    """The file, opened and locked. Raises _Taken."""
+    while True:
+        file = path.open("a+")
+        if not _lock(file):
+            with file:
+                file.seek(0)
+                raise _Taken(file.readline().strip() or "another process")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)  # of a process that was killed
+                return file
+        file.close()  # the process that had it has just removed it
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Locks an open file until it is closed; whether no other process has. True on storage that knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return True
+
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write into; synced and renamed to it at the end, removed if anything fails.
+
+    Two writers of the same content may race; either wins whole.
+    """
+    beside = path.with_name(PARTIAL.format(name=path.name, process=os.getpid()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with beside.open("wb") as held:
+            _lock(held)
+            yield beside
+            sync(beside)
+            beside.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes beside `path`, syncs and renames. Two writers of the same content may race; either wins whole.
-
-    Raises UserError where it cannot be written (no space, no permission); `path` is then as it was.
-    """
-    beside = path.with_name(PARTIAL.format(name=path.name, process=os.getpid()))
+    """Writes a file whole or not at all. Raises UserError where it cannot be written (no space, no permission)."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with replaced_whole(path) as beside:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); nothing was changed there") from error
 
 
-def remove_partials(folder: Path) -> None:
-    """Removes what writers that were killed left in `folder`; nobody may be writing there."""
-    for path in folder.glob(PARTIAL.format(name="*", process="*")):
-        path.unlink(missing_ok=True)
+def is_partial(path: Path) -> bool:
+    """Whether a name is one of `replaced_whole`'s."""
+    return fnmatch.fnmatch(path.name, PARTIAL.format(name="*", process="*"))
+
+
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Removes what killed writers of files of this name left in `folder`; what is still being written stays."""
+    for path in folder.glob(PARTIAL.format(name=name if name == "*" else glob.escape(name), process="*")):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if _lock(file):
+                path.unlink()
 
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to write into; renamed to it at the end, removed if anything fails."""
+    """A directory beside `target` to write into; renamed to it at the end, removed if anything fails.
+
+    What a killed writer left there is removed first, and nothing else: it is known by its lock.
+    """
     if target.exists():
         raise UserError(f"{target} exists already; remove it or choose another name")
     partial = target.with_name(f"{target.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        partial.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    if partial.exists() and not (partial / LOCK).is_file() and not (partial.is_dir() and not any(partial.iterdir())):
+        raise UserError(f"{partial} is needed to write {target} and holds something else; move it or choose another place")
+    with locked(partial):
+        try:
+            for left in partial.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK:
+                    left.unlink()
+            yield partial
+            sync(partial)
+            partial.rename(target)
+            (target / LOCK).unlink()
+            sync(target.parent)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -77,6 +180,9 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -88,3 +194,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def digest_of(value: Any) -> str:
+    """A short digest of anything JSON can hold."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -28,6 +28,7 @@ from jax._src.clusters import GceTpuCluster
 from jax.experimental import multihost_utils
 
 from tortoise_jax.errors import UserError, first_line, report
+from tortoise_jax.files import locked
 from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, announced, whole
 from tortoise_jax.native_errors import NativeErrors
 
@@ -429,6 +430,29 @@ def wait_for_all(name: str) -> None:
     names = exchange(name)
     if len(set(names)) > 1:
         raise RuntimeError(f"hosts wait for each other at different points: {', '.join(names)}")
+
+
+def on_main(work: Callable[[], Any]) -> None:
+    """Does something on the main host; a UserError of it is raised on all, which must come to the same point."""
+    failed = ""
+    if is_main():
+        try:
+            work()
+        except UserError as error:
+            failed = str(error)
+    if _hosts is not None:
+        failed = json.loads(exchange(json.dumps(failed))[0])
+    if failed:
+        raise UserError(failed)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, flag: str) -> Iterator[None]:
+    """`files.locked` for all hosts together: the main one holds the lock."""
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(locked(folder, flag)))
+        check_shared(folder)
+        yield
 
 
 def any_host(flag: bool) -> bool:

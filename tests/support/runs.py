@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tests.support.host_processes import free_port
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
+from tortoise_jax.checkpoints.trees import save_tree
 from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -170,3 +172,11 @@ def wait_for_steps(run: Path, steps: int, limit: float = 300) -> None:
 def history(run: Path) -> list[dict[str, Any]]:
     file = run / "history.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+def flip_one_bit(folder: Path, params: Any) -> None:
+    """Writes `params` there with one bit another one: whole, as far as the file format can tell."""
+    changed = jax.tree.map(np.array, params)
+    jax.tree.leaves(changed)[0].reshape(-1).view(np.uint32)[0] ^= 1
+    shutil.rmtree(folder)
+    save_tree(folder, changed)

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.support import small
+from tests.support import runs, small
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay, report, run_directory
@@ -37,9 +38,69 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(checkpoints.manager.all_steps()) == [2, 4, 5]
     assert (checkpoints.best(), checkpoints.newest()) == (2, 5)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
-    np.testing.assert_array_equal(checkpoints.restore_params(shapes, None)["a"]["kernel"], PARAMS["a"]["kernel"] + 2)
+    step, params = checkpoints.restore_params(shapes, None)
+    assert step == 2
+    np.testing.assert_array_equal(params["a"]["kernel"], PARAMS["a"]["kernel"] + 2)
     with pytest.raises(UserError, match=r"holds no step 3, only \[2, 4, 5\]"):
         checkpoints.restore_params(shapes, 3)
+
+
+def test_no_more_are_kept_than_asked_for(tmp_path: Path) -> None:
+    """Most have no validation loss, or one that is not a number; the best may be the start."""
+    losses = dict.fromkeys(range(17)) | {0: 1.0, 4: 3.0, 8: float("nan"), 12: float("inf")}
+    checkpoints = saved(tmp_path, losses)
+    assert checkpoints.steps() == [0, 15, 16]
+    assert (checkpoints.best(), checkpoints.newest()) == (0, 16)
+
+
+def test_saves_that_were_killed_are_removed(tmp_path: Path) -> None:
+    saved(tmp_path, {1: None})
+    half = tmp_path / "steps" / "7.orbax-checkpoint-tmp"
+    half.mkdir()
+    RunCheckpoints.to_read(tmp_path)
+    assert half.exists(), "a run may be writing it"
+    RunCheckpoints(tmp_path)
+    assert not half.exists()
+
+
+def test_one_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
+    saved(tmp_path, {1: 2.0, 2: 1.0})
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+    runs.flip_one_bit(tmp_path / "steps" / "2" / "params", {"a": {"kernel": PARAMS["a"]["kernel"] + 2}})
+    reader = RunCheckpoints.to_read(tmp_path)
+    for step in (None, 2):
+        with pytest.raises(UserError, match=r"steps/2/params is damaged: its checksum .* other steps: \[1\]"):
+            reader.restore_params(shapes, step)
+    assert reader.restore_params(shapes, 1)[0] == 1
+    progress = next((tmp_path / "steps" / "2").glob("progress/m*"))
+    progress.write_text(json.dumps({"step": 2, "skipped": 0, "crc32": 1}))  # as an older version wrote it
+    assert RunCheckpoints.to_read(tmp_path).restore_params(shapes, 2)[0] == 2
+    progress.write_text("{")
+    with pytest.raises(UserError, match="steps/2/progress is damaged"):
+        RunCheckpoints.to_read(tmp_path).restore_params(shapes, 2)
+
+
+def test_a_checkpoint_that_a_running_run_removes_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is replaced by a better one while it is read."""
+    run = saved(tmp_path, {1: 2.0, 2: 3.0})
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+    reader = RunCheckpoints.to_read(tmp_path)
+    read = RunCheckpoints.verified_params
+
+    def slowly(self: RunCheckpoints, step: int, shapes: Any) -> Any:
+        if step == 1:
+            params = jax.tree.map(lambda leaf: leaf + np.float32(3), PARAMS)
+            run.save(3, params, STATE, {"step": 3, "skipped": 0}, 1.0)
+            run.manager.wait_until_finished()
+        return read(self, step, shapes)
+
+    monkeypatch.setattr(RunCheckpoints, "verified_params", slowly)
+    step, params = reader.restore_params(shapes, None)
+    assert step == 3
+    np.testing.assert_array_equal(params["a"]["kernel"], PARAMS["a"]["kernel"] + 3)
+    run.finish()
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Pretrained:
     """What a checkpoint holds. mel_norms (m,) float32; source: where each part came from, by its name.
 
     parts: by name ("ar", "dvae"); those that were not asked for have shapes in place of weights.
-    path: names the checkpoint in errors.
+    path: names the checkpoint in errors. step: of a run, where its weights were read.
     """
 
     parts: dict[str, Part]
@@ -43,6 +43,7 @@ class Pretrained:
     mel_norms: np.ndarray
     source: dict[str, Any]
     path: Path = Path("the checkpoint")
+    step: int | None = None
 
     def part(self, name: str) -> Part:
         """Raises UserError where the checkpoint has no such part."""
@@ -131,8 +132,14 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
     pretrained = Pretrained(found, *read_front_end(path, metadata), metadata.get("source", {}), path)
     for name in found if parts is None else parts:
         part = pretrained.part(name)
-        tree = in_collections(part.config, read_weights(path, name, part.config, metadata, step))
-        pretrained = pretrained.with_part(name, dataclasses.replace(part, variables=tree))
+        shapes = abstract_tree(part.config)
+        if name == AR and (path / STEPS).is_dir():
+            found_step, tree = RunCheckpoints.to_read(path).restore_params(shapes, step)
+            pretrained = dataclasses.replace(pretrained, step=found_step)
+        else:
+            tree = undamaged(path / name, restore_tree(path / name, shapes), metadata)
+        part = dataclasses.replace(part, variables=in_collections(part.config, tree))
+        pretrained = pretrained.with_part(name, part)
     return pretrained
 
 
@@ -157,11 +164,3 @@ def read_front_end(path: Path, metadata: dict[str, Any]) -> tuple[Tokenizer, np.
     if (tokenizer.digest, mel_norms_digest(mel_norms)) != stated:
         raise UserError(f"{path}: {TOKENIZER} or {MEL_NORMS} is not what {METADATA} was written with; convert again")
     return tokenizer, mel_norms
-
-
-def read_weights(path: Path, name: str, config: Any, metadata: dict[str, Any], step: int | None) -> Tree:
-    """A part's tree; in a run the AR model's is that of a step, which has no checksum of its own."""
-    shapes = abstract_tree(config)
-    if name == AR and (path / STEPS).is_dir():
-        return RunCheckpoints.to_read(path).restore_params(shapes, step)
-    return undamaged(path / name, restore_tree(path / name, shapes), metadata)

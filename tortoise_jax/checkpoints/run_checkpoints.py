@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore
 from tortoise_jax.errors import UserError, first_line
 
 STEPS = "steps"
+PARAMS_CRC32 = "params_crc32"
+REMOVAL_SECONDS = 1  # longer than a run takes to remove an old checkpoint
 
 
 class RunCheckpoints:
@@ -29,14 +34,14 @@ class RunCheckpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
         self.folder = run / STEPS
-        policy = keep.AnyPreservationPolicy(
-            [keep.LatestN(keep_last), keep.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
-        )
+        loss = lambda metrics: metrics["loss"]
+        best = keep.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=lambda metrics: metrics["loss"],
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
+            best_fn=loss,
             best_mode="min",
             create=not alone,
+            cleanup_tmp_directories=not alone,  # of saves that were killed, each as large as a checkpoint
             read_only=alone,
             multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
@@ -56,22 +61,27 @@ class RunCheckpoints:
 
     def best(self) -> int | None:
         """The step of the lowest validation loss, or the newest where none was evaluated."""
-        return self.manager.best_step() or self.newest()
+        best = self.manager.best_step()
+        return self.newest() if best is None else best
 
     def save(self, step: int, params: Tree, opt_state: Tree, progress: dict[str, Any], loss: float | None) -> None:
         """Starts writing in the background; every host must call it with the same step.
 
-        An existing step is kept. Old checkpoints go only after the new one is whole.
+        An existing step is kept. Old checkpoints go only after the new one is whole. loss: of validation, by which the
+        best is found; one that is not finite counts as none.
         """
         if step in self.manager.all_steps():
             return
+        of_params = checksum(params)
+        progress = progress | {PARAMS_CRC32: of_params, "crc32": checksum(opt_state, of_params)}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),
-            progress=ocp.args.JsonSave(progress | {"crc32": checksum((params, opt_state))}),
+            progress=ocp.args.JsonSave(progress),
         )
         with self.failing_as_one_line():
-            self.manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
+            known = loss is not None and math.isfinite(loss)
+            self.manager.save(step, args=items, metrics={"loss": loss} if known else None)
 
     @contextlib.contextmanager
     def failing_as_one_line(self) -> Iterator[None]:
@@ -123,17 +133,42 @@ class RunCheckpoints:
     def put_aside(self, step: int) -> None:
         parallel.wait_for_all(f"putting aside {step}")
         if parallel.is_main():
-            (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+            target = self.folder / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier try
+            (self.folder / str(step)).rename(target)
         parallel.wait_for_all(f"put aside {step}")
         self.manager.reload()
 
-    def restore_params(self, shapes: Tree, step: int | None) -> Tree:
-        chosen = self.best() if step is None else step
-        if chosen is None:
-            raise UserError(f"{self.folder} holds no finished checkpoint yet")
-        if chosen not in self.steps():
-            raise UserError(f"{self.folder} holds no step {chosen}, only {self.steps()}")
-        return restore_tree(self.folder / str(chosen) / "params", shapes)
+    def restore_params(self, shapes: Tree, step: int | None) -> tuple[int, Tree]:
+        """(step, its parameters), read by this host alone; None takes the best. Raises UserError for damaged ones."""
+        while True:
+            chosen = self.best() if step is None else step
+            if chosen is None:
+                raise UserError(f"{self.folder} holds no finished checkpoint yet")
+            if chosen not in self.steps():
+                raise UserError(f"{self.folder} holds no step {chosen}, only {self.steps()}")
+            try:
+                return chosen, self.verified_params(chosen, shapes)
+            except UserError:
+                time.sleep(REMOVAL_SECONDS)
+                self.manager.reload()
+                if chosen in self.steps():
+                    raise
+                # The run is going on, and has just removed it for a better one.
+
+    def verified_params(self, step: int, shapes: Tree) -> Tree:
+        folder = self.folder / str(step)
+        params = restore_tree(folder / "params", shapes)
+        try:
+            progress = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            stated = progress.get(PARAMS_CRC32)  # versions before did not write it
+        except Exception as error:
+            raise UserError(f"{folder / 'progress'} is damaged: {first_line(error)}") from None
+        if stated not in (None, checksum(params)):
+            rest = [other for other in self.steps() if other != step]
+            others = f"; the run's other steps: {rest} (--step)" if rest else ""
+            raise UserError(f"{folder / 'params'} is damaged: its checksum is not what was written{others}")
+        return params
 
     def finish(self) -> None:
         """Waits for what is being written; nothing is complete before this returns."""

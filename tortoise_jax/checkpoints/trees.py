@@ -65,9 +65,8 @@ def restore_tree(path: Path, shapes: Tree) -> Tree:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
 
-def checksum(tree: Tree) -> int:
-    """crc32 over the bytes of all arrays in order, which the file format does not check."""
-    total = 0
+def checksum(tree: Tree, total: int = 0) -> int:
+    """crc32 over the bytes of all arrays in order, which the file format does not check. total: of arrays before."""
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
     return total

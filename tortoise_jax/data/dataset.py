@@ -30,7 +30,8 @@ from tortoise_jax.errors import UserError
 from tortoise_jax.files import write_atomically
 from tortoise_jax.text.tokenizer import Tokenizer
 
-FORMAT = "tortoise_jax data set 1"
+FORMATS = "tortoise_jax data set "
+FORMAT = f"{FORMATS}1"
 HEADER, CLIPS, TEXT_IDS, SHARDS, TOKENIZER = "dataset.json", "clips.jsonl", "text_ids.bin", "shards", "tokenizer.json"
 REMEDY = "prepare the data set again (what is not damaged is kept)"
 
@@ -169,8 +170,22 @@ def _clip_from_line(line: str) -> Clip:
 
 
 def is_dataset(path: str | Path) -> bool:
-    """Whether a folder holds a finished data set (of whatever version)."""
-    return (Path(path) / HEADER).is_file()
+    """Whether a folder holds a finished data set, of whatever version; another program's dataset.json is none."""
+    try:
+        header = json.loads((Path(path) / HEADER).read_bytes())
+    except OSError:
+        return False
+    except ValueError:
+        return (Path(path) / TEXT_IDS).is_file()  # ours, damaged
+    return isinstance(header, dict) and str(header.get("format")).startswith(FORMATS)
+
+
+def inputs_of(path: str | Path) -> list[dict[str, str]]:
+    """What a data set was made of: path, format and digest of each input; nothing where an older version made it."""
+    try:
+        return list(_header(Path(path)).get("inputs", []))
+    except UserError:
+        return []
 
 
 def sha256(content: bytes) -> str:

@@ -20,6 +20,7 @@ from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.data.filters import ClipLimits
 from tortoise_jax.data.recordings import Loaded, Recording, load_ahead, load_clips
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import digest_of
 
 GROUP = 512  # sounds per shard: the most that a killed run loses, an hour of audio
 FEW = 64  # so few files are decoded before worker processes would have started
@@ -85,7 +86,7 @@ def encode_all(
     Each host does its share of what is missing in the folder `out`; all of them return the same.
     """
     audio = [SAMPLE_RATE, N_FFT, HOP, mel_norms_digest(pretrained.mel_norms)]
-    codes_key = shards.digest_of([shards.LAYOUT, pretrained.dvae.digest, audio])
+    codes_key = digest_of([shards.LAYOUT, pretrained.dvae.digest, audio])
     groups = grouped(recordings, group_size)
     # The names in it are those of the first data sets: a key must not change while what it stands for does not.
     settings = {

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.splits import NAMES
 from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.files import digest_of
 
 # Folders of one speaker's recordings that are not named after the speaker.
 CONTAINERS = ("wavs", "wav", "clips", "audio", "audios", "segments")
@@ -34,6 +37,24 @@ class Input:
     format: str
     clips: list[Clip]
     warnings: list[str]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells whether what is read changed since: every line's fields, and the sizes and times of the recordings."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        return digest_of([[*_fields(clip), os.path.relpath(clip.audio, root), *_stat(clip.audio)] for clip in self.clips])
+
+
+def _fields(clip: Clip) -> tuple[Any, ...]:
+    return (clip.id, clip.text, clip.speaker, clip.split, clip.start, clip.end, clip.reason)
+
+
+def _stat(path: Path) -> tuple[int, int] | tuple[()]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def read_inputs(paths: Sequence[Path], format: str | None = None) -> list[Input]:

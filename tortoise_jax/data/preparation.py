@@ -19,6 +19,7 @@ from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_
 from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION_PART, assign_splits, moved_to_validation
 from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.files import LOCK, is_partial
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.cleaners import CLEANERS
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -79,6 +80,13 @@ def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Optio
     out = Path(out)
     check_out(out)
     inputs = read_inputs(_paths(data), options.format)
+    check_inputs(out, inputs)
+    with parallel.alone_in(out, "--out"):
+        return prepare_inputs(inputs, checkpoint, out, options)
+
+
+def prepare_inputs(inputs: Sequence[Input], checkpoint: str | Path, out: Path, options: Options) -> dict[str, Any]:
+    """`prepare` of inputs that are read, in a folder that is this run's."""
     pretrained = load_pretrained(checkpoint, parts=("dvae",))
     tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer, ar_config(pretrained))
     limits = limits_of(ar_config(pretrained), options)
@@ -91,7 +99,7 @@ def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Optio
         report.write_report(out, found.report, found.kept, found.rejected, drawn)
     check_rejected(found, options.max_rejected, f"{out / report.REJECTED} lists every one")
     if parallel.is_main():
-        write_dataset(out, found.kept, pretrained, tokenizer, options)
+        write_dataset(out, inputs, found.kept, pretrained, tokenizer, options)
         shards.remove_others(out, keys, {sound.shard for sound in sounds})
         print(f"written: {out} ({report.REPORT}, {report.REJECTED} and {report.PICTURE} say what is in it)")
     parallel.wait_for_all("prepare: written")
@@ -158,10 +166,31 @@ def check_out(out: Path) -> None:
     """Raises UserError where a data set would be mixed with something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out must be a folder, or the name of a new one")
-    if not out.is_dir() or dataset.is_dataset(out) or (out / shards.FINISHED).is_dir():
+    if not out.is_dir() or dataset.is_dataset(out):
         return
-    if any(path.name != dataset.SHARDS for path in out.iterdir()):  # with shards alone, the first group was interrupted
-        raise UserError(f"{out}: holds other files and no data set; choose a new or empty folder for --out")
+    # What interrupted preparations leave, and those that rejected too many clips.
+    known = {LOCK, shards.FINISHED, dataset.SHARDS}
+    if report.is_report(out / report.REPORT):
+        known |= {report.REPORT, report.REJECTED, report.PICTURE, dataset.CLIPS, dataset.TEXT_IDS, dataset.TOKENIZER}
+    others = [path for path in sorted(out.iterdir()) if path.name not in known and not is_partial(path)]
+    others += shards.not_ours(out)
+    if others:
+        raise UserError(
+            f"{out}: holds other files and no data set, e.g. {others[0].relative_to(out)}; choose a new or empty "
+            "folder for --out"
+        )
+
+
+def check_inputs(out: Path, inputs: Sequence[Input]) -> None:
+    """Raises UserError where a data set would be replaced by one of other recordings; more of them may be added."""
+    paths, digests = {str(i.path.resolve()) for i in inputs}, {i.digest for i in inputs}
+    before = dataset.inputs_of(out)
+    gone = [i["path"] for i in before if i["path"] not in paths and i["digest"] not in digests]
+    if gone:
+        raise UserError(
+            f"{out} holds a data set of {', '.join(gone)}, which --data does not name: it would be replaced; name that "
+            "too, choose another --out, or remove the data set"
+        )
 
 
 def _paths(data: Paths) -> list[Path]:
@@ -234,7 +263,12 @@ def check_rejected(found: Assessed, max_rejected: float, where: str) -> None:
 
 
 def write_dataset(
-    out: Path, clips: Sequence[Clip], pretrained: Pretrained, tokenizer: Tokenizer, options: Options
+    out: Path,
+    inputs: Sequence[Input],
+    clips: Sequence[Clip],
+    pretrained: Pretrained,
+    tokenizer: Tokenizer,
+    options: Options,
 ) -> None:
     """The index of the kept clips, in the order of the inputs' lines."""
     digests = {
@@ -244,4 +278,5 @@ def write_dataset(
     }
     own = options.tokenizer is not None
     about = digests | {"cleaner": options.cleaner, "seed": options.seed, "own_tokenizer": own}
+    about["inputs"] = [{"path": str(i.path.resolve()), "format": i.format, "digest": i.digest} for i in inputs]
     dataset.write_index(out, clips, tokenizer, about)

@@ -203,6 +203,15 @@ def write_report(
     write_atomically(out / PICTURE, picture(kept, rejected, limits))
 
 
+def is_report(file: Path) -> bool:
+    """Whether a file is a REPORT, as `make_report` makes it."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"inputs", "kept", "rejected", "reasons", "settings"} <= found.keys()
+
+
 def rejected_tsv(rejected: Sequence[Clip]) -> str:
     """Every rejected clip: file, line, reason, detail, recording, text."""
     text = io.StringIO()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +21,16 @@ import numpy as np
 from tortoise_jax.data.clips import Record, Sound
 from tortoise_jax.data.dataset import SHARDS
 from tortoise_jax.data.recordings import Recording
-from tortoise_jax.files import remove_partials, write_atomically
+from tortoise_jax.files import digest_of, is_partial, remove_partials, write_atomically
 
 FINISHED = "finished"
+SHARD_NAME = re.compile(r"\d{5}-[0-9a-f]{16}\.bin")
 LAYOUT = 1  # raise it when a record, a group's file or a reason to reject a sound changes
 
 
 # The fields of a sound as a group's file has them: what was measured is an object of its own.
 MEASURED = ("key", "samples", "trimmed", "loudness_db", "ends_abruptly", "reason", "detail")
 STORED = ("shard", "offset", "codes", "codes_crc32", "waveform_crc32")
-
-
-def digest_of(value: Any) -> str:
-    """A short digest of anything JSON can hold."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def group_key(group: Sequence[Recording], settings: dict[str, Any]) -> str:
@@ -102,7 +99,7 @@ def is_whole(out: Path, shard: str) -> bool:
     """Whether a shard exists and has the content it is named after."""
     path = out / SHARDS / shard
     try:
-        return _content_digest(path.read_bytes()) == path.stem.split("-")[1]
+        return bool(SHARD_NAME.fullmatch(shard)) and _content_digest(path.read_bytes()) == path.stem.split("-")[1]
     except OSError:
         return False
 
@@ -132,15 +129,23 @@ def read_record(out: Path, sound: Sound) -> Record | None:
 
 def remove_others(out: Path, keys: set[str], shards: set[str]) -> None:
     """Removes the groups and shards that a finished data set does not need, and what killed runs left half-written."""
+    foreign = set(not_ours(out))
     remove_partials(out)
-    for folder, names, needed in (
-        (FINISHED, "[0-9a-f]" * 32 + ".json", {f"{key}.json" for key in keys}),
-        (SHARDS, "[0-9]" * 5 + "-" + "[0-9a-f]" * 16 + ".bin", shards),
-    ):
+    for folder, needed in ((FINISHED, {f"{key}.json" for key in keys}), (SHARDS, shards)):
         remove_partials(out / folder)
-        for path in (out / folder).glob(names):
-            if path.name not in needed:
+        for path in (out / folder).glob("*"):
+            if path.name not in needed and path not in foreign:
                 path.unlink(missing_ok=True)
+
+
+def not_ours(out: Path) -> list[Path]:
+    """What no preparation wrote in the folders of groups and shards, known by content: the key or digest in the name."""
+    groups = {path: _finished(path) for path in sorted((out / FINISHED).glob("*"))}
+    named = {group["shard"] for group in groups.values() if group}
+    shards = sorted((out / SHARDS).glob("*"))
+    foreign = [path for path, group in groups.items() if not group]
+    foreign += [path for path in shards if path.name not in named and not is_whole(out, path.name)]
+    return [path for path in foreign if not is_partial(path)]
 
 
 def _content_digest(content: bytes) -> str:
@@ -148,10 +153,12 @@ def _content_digest(content: bytes) -> str:
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
+    """A group's file; None for anything else."""
     try:
-        return json.loads(path.read_bytes())
+        group = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
+    return group if isinstance(group, dict) and group.get("key") == path.stem and "codes_key" in group else None
 
 
 def _sounds(group: dict[str, Any]) -> list[Sound]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.pretrained import METADATA, Pretrained, write_metadata
-from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
+from tortoise_jax.checkpoints.pretrained import (
+    MEL_NORMS,
+    METADATA,
+    TOKENIZER,
+    Pretrained,
+    read_metadata,
+    read_parts,
+    write_metadata,
+)
+from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
+from tortoise_jax.checkpoints.trees import checksum
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import copy_folder, read_json, remove_partials, write_atomically
 from tortoise_jax.training.config import flat
@@ -26,7 +37,9 @@ from tortoise_jax.training.metrics import MetricWriter
 CONFIG = "config.json"
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
-FIXED = ("seed", "batch_size", "optimizer.name", "optimizer.freeze", "data_digest")
+FIXED = ("seed", "batch_size", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+# What a run writes; without CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
+WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, AR, DVAE, "summary.json", "report.html")
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
@@ -44,39 +57,74 @@ class Run:
 
 
 def begin(
-    run: Path, settings: ConfigDict, pretrained: Pretrained, data_digest: str, renamed: Mapping[str, str]
+    run: Path, settings: ConfigDict, pretrained: Pretrained, digests: Mapping[str, str], renamed: Mapping[str, str]
 ) -> list[str]:
     """Makes the run's directory a checkpoint of its own (metadata, dVAE), or checks that it is this run's.
 
-    Returns the settings that changed since the run began. Every host must call it. renamed: old names of fields, which
-    a run begun with an older version has.
+    Returns the settings that changed since the run began. Every host must call it. digests: "data_digest" and
+    "text_digest" of the data set. renamed: old names of fields, which a run begun with an older version has.
     """
-    now = json.loads(json.dumps(flat(settings) | {"data_digest": data_digest}))
-    if parallel.is_main():
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
-    parallel.check_shared(run)
+    check_folder(run)
+    now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
-    changed = changes({renamed.get(name, name): value for name, value in before.items()}, now)
-    refused = [line for line in changed if line.split(":")[0] in FIXED]
+    before = {renamed.get(name, name): value for name, value in before.items()}
+    changed = changes(before, now)
+    refused = [line for line in changed if (name := line.split(":")[0]) in FIXED and name in before]
     if refused:
         advice = "begin another with --workdir, or put the old settings back"
         raise UserError(f"{run} was begun with what cannot change: {'; '.join(refused)}; {advice}")
+    if (run / METADATA).exists():
+        check_checkpoint(run, pretrained, str(before.get("checkpoint")), str(now["checkpoint"]))
     parallel.wait_for_all("reading the run's directory")
     if parallel.is_main():
         try:
             remove_partials(run)
-            if not (run / METADATA).exists():
-                if not (run / "dvae").exists():
-                    copy_folder(pretrained.path / "dvae", run / "dvae")
-                write_metadata(run, pretrained)
             write_atomically(run / CONFIG, json.dumps(now, indent=2) + "\n")
+            if not (run / METADATA).exists():
+                shutil.rmtree(run / DVAE, ignore_errors=True)  # of a start that was killed, maybe of another checkpoint
+                copy_folder(pretrained.path / DVAE, run / DVAE)
+                write_metadata(run, pretrained)
         except OSError as error:
             raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
     parallel.wait_for_all("writing the run's directory")
     return changed
+
+
+def check_folder(run: Path) -> None:
+    """Raises UserError where files of something else than a run would be overwritten."""
+    if (run / CONFIG).exists():
+        config = read_json(run / CONFIG)
+        ours = isinstance(config, dict) and "data_digest" in config
+    else:
+        ours = False
+    taken = [name for name in WRITTEN if (run / name).exists()]
+    if taken and not ours:
+        raise UserError(f"--workdir {run} holds a {taken[0]} that is no run's; choose a new or empty folder")
+
+
+def check_checkpoint(run: Path, pretrained: Pretrained, before: str, now: str) -> None:
+    """Raises UserError where a run that goes on is given another checkpoint than it began with.
+
+    One in another place (`now` is not `before`) is the same if its weights are; a run to start from may have gone on
+    since.
+    """
+    metadata = read_metadata(run)
+    checksums = metadata.get("checksums", {}) if now != before else {}  # old versions wrote none
+    for name, part in read_parts(run, metadata).items():
+        given = pretrained.part(name)
+        if given.config != part.config:
+            other = "dimensions"
+        elif "" not in (given.digest, part.digest) and given.digest != part.digest:
+            other = "weights"
+        elif name in checksums and checksum(given.tree) != checksums[name]:
+            other = "weights"
+        else:
+            continue
+        there = f"{before} -> {now}" if now != before else now
+        raise UserError(
+            f"{run} was begun with another config.checkpoint ({there}): its {PART_TYPES[name].title} had other {other}; "
+            "begin another run with --workdir, or put the old checkpoint back"
+        )
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
