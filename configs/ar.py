@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.gradient_accumulation_steps = 4  # micro-batches per step on each device; raise it when memory runs out
     config.eval_every = placeholder(int)  # steps between validation losses, and the checkpoints they judge
     config.save_every = 0  # steps between further checkpoints; 0: only after evaluations
+    config.save_to = ""  # where the steps are saved, if not in --workdir: a folder or gs://BUCKET/… all hosts reach
     config.patience = 5  # evaluations without a better validation loss before the run ends; 0: never
 
     # Optimiser: DLAS's numbers where not said otherwise.

@@ -24,7 +24,7 @@ from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
 from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, read_metadata
-from tortoise_jax.checkpoints.run_checkpoints import STEPS
+from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import read_json, write_json
 
@@ -93,9 +93,9 @@ def check_names(out: Path, source: Path | None) -> None:
 
 def check_step(checkpoint: Path, part: str, step: int | None) -> None:
     """Raises UserError for a step of a converted checkpoint, or of a dVAE, which is not trained."""
-    is_run = (checkpoint / STEPS).is_dir()
-    if step is not None and (not is_run or part == DVAE):
-        what = "the dVAE is the same at every step" if is_run else f"{checkpoint} is a converted checkpoint, not a run"
+    of_run = is_run(checkpoint)
+    if step is not None and (not of_run or part == DVAE):
+        what = "the dVAE is the same at every step" if of_run else f"{checkpoint} is a converted checkpoint, not a run"
         raise UserError(f"--step {step}: {what}")
 
 

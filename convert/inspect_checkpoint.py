@@ -21,7 +21,7 @@ from convert.tables import MODELS
 from convert.torch_files import Loaded, load
 from tortoise_jax.checkpoints.parts import PART_TYPES
 from tortoise_jax.checkpoints.pretrained import METADATA, load_pretrained
-from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.errors import UserError, exit_with_one_line
 
@@ -89,13 +89,12 @@ def trained(metadata: dict[str, Any]) -> str:
 
 def inspect_ours(path: Path) -> list[str]:
     """The lines about a converted checkpoint or a run. Every array is read once, so that damage is found."""
-    is_run = (path / STEPS).is_dir()
-    lines = [f"{path}: {'a run' if is_run else 'a converted checkpoint'} of tortoise_jax"]
+    lines = [f"{path}: {'a run' if is_run(path) else 'a converted checkpoint'} of tortoise_jax"]
     whole = load_pretrained(path)
     for name, part in whole.parts.items():
         size = f"{parameter_count(part.tree):,} {counted(part.config)}"
         lines.append(f"  {PART_TYPES[name].title}: {MODELS[name].summary(part.config)}, {size}")
-    if is_run:
+    if is_run(path):
         checkpoints = RunCheckpoints.to_read(path)
         lines.append(f"  steps {', '.join(map(str, checkpoints.steps()))}; the best is {checkpoints.best()}")
     for name, origin in whole.source.items():

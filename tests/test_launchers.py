@@ -189,3 +189,32 @@ def test_started_by_a_launcher_processes_join(launcher: str) -> None:
     both = [Host("nothing", **(port | environment)) for environment in environments]
     assert [host.end() for host in both] == [0, 0]
     assert [host.lines for host in both] == [["joined 2", "ended"]] * 2
+
+
+@pytest.mark.parametrize(("per_node", "cards"), [("1(x2)", ["all", "all"]), ("2", ["0", "1"])])
+def test_a_process_alone_on_its_machine_has_all_its_cards(per_node: str, cards: list[str]) -> None:
+    """Under SLURM JAX gives every process one card, which leaves the others idle where a node has one process."""
+    port = {"JAX_COORDINATOR_PORT": str(free_port()), "SLURM_STEP_TASKS_PER_NODE": per_node}
+    where = [("0", str(i)) if per_node == "2" else (str(i), "0") for i in range(2)]
+    environments = [
+        srun(2) | {"SLURM_PROCID": str(i), "SLURM_NODEID": node, "SLURM_LOCALID": local}
+        for i, (node, local) in enumerate(where)
+    ]
+    both = [Host("cards", **(port | environment)) for environment in environments]
+    assert [host.end() for host in both] == [0, 0]
+    assert [host.lines for host in both] == [["joined 2", f"cards: {card}", "ended"] for card in cards]
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x3),1", "SLURM_NODEID": "2"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x3),1", "SLURM_NODEID": "3"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x3),1", "SLURM_NODEID": "4"}, False),
+    ],
+)
+def test_processes_of_one_machine_are_counted(environment: dict[str, str], alone: bool) -> None:
+    assert launchers.alone_on_its_machine(environment) == alone

@@ -25,6 +25,7 @@ from tests.support import runs
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.errors import UserError
 
 STEPS = runs.FIELDS["steps"]
@@ -347,3 +348,32 @@ def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     assert_one_line(runs.train(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
     assert not run.exists()
+
+
+def test_steps_saved_elsewhere_are_resumed_from_and_exported(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Orbax's path library takes folders and buckets alike; here it is a folder."""
+    run, bucket = tmp_path / "run", tmp_path / "bucket"
+    for steps in (3, runs.FIELDS["steps"]):
+        done = runs.train(project, run, save_to=bucket, steps=steps, export="voice.pth")
+        assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stdout
+    assert not (run / "steps").exists()
+    assert RunCheckpoints.to_read(run).steps() == RunCheckpoints.to_read(undisturbed).steps()
+    ours, theirs = (load_pretrained(path, ("ar",)).ar.params for path in (run, undisturbed))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+    assert (run / "voice.pth").exists()
+    moved = runs.train(project, run, save_to=tmp_path / "other", steps=8)
+    assert moved.returncode == 2
+    assert "was begun with what cannot change: save_to" in moved.stderr
+    another = runs.train(project, tmp_path / "another", save_to=bucket)
+    assert another.returncode == 2
+    assert f"config.save_to={bucket} holds steps of another run; choose an empty folder" in another.stderr
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_line(project: Path, tmp_path: Path) -> None:
+    done = runs.train(project, tmp_path / "run", save_to="gs://nobodys/steps")
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "gs://nobodys/steps, where" in line
+    assert "cannot be reached" in line
+    assert "Traceback" not in done.stderr

@@ -143,7 +143,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists already; remove it or choose another name")
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists() and not (partial / LOCK).is_file() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise UserError(f"{partial} is needed to write {target} and holds something else; move it or choose another place")
+        raise UserError(
+            f"{partial} is needed to write {target} and holds something else; move it or choose another place"
+        )
     with locked(partial):
         try:
             for left in partial.iterdir():

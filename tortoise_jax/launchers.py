@@ -7,6 +7,7 @@ takes for a process alone: N workers would train N times, in one folder. So the 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from tortoise_jax.errors import UserError
@@ -54,6 +55,16 @@ def slurm(environment: Mapping[str, str]) -> Announced | None:
         )
     count = max(tasks, step)
     return Announced(f"SLURM (SLURM_NTASKS={count})", count, BY_HAND) if count else None
+
+
+def alone_on_its_machine(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM or Open MPI started one process on this machine, which then has all its cards."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return whole(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") == 1
+    nodes = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "8(x3),2"
+    tasks = [int(count) for count, times in nodes for _ in range(int(times or 1))]
+    node = whole(environment, "SLURM_NODEID")
+    return node < len(tasks) and tasks[node] == 1
 
 
 def tpu_pod(environment: Mapping[str, str]) -> Announced | None:

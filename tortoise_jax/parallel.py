@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 
 from tortoise_jax.errors import UserError, first_line, report
 from tortoise_jax.files import locked
-from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, announced, whole
+from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, alone_on_its_machine, announced, whole
 from tortoise_jax.native_errors import NativeErrors
 
 AXIS = "data"
@@ -143,6 +143,9 @@ def join(by: str, coordinator: str | None = None, count: int | None = None, inde
                 heartbeat_timeout_seconds=seconds("LOST_SECONDS", LOST_SECONDS),
                 shutdown_timeout_seconds=END_SECONDS,
             )
+            if alone_on_its_machine(os.environ):  # JAX expects a process per card there, and gives each the one
+                jax.config.update("jax_cuda_visible_devices", "all")
+                jax.config.update("jax_rocm_visible_devices", "all")
             counts = exchange(str(state.num_processes))
     except Exception as error:  # whatever a launcher's detection raises
         hosts.native.stop()

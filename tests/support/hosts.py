@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 
 from tortoise_jax import parallel
 from tortoise_jax.errors import UserError, exit_with_one_line
@@ -35,6 +36,10 @@ def say(line: str) -> None:
 
 def nothing() -> None:
     parallel.wait_for_all("nothing")
+
+
+def cards() -> None:
+    say(f"cards: {CUDA_VISIBLE_DEVICES.value}")
 
 
 def total() -> None:
@@ -85,7 +90,7 @@ def abort() -> None:
     os.abort()
 
 
-WAYS = {function.__name__: function for function in (nothing, total, idle, steps, stop, fail, fail_alike, abort)}
+WAYS = {function.__name__: function for function in (nothing, cards, total, idle, steps, stop, fail, fail_alike, abort)}
 
 if __name__ == "__main__":
     exit_with_one_line(main)

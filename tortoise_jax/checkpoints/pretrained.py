@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part, abstract_tree, abstract_variables, in_collections
-from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import Tree, checksum, restore_tree, save_tree
 from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import read_json, write_json, written_whole
@@ -133,7 +133,7 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
     for name in found if parts is None else parts:
         part = pretrained.part(name)
         shapes = abstract_tree(part.config)
-        if name == AR and (path / STEPS).is_dir():
+        if name == AR and is_run(path):
             found_step, tree = RunCheckpoints.to_read(path).restore_params(shapes, step)
             pretrained = dataclasses.replace(pretrained, step=found_step)
         else:

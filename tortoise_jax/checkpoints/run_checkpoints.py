@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,18 +12,37 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore_tree
 from tortoise_jax.errors import UserError, first_line
 
 STEPS = "steps"
+ELSEWHERE = "steps.txt"  # in a run's directory: where its steps are, if not in STEPS
 PARAMS_CRC32 = "params_crc32"
 REMOVAL_SECONDS = 1  # longer than a run takes to remove an old checkpoint
 
 
+def is_run(path: Path) -> bool:
+    return (path / STEPS).is_dir() or (path / ELSEWHERE).is_file()
+
+
+def steps_folder(run: Path) -> epath.Path:
+    """Where a run's steps are: in its own directory, or where it says. Raises UserError where that cannot be reached."""
+    if not (run / ELSEWHERE).is_file():
+        return epath.Path((run / STEPS).absolute())
+    elsewhere = (run / ELSEWHERE).read_text(encoding="utf-8").strip()
+    try:
+        folder = epath.Path(elsewhere)
+        folder.exists()
+    except Exception as error:  # of the storage's own client, which may not be installed either
+        raise UserError(f"{elsewhere}, where {run} has its steps, cannot be reached: {first_line(error)}") from None
+    return folder
+
+
 class RunCheckpoints:
-    """The steps of a run under `RUN/steps`: params and optimiser state apart, so that weights alone can be read.
+    """The steps of a run in its `steps_folder`: params and optimiser state apart, so that weights alone can be read.
 
     Made, saved, restored and finished by every host of a run, since orbax waits for all of them at each call;
     `to_read` is for one host alone.
@@ -33,7 +51,7 @@ class RunCheckpoints:
     def __init__(self, run: Path, keep_last: int = 2, *, alone: bool = False) -> None:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-        self.folder = run / STEPS
+        self.folder = steps_folder(run)
         loss = lambda metrics: metrics["loss"]
         best = keep.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -45,7 +63,7 @@ class RunCheckpoints:
             read_only=alone,
             multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
-        self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     @classmethod
     def to_read(cls, run: Path) -> RunCheckpoints:
@@ -134,7 +152,7 @@ class RunCheckpoints:
         parallel.wait_for_all(f"putting aside {step}")
         if parallel.is_main():
             target = self.folder / f"{step}.damaged"
-            shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier try
+            target.rmtree(missing_ok=True)  # the same step of an earlier try
             (self.folder / str(step)).rename(target)
         parallel.wait_for_all(f"put aside {step}")
         self.manager.reload()

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from tortoise_jax import parallel
@@ -53,14 +54,14 @@ def on_this_host() -> ocp.options.MultiprocessingOptions:
     )
 
 
-def restore_tree(path: Path, shapes: Tree) -> Tree:
+def restore_tree(path: Path | epath.Path, shapes: Tree) -> Tree:
     """Numpy arrays of exactly these shapes, read by this host alone; anything else on disk is a UserError."""
     if not path.is_dir():
         raise UserError(f"{path} is missing: the checkpoint is incomplete")
     target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=on_this_host()) as checkpointer:
-            return checkpointer.restore(path.absolute(), target)
+            return checkpointer.restore(epath.Path(path).absolute(), target)
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
 

@@ -42,7 +42,9 @@ class Input:
     def digest(self) -> str:
         """Tells whether what is read changed since: every line's fields, and the sizes and times of the recordings."""
         root = self.path if self.path.is_dir() else self.path.parent
-        return digest_of([[*_fields(clip), os.path.relpath(clip.audio, root), *_stat(clip.audio)] for clip in self.clips])
+        return digest_of(
+            [[*_fields(clip), os.path.relpath(clip.audio, root), *_stat(clip.audio)] for clip in self.clips]
+        )
 
 
 def _fields(clip: Clip) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from tortoise_jax.checkpoints.pretrained import (
     read_parts,
     write_metadata,
 )
-from tortoise_jax.checkpoints.run_checkpoints import STEPS, RunCheckpoints
+from tortoise_jax.checkpoints.run_checkpoints import ELSEWHERE, STEPS, RunCheckpoints, steps_folder
 from tortoise_jax.checkpoints.trees import checksum
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import copy_folder, read_json, remove_partials, write_atomically
@@ -37,9 +37,9 @@ from tortoise_jax.training.metrics import MetricWriter
 CONFIG = "config.json"
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
-FIXED = ("seed", "batch_size", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+FIXED = ("seed", "batch_size", "save_to", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
 # What a run writes; without CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
-WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, AR, DVAE, "summary.json", "report.html")
+WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, "summary.json", "report.html")
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
@@ -67,7 +67,7 @@ def begin(
     check_folder(run)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
-    before = {renamed.get(name, name): value for name, value in before.items()}
+    before = {"save_to": ""} | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
     refused = [line for line in changed if (name := line.split(":")[0]) in FIXED and name in before]
     if refused:
@@ -76,18 +76,35 @@ def begin(
     if (run / METADATA).exists():
         check_checkpoint(run, pretrained, str(before.get("checkpoint")), str(now["checkpoint"]))
     parallel.wait_for_all("reading the run's directory")
-    if parallel.is_main():
-        try:
-            remove_partials(run)
-            write_atomically(run / CONFIG, json.dumps(now, indent=2) + "\n")
-            if not (run / METADATA).exists():
-                shutil.rmtree(run / DVAE, ignore_errors=True)  # of a start that was killed, maybe of another checkpoint
-                copy_folder(pretrained.path / DVAE, run / DVAE)
-                write_metadata(run, pretrained)
-        except OSError as error:
-            raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
-    parallel.wait_for_all("writing the run's directory")
+    parallel.on_main(lambda: write_beginning(run, now, pretrained))
     return changed
+
+
+def write_beginning(run: Path, settings: dict[str, Any], pretrained: Pretrained) -> None:
+    """Writes what a run has before its first step; for one that goes on, its settings."""
+    try:
+        remove_partials(run)
+        if settings["save_to"] and not (run / CONFIG).exists():
+            save_elsewhere(run, settings["save_to"])
+        write_atomically(run / CONFIG, json.dumps(settings, indent=2) + "\n")
+        if not (run / METADATA).exists():
+            shutil.rmtree(run / DVAE, ignore_errors=True)  # of a start that was killed, maybe of another checkpoint
+            copy_folder(pretrained.path / DVAE, run / DVAE)
+            write_metadata(run, pretrained)
+    except OSError as error:
+        raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
+
+
+def save_elsewhere(run: Path, folder: str) -> None:
+    """Says in a new run's directory where its steps go. Raises UserError where somebody's steps are there already."""
+    absolute = folder if "://" in folder else str(Path(folder).absolute())
+    write_atomically(run / ELSEWHERE, absolute + "\n")
+    try:
+        if any(path.name.isdigit() for path in steps_folder(run).glob("*")):
+            raise UserError(f"config.save_to={folder} holds steps of another run; choose an empty folder")
+    except UserError:
+        (run / ELSEWHERE).unlink()
+        raise
 
 
 def check_folder(run: Path) -> None:
