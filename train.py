@@ -69,7 +69,7 @@ def train(settings: ConfigDict, flags: Any) -> None:
     # 2. Checkpoint; a plan needs no weights.
     pretrained = load_pretrained(settings.checkpoint, () if flags.plan else (AR, DVAE))
     parallel.check_same_everywhere("the checkpoint", {name: part.digest for name, part in pretrained.parts.items()})
-    say(f"checkpoint: {settings.checkpoint}")
+    say(f"checkpoint: {settings.checkpoint}{'' if pretrained.step is None else f', step {pretrained.step}'}")
 
     # 3. Data.
     if flags.plan:
@@ -106,9 +106,13 @@ def train(settings: ConfigDict, flags: Any) -> None:
         # 7. Export.
         if ended == INTERRUPTED:
             say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
-        elif parallel.is_main():
+            return
+        if parallel.is_main():
             report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
-            say(f"{ended}; report: {folder / 'report.html'}")
+        say(f"{ended}; report: {folder / 'report.html'}")
+        if loop.failure:
+            raise UserError(f"{folder}: {loop.failure}; nothing was exported, the best is step {checkpoints.best()}")
+        if parallel.is_main():
             export(folder, settings.export, dataset)
 
 
@@ -290,6 +294,9 @@ def resume_or_start(checkpoints: RunCheckpoints, step_config: StepConfig, params
 def export(folder: Path, name: str, dataset: Dataset) -> None:
     """Writes the best checkpoint for TorToiSe where torch is installed, else says how; and the voice's vector."""
     best = load_pretrained(folder, (AR,))
+    if best.step == 0:
+        say("no step was better than the start on held-out clips, so nothing is exported; flax_to_torch.py has --step")
+        return
     for speaker, clips in fixed_voices(dataset).items():
         file = folder / "voices" / f"{re.sub(r'[^A-Za-z0-9_-]', '_', speaker)}.npz"
         file.parent.mkdir(exist_ok=True)

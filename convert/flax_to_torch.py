@@ -69,6 +69,8 @@ def export(
     at = f" of step {step}" if step is not None else ""
     beside = out.with_suffix(".json").name
     lines = [f"{out}: {own} tensors{at}, {dtype}, read back and equal bit for bit; keep {beside} beside it"]
+    if step == 0:
+        lines.append("  step 0 is the start of the run, before any training")
     reasons = Counter(mapping.match(model.table, key).row.reason for key in added)
     lines += [f"  added {count} tensors: {reason}" for reason, count in reasons.items()]
     return lines + model.how_to_use(config, facts, out)

@@ -281,6 +281,32 @@ def test_several_inputs_and_speakers_in_one_set(checkpoint, tmp_path):
     assert Counter(clip.speaker for clip in made.clips if clip.split == "validation") == {"ann": 1, "bob": 1}
 
 
+def test_more_held_out_than_asked_for_is_said(checkpoint, tmp_path):
+    """Five speakers, of whom each gives a clip; not where the lines say so, nor for one clip that is more than 5 %."""
+    for speaker in range(5):
+        (tmp_path / "all" / f"s{speaker}").mkdir(parents=True)
+        for i in range(3):
+            write_speech(tmp_path / "all" / f"s{speaker}" / f"{i}.wav", 3 * speaker + i)
+            (tmp_path / "all" / f"s{speaker}" / f"{i}.txt").write_text(f"Sentence {'abc'[i]} of {'vwxyz'[speaker]}.")
+    (warning,) = check(tmp_path / "all", checkpoint, QUICK)["warnings"]
+    assert warning.startswith("33% of the clips are held out (5 of 15), --validation asks for 5%: every speaker gives")
+    rows = [f"all/s{i // 3}/{i % 3}.wav\tSentence {'abcdefghijklmno'[i]}\t{'dev' if i < 9 else 'train'}" for i in range(15)]
+    (tmp_path / "table.tsv").write_text("audio\ttext\tsplit\n" + "\n".join(rows) + "\n")
+    assert not check(tmp_path / "table.tsv", checkpoint, QUICK)["warnings"]
+    assert not check(tmp_path / "all" / "s0", checkpoint, QUICK)["warnings"]
+
+
+def test_a_recording_no_decoder_reads_is_a_rejected_line(checkpoint, tmp_path):
+    """Whisper was given b.m4a: its segments are counted, not passed over."""
+    segments = [{"start": s, "end": s + 0.9, "text": "Something said."} for s in (0.0, 1.0)]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"segments": segments}))
+    write_speech(tmp_path / "a.wav", 0)
+    (tmp_path / "b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + b"\0" * 100)
+    report = check(tmp_path, checkpoint, QUICK)
+    assert (report["lines"], report["reasons"]["unreadable"]["lines"]) == (4, 2)
+
+
 def test_letters_of_another_language_are_warned_of(checkpoint, tmp_path, capsys):
     root = tmp_path / "ann"
     (root / "wavs").mkdir(parents=True)

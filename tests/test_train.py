@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -21,12 +23,15 @@ import pytest
 import soundfile
 
 import tortoise_jax as tj
+from convert import flax_to_torch
 from tests.support import runs
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.checkpoints.parts import Part
+from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import locked
 
 STEPS = runs.FIELDS["steps"]
 
@@ -178,11 +183,12 @@ def test_killed_while_saving_it_ends_the_same(project: Path, undisturbed: Path) 
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    (run / ".history.jsonl.1.partial").write_text("half")
+    (run / ".history.jsonl.1.tortoise_jax-partial").write_text("half")
+    (run / ".film.mp4.partial").write_text("somebody's")
     done = runs.train(project, run, save_every=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(run, undisturbed)
-    assert not list(run.glob(".*.partial"))
+    assert [path.name for path in run.glob(".*")] == [".film.mp4.partial"]
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturbed: Path) -> None:
@@ -255,6 +261,121 @@ def test_one_flipped_bit_is_refused_wherever_a_run_is_read(project: Path, undist
     assert_one_line(runs.train(project, tmp_path / "next", checkpoint=run), named)
     with pytest.raises(UserError, match=named):
         tj.load(run)
+
+
+def test_a_diverged_run_says_so_and_offers_its_start(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fields = dict(steps=20, patience=2, export="voice.pth", optimizer__learning_rate=1.0)
+    done = runs.train(project, run, **fields)
+    assert_one_line(done, "diverged: held-out clips have got much worse since step 0", "nothing was exported")
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["ended"], summary["best_step"]) == ("diverged", 0)
+    page = (run / "report.html").read_text()
+    assert "step 0, the start: no step was better" in page
+    assert "flax_to_torch" not in page
+    assert not list(run.glob("voice*"))
+    best, start = load_pretrained(run), load_pretrained(project / "checkpoint")
+    assert best.step == 0
+    jax.tree.map(np.testing.assert_array_equal, best.ar.params, start.ar.params)
+    assert_one_line(runs.train(project, run, **fields), "diverged", "nothing was exported")  # as often as it is run
+
+
+def test_a_run_into_a_real_nan_ends_as_one_that_failed(project: Path, tmp_path: Path) -> None:
+    """Weights that grow fiftyfold at every step: gradients overflow after a few. The start and a report are kept."""
+    run, growing = tmp_path / "run", {"optimizer__learning_rate": 1.0, "optimizer__weight_decay": 50.0}
+    done = runs.train(project, run, steps=200, patience=0, max_nonfinite=2, export="voice.pth", **growing)
+    assert_one_line(done, "2 steps in a row up to step", "not finite", "nothing was exported, the best is step 0")
+    assert "NaN or Inf found" not in done.stderr
+    assert list((run / "nonfinite").glob("step-*.npz"))
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (summary["ended"], summary["best_step"]) == ("stopped: not finite", 0)
+    assert (run / "report.html").exists()
+    assert not list(run.glob("voice*"))
+
+
+def test_a_running_run_is_exported_and_keeps_as_many_checkpoints_as_asked(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = runs.start(project, run, steps=1000, eval_every=2, save_every=1, keep_last=1, patience=0)
+    try:
+        runs.wait_for_steps(run, 3)
+        exported = set()
+        for number in range(6):
+            lines = flax_to_torch.export(run, tmp_path / f"{number}.pth")
+            exported |= {int(word) for word in re.findall(r"of step (\d+)", lines[0])}
+        assert len(exported) > 1, "the run went on meanwhile"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    kept = sorted(int(path.name) for path in (run / "steps").iterdir())
+    assert len(kept) <= 2, "the best and the last, which is SIGTERM's"
+    assert f"stopped and saved at step {kept[-1]}" in out
+
+
+def test_one_run_at_a_time_in_a_folder(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with locked(run):
+        done = runs.train(project, run)
+    assert_one_line(done, f"--workdir {run} is being written by", f"process {os.getpid()} on", "another --workdir")
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.html", "ar/x"])
+def test_a_folder_of_something_else_is_no_workdir(project: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"theirs": true}')
+    named = f"--workdir {tmp_path / 'theirs'} holds a {name.split('/')[0]} that is no run's"
+    assert_one_line(runs.train(project, tmp_path / "theirs"), named)
+    assert [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()] == [theirs]
+
+
+def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
+    project: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Of the same shapes, of others, and other weights in the same place; a copy elsewhere is the same one."""
+    start = load_pretrained(project / "checkpoint")
+    changed = jax.tree.map(np.array, start.ar.params)
+    changed["mel_head"]["bias"][0] += 1
+    wider = dataclasses.replace(start.ar.config, mel_positions=start.ar.config.mel_positions + 1)
+    other = {
+        "weights": start.with_part("ar", Part.of_tree(start.ar.config, changed)),
+        "dimensions": start.with_part("ar", Part.of_tree(wider, runs.random_params(abstract_tree(wider), 0))),
+    }
+    for what, checkpoint in other.items():
+        save_pretrained(checkpoint, tmp_path / what)
+        done = runs.train(project, undisturbed, checkpoint=tmp_path / what)
+        named = f"config.checkpoint ({project / 'checkpoint'} -> {tmp_path / what})"
+        assert_one_line(done, named, f"its AR model had other {what}", "--workdir")
+    shutil.copytree(project / "checkpoint", tmp_path / "moved")
+    moved = runs.train(project, undisturbed, checkpoint=tmp_path / "moved", sample_every=6, prompts="('Yes.',)")
+    assert moved.returncode == 0, moved.stderr
+    assert "changed since the run began: checkpoint: " in moved.stdout
+
+
+def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, tmp_path: Path) -> None:
+    recordings = runs.write_recordings(tmp_path / "recordings")
+    prepared = tmp_path / "recordings-prepared"
+    prepare(recordings, project / "checkpoint", prepared, Options(workers=1))
+    manifest, first = recordings / "metadata.csv", next((recordings / "wavs").iterdir())
+    texts, sound = manifest.read_text(), first.read_bytes()
+    again = f"python -m tortoise_jax.prepare --data {recordings} --checkpoint"
+
+    manifest.write_text(texts.rstrip() + " And more.\n")
+    assert_one_line(runs.train(project, tmp_path / "run", data=recordings), "changed since", again)
+    manifest.write_text(texts)
+    first.unlink()  # a link to the bundled voice
+    first.write_bytes(sound)
+    assert_one_line(runs.train(project, tmp_path / "run", data=recordings), "changed since", again)
+    prepare(recordings, project / "checkpoint", prepared, Options(workers=1))
+    shutil.move(recordings, tmp_path / "moved")
+    prepared.rename(tmp_path / "moved-prepared")
+    header = json.loads((tmp_path / "moved-prepared" / "dataset.json").read_text())
+    del header["inputs"]
+    (tmp_path / "moved-prepared" / "dataset.json").write_text(json.dumps(header))  # as an older version wrote it
+    done = runs.train(project, tmp_path / "run", data=tmp_path / "moved", steps=1)
+    assert done.returncode == 0, done.stderr
+    assert "moved-prepared was made by an older version: it is used as it is" in done.stdout
 
 
 def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path) -> None:
@@ -353,10 +474,10 @@ def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) ->
 def test_steps_saved_elsewhere_are_resumed_from_and_exported(project: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Orbax's path library takes folders and buckets alike; here it is a folder."""
     run, bucket = tmp_path / "run", tmp_path / "bucket"
-    for steps in (3, runs.FIELDS["steps"]):
-        done = runs.train(project, run, save_to=bucket, steps=steps, export="voice.pth")
+    for _ in range(2):
+        done = runs.train(project, run, save_to=bucket, export="voice.pth")
         assert done.returncode == 0, done.stderr
-    assert "going on from step 3" in done.stdout
+    assert f"going on from step {STEPS}" in done.stdout
     assert not (run / "steps").exists()
     assert RunCheckpoints.to_read(run).steps() == RunCheckpoints.to_read(undisturbed).steps()
     ours, theirs = (load_pretrained(path, ("ar",)).ar.params for path in (run, undisturbed))

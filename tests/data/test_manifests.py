@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,62 @@ def test_whispers_json(tmp_path):
     ]
     assert lines[1].id == "long@2.10"
     assert read(root / "long.json") == lines[:4]
+
+
+def test_no_transcript_and_no_recording_vanishes(tmp_path):
+    """What no decoder reads, or what has no recording at all, is a line of the report too."""
+    segments = json.dumps({"segments": [{"start": 0.0, "end": 2.0, "text": "One."}]})
+    files = {
+        **{"a.wav": "", "a.json": segments, "a.mp4": "", "b.m4a": "", "b.json": segments, "c.json": segments},
+        **{"c.srt": "1\n00:00:01,000 --> 00:00:02,500\nOne\n", "d.webm": "", "other.json": "{}"},
+    }
+    root = tree(tmp_path / "ann", files)
+    (root / "binary.json").write_bytes(b"\xff\xfe\x00")
+    assert [(clip.audio.name, clip.text, clip.reason) for clip in read(root)] == [
+        ("a.wav", "One.", ""),
+        ("b.m4a", "One.", ""),
+        ("d.webm", "", "no transcript"),
+        ("c.wav", "One.", ""),
+    ]
+    assert recognise(tree(tmp_path / "bob", {"b.m4a": "", "b.json": segments})) == "whisper"
+    root = tree(tmp_path / "cid", {"a.wav": "", "a.txt": "One", "b.m4a": "", "b.txt": "Two", "c.opus": ""})
+    assert [(clip.audio.name, clip.text, clip.reason) for clip in read(root)] == [
+        ("a.wav", "One", ""),
+        ("b.m4a", "Two", ""),
+        ("c.opus", "", "no transcript"),
+    ]
+    root = tree(tmp_path / "dan", {"metadata.csv": "a|One\nb|Two\n", "wavs/a.wav": "", "wavs/b.m4a": ""})
+    assert [clip.audio.name for clip in read(root)] == ["a.wav", "b.m4a"]
+
+
+def test_recordings_in_folders_without_metadata_are_mentioned(tmp_path):
+    files = {"ann/metadata.csv": "a|One\n", "ann/wavs/a.wav": "", "bob/b.wav": "", "bob/b.txt": "Two", "cid/c/d.m4a": ""}
+    (one,) = read_inputs([tree(tmp_path, files)])
+    assert one.warnings == [f"{tmp_path}: 2 recordings are in no line of metadata.csv, e.g. b.wav"]
+
+
+@pytest.mark.parametrize("transcript", ["txt", "json"])
+def test_linked_folders_are_speakers_too(tmp_path, transcript):
+    content = {"txt": "One", "json": json.dumps({"segments": [{"start": 0, "end": 2, "text": "One"}]})}[transcript]
+    tree(tmp_path / "elsewhere", {"bob/b.wav": "", f"bob/b.{transcript}": content})
+    root = tree(tmp_path / "all", {"ann/a.wav": "", f"ann/a.{transcript}": content})
+    (root / "bob").symlink_to(tmp_path / "elsewhere" / "bob")
+    (tmp_path / "elsewhere" / "bob" / "back").symlink_to(tmp_path / "all")  # round in a circle
+    assert [(clip.speaker, clip.text) for clip in read(root)] == [("ann", "One"), ("bob", "One")]
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+    root = tree(tmp_path, {"ann/a.wav": "", "ann/a.txt": "One", "bob/b.wav": "", "bob/b.txt": "Two"})
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "bob":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"bob: cannot be read \(Permission denied\)"):
+        read(root)
 
 
 def test_srt(tmp_path):

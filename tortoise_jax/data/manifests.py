@@ -24,6 +24,11 @@ from tortoise_jax.files import digest_of
 
 # Folders of one speaker's recordings that are not named after the speaker.
 CONTAINERS = ("wavs", "wav", "clips", "audio", "audios", "segments")
+# Recordings as people have them that no decoder of ours is sure to read: each is a line of the report nevertheless.
+OTHER_SUFFIXES = (
+    *(".m4a", ".m4b", ".aac", ".opus", ".oga", ".wma", ".aif", ".aiff", ".caf", ".amr", ".mka"),
+    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
+)
 # Whisper ends segments early and so cuts the last syllable: a segment is prolonged by so many seconds, at most up to
 # the next one.
 SEGMENT_TAIL = 0.2
@@ -111,7 +116,7 @@ def _of_folder(folder: Path) -> str | None:
         return "ljspeech"
     if any(folder.glob("*/metadata.csv")):
         return "ljspeech"
-    recordings = list(_recordings(folder))
+    recordings = _recordings(folder)
     # Whisper writes a .txt too: its times are what long recordings need.
     if any(_segments_of(audio) for audio in recordings):
         return "whisper"
@@ -170,9 +175,8 @@ def _ljspeech_clip(file: Path, number: int, row: str) -> Clip:
 
 def _unlisted(path: Path, clips: Sequence[Clip]) -> list[str]:
     listed = {clip.audio for clip in clips}
-    unlisted = sorted(
-        file for folder in {a.parent for a in listed} for file in _recordings(folder) if file not in listed
-    )
+    folders = {audio.parent for audio in listed} | ({path} if path.is_dir() else set())
+    unlisted = sorted({file for folder in folders for file in _recordings(folder)} - listed)
     if not unlisted:
         return []
     return [f"{path}: {len(unlisted)} recordings are in no line of metadata.csv, e.g. {unlisted[0].name}"]
@@ -321,7 +325,7 @@ def _delimiter(header: str) -> str:
 
 def read_folder(folder: Path) -> Iterator[Clip]:
     """Recordings, each with a .txt of the same name; folders inside are speakers."""
-    recordings = list(_recordings(folder))
+    recordings = _recordings(folder)
     for audio in recordings:
         transcript = _transcript_of(audio, ".txt")
         if transcript is None:
@@ -329,11 +333,19 @@ def read_folder(folder: Path) -> Iterator[Clip]:
         else:
             text = " ".join(text.strip() for _, text in _text_lines(transcript)).strip()
             yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio, text)
+    for transcript in _without_recording(folder, recordings, ".txt"):
+        audio = transcript.with_suffix(".wav")
+        yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio)
+
+
+def _without_recording(folder: Path, recordings: Sequence[Path], *suffixes: str) -> Iterator[Path]:
+    """Transcripts with none of the recordings beside them; of several for one name the first suffix's."""
     stems = {audio.with_suffix("") for audio in recordings}
-    for transcript in sorted(folder.rglob("*.txt")):
+    files = [path for path in _files(folder) if path.suffix in suffixes]
+    for transcript in sorted(files, key=lambda path: suffixes.index(path.suffix)):
         if transcript.with_suffix("") not in stems:
-            audio = transcript.with_suffix(".wav")
-            yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio)
+            stems.add(transcript.with_suffix(""))
+            yield transcript
 
 
 def _without_transcript(audio: Path, root: Path, detail: str) -> Clip:
@@ -349,18 +361,29 @@ def read_whisper(path: Path) -> Iterator[Clip]:
     if path.is_file():
         yield from _segment_clips(path, find_audio(path.with_suffix("")), path.parent)
         return
-    for audio in _recordings(path):
+    recordings = _recordings(path)
+    for audio in recordings:
         transcript = _segments_of(audio)
         if transcript is None:
             yield _without_transcript(audio, path, f"there is no {audio.stem}.json or {audio.stem}.srt beside it")
         else:
             yield from _segment_clips(transcript, audio, path)
+    for transcript in _without_recording(path, recordings, *WHISPER_SUFFIXES):
+        if transcript.suffix == ".srt" or _has_segments(transcript):
+            yield from _segment_clips(transcript, transcript.with_suffix(".wav"), path)
 
 
 def _segments_of(audio: Path) -> Path | None:
     """Whisper's file beside a recording; a .json without segments is something else."""
     json_file = _transcript_of(audio, ".json")
     return json_file if json_file and '"segments"' in _text_of(json_file) else _transcript_of(audio, ".srt")
+
+
+def _has_segments(file: Path) -> bool:
+    try:
+        return '"segments"' in _text_of(file)
+    except UserError:
+        return False  # no text: another program's
 
 
 def _segment_clips(transcript: Path, audio: Path, root: Path) -> Iterator[Clip]:
@@ -453,10 +476,11 @@ def malformed(clip: Clip, detail: str) -> Clip:
 
 
 def find_audio(stem: Path) -> Path:
-    """The recording of this name, or with any suffix we read; the .wav it should have been if there is none."""
-    if stem.suffix.lower() in AUDIO_SUFFIXES:
+    """The recording of this name, or with any suffix; the .wav it should have been if there is none."""
+    suffixes = (*AUDIO_SUFFIXES, *OTHER_SUFFIXES)
+    if stem.suffix.lower() in suffixes:
         return stem
-    candidates = [stem.with_name(stem.name + suffix) for suffix in AUDIO_SUFFIXES] if stem.name else [stem]
+    candidates = [stem.with_name(stem.name + suffix) for suffix in suffixes] if stem.name else [stem]
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
@@ -470,11 +494,30 @@ def speaker_of(audio: Path) -> str:
 
 def _id(name: str) -> str:
     path = Path(name.strip())
-    return str(path.with_suffix("")) if path.suffix.lower() in AUDIO_SUFFIXES else name.strip()
+    return str(path.with_suffix("")) if path.suffix.lower() in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES) else name.strip()
 
 
-def _recordings(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES)
+def _recordings(folder: Path) -> list[Path]:
+    """All below a folder; one with a suffix we may not read only where there is none of its name with another."""
+    files = _files(folder)
+    read = {path.with_suffix("") for path in files if path.suffix.lower() in AUDIO_SUFFIXES}
+    other = lambda path: path.suffix.lower() in OTHER_SUFFIXES and path.with_suffix("") not in read
+    return [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES or other(path)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; links to folders are followed, but not back to one above them."""
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_read):
+        here = Path(root)
+        above = {path.resolve() for path in (here, *here.parents) if path.is_relative_to(folder)}
+        folders[:] = [name for name in folders if not (here / name).is_symlink() or (here / name).resolve() not in above]
+        found += [here / name for name in names]
+    return sorted(found)
+
+
+def _cannot_be_read(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def _transcript_of(audio: Path, *suffixes: str) -> Path | None:

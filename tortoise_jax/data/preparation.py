@@ -17,7 +17,7 @@ from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLimits, filter_clips
 from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_of, with_sounds
 from tortoise_jax.data.manifests import Input, read_inputs
-from tortoise_jax.data.splits import TRAIN, VALIDATION_PART, assign_splits, moved_to_validation
+from tortoise_jax.data.splits import TRAIN, VALIDATION, VALIDATION_PART, assign_splits, moved_to_validation
 from tortoise_jax.errors import UserError, did_you_mean
 from tortoise_jax.files import LOCK, is_partial
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
@@ -235,7 +235,8 @@ def assess(
         "seed": options.seed,
     }
     moved = moved_to_validation(splits, given)
-    return Assessed(kept, rejected, report.make_report(inputs, kept, rejected, moved, alone, settings))
+    part = None if VALIDATION in given else options.validation
+    return Assessed(kept, rejected, report.make_report(inputs, kept, rejected, moved, alone, part, settings))
 
 
 def unique_ids(clips: Sequence[Clip]) -> list[str]:

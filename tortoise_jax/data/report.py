@@ -22,6 +22,7 @@ from tortoise_jax.text.cleaners import letters_changed
 REPORT, REJECTED, PICTURE = "report.json", "rejected.tsv", "report.png"
 EXAMPLES = 3
 KEPT, GONE = "#4878a8", "#c44e52"
+MUCH_MORE = 1.5  # held out than asked for: so many times
 LISTED = 20  # rejected lines shown where no file is written
 
 
@@ -34,12 +35,13 @@ def make_report(
     rejected: Sequence[Clip],
     moved: int,
     alone: int,
+    part: float | None,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything counted, as JSON.
 
     moved: kept clips that the inputs put into the train split, but whose text is held out; alone: train clips without
-    another clip of their speaker in that split.
+    another clip of their speaker in that split; part: of the clips to hold out, None where their lines say which.
     """
     changed = [(clip, letters) for clip in kept if (letters := letters_changed(clip.text, settings["cleaner"]))]
     by_reason = {reason: [clip for clip in rejected if clip.reason == reason] for reason in Reason}
@@ -57,13 +59,19 @@ def make_report(
         "loudness_db": _spread([clip.sound.loudness_db for clip in kept]),
         "changed_letters": _changed(changed),
         "conditioned_on_themselves": alone,
-        "warnings": warnings(inputs, kept, changed, moved, alone, settings["cleaner"]),
+        "warnings": warnings(inputs, kept, changed, moved, alone, part, settings["cleaner"]),
         "settings": settings,
     }
 
 
 def warnings(
-    inputs: Sequence[Input], kept: Sequence[Clip], changed: Changed, moved: int, alone: int, cleaner: str
+    inputs: Sequence[Input],
+    kept: Sequence[Clip],
+    changed: Changed,
+    moved: int,
+    alone: int,
+    part: float | None,
+    cleaner: str,
 ) -> list[str]:
     """What a user should know although no clip is rejected for it, one sentence each."""
     found = [warning for one in inputs for warning in one.warnings]
@@ -77,7 +85,14 @@ def warnings(
         )
     if moved:
         found.append(f"{_clips(moved)} of the train split moved to validation: the same text is held out there")
-    if kept and not any(clip.split == VALIDATION for clip in kept):
+    held_out = sum(clip.split == VALIDATION for clip in kept)
+    if part is not None and held_out > max(1, MUCH_MORE * part * len(kept)):
+        found.append(
+            f"{held_out / len(kept):.0%} of the clips are held out ({held_out} of {len(kept)}), --validation asks for "
+            f"{part:.0%}: every speaker gives at least one clip, and a held-out text all its clips; give fewer "
+            "speakers, say in a column split which, or --validation 0"
+        )
+    if kept and not held_out:
         found.append("nothing is held out for validation: some speaker would have no text left to train on")
     if alone:
         found.append(f"{_clips(alone)} with no other of the speaker: conditioned on themselves in training")

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
 from tortoise_jax.data.batches import Batch, prefetch
-from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay, run_directory
 from tortoise_jax.training.drafts import Drafter
 from tortoise_jax.training.feed import Feed
@@ -24,6 +23,7 @@ from tortoise_jax.training.run_directory import Run
 from tortoise_jax.training.step import StepConfig, TrainState, eval_step, train_step
 
 FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
+DIVERGED, NOT_FINITE = "diverged", "stopped: not finite"
 T = TypeVar("T")
 
 
@@ -36,27 +36,45 @@ class Loop:
         self.eval_fn = parallel.mapped(functools.partial(eval_step, config), donate=False)
         self.running: tuple[int, Any, Batch] | None = None  # the step that is not logged yet: number, metrics, batch
         self.skipped = 0  # steps in a row that were not finite, up to the last one logged
+        self.failure = ""  # why the run cannot go on, or has come to nothing
         self.remarked = False
 
     def train(self, state: TrainState, stop_requested: Callable[[int], bool]) -> str:
-        """Trains to `settings.steps` unless stopped; returns how it ended. The last state is saved either way.
+        """Trains to `settings.steps` unless stopped; returns how it ended, with `failure` where there is no result.
 
-        stop_requested(step): whether to end after this step; the same answer on every host.
+        stop_requested(step): whether to end after this step; the same answer on every host. The last state is saved,
+        unless it is not finite.
         """
+        ended = self.train_steps(state, stop_requested)
+        if ended in (FINISHED, STOPPED_EARLY):
+            self.failure = run_directory.failure(*self.curves())
+        return DIVERGED if self.failure and ended != NOT_FINITE else ended
+
+    def train_steps(self, state: TrainState, stop_requested: Callable[[int], bool]) -> str:
         first, self.skipped = int(parallel.first_copy(state.step)), int(parallel.first_copy(state.skipped))
-        if first == 0 and not self.run.history.has("validation", 0):
-            self.evaluate(0, state)
+        if first == 0:
+            self.keep_start(state)
         if self.stops_early():
             return STOPPED_EARLY
         steps = range(first, self.settings.steps)
         for step, (batch, placed) in zip(steps, prefetch(placed_by(self.feed.training_batch), steps), strict=True):
             state, metrics = parallel.call(self.step_fn, state, placed)
             self.log_running(state)  # the step before, while this one runs
+            if self.failure:
+                return NOT_FINITE
             self.running = (step + 1, metrics, batch)
             ended = self.after(step + 1, state, stop_requested(step + 1))
             if ended:
                 return ended
         return FINISHED
+
+    def keep_start(self, state: TrainState) -> None:
+        """The start is evaluated and saved like any step: nothing worse is ever taken for the run's best."""
+        if not self.run.history.has("validation", 0):
+            self.evaluate(0, state)
+        loss = dict(self.curves()[0]).get(0)
+        if loss is not None:
+            self.save(0, state, loss)
 
     def after(self, step: int, state: TrainState, stop: bool) -> str:
         """Evaluates and saves where it is time to; returns how the run ends here, "" where it goes on."""
@@ -64,6 +82,8 @@ class Loop:
         evaluate = last or self.due(step, self.settings.eval_every)
         if evaluate or stop or self.due(step, self.settings.save_every):
             self.log_running(state)
+            if self.failure:
+                return NOT_FINITE
             self.save(step, state, self.evaluate(step, state) if evaluate else None)
         if last:
             return FINISHED
@@ -79,7 +99,7 @@ class Loop:
         """Waits for the step that is not logged yet, if there is one, and records it.
 
         A step that was not finite is kept for replay, with the parameters there are now: those it was computed with,
-        unless the step after it, dispatched already, was finite. Too many in a row end the run.
+        unless the step after it, dispatched already, was finite. Too many in a row are a `failure`.
         """
         if self.running is None:
             return
@@ -95,7 +115,7 @@ class Loop:
             line += f". To see where: --replay {kept}"
         self.run.writer.say(line)
         if self.skipped >= self.settings.max_nonfinite:
-            raise UserError(
+            self.failure = (
                 f"{self.skipped} steps in a row up to step {step} were not finite; lower optimizer.learning_rate, or "
                 "look at the clips above"
             )
@@ -134,16 +154,19 @@ class Loop:
         return loss
 
     def remark(self) -> None:
-        curves = self.run.history.curve("validation", "total"), self.run.history.curve("train", "total")
-        line = run_directory.overfitting_remark(*curves)
+        line = run_directory.remark(*self.curves())
         if line and not self.remarked:
             self.run.writer.say(line)
         self.remarked = bool(line)
 
+    def curves(self) -> tuple[run_directory.Curve, run_directory.Curve]:
+        """Total losses of validation and training."""
+        return self.run.history.curve("validation", "total"), self.run.history.curve("train", "total")
+
     def stops_early(self) -> bool:
         """Whether `patience` evaluations in a row brought no better validation loss."""
         patience = self.settings.patience
-        losses = [loss for _, loss in self.run.history.curve("validation", "total")]
+        losses = [loss for _, loss in self.curves()[0]]
         return 0 < patience <= run_directory.evaluations_without_gain(losses)
 
     def save(self, step: int, state: TrainState, loss: float | None) -> None:

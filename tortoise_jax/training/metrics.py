@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,8 @@ class MetricWriter:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self.writer:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                if math.isfinite(value):  # TensorBoard warns of others, in many lines
+                    self.writer.add_scalar(name, value, step)
 
     def audio(self, step: int, name: str, waveform: np.ndarray) -> None:
         if self.writer and len(waveform):

@@ -6,11 +6,12 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from tortoise_jax.files import write_atomically
-from tortoise_jax.training.run_directory import History, overfitting_remark
+from tortoise_jax.training.run_directory import History, best_evaluation, remark
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -22,21 +23,25 @@ PANELS = {"mel": "mel (codes)", "text": "text", "stop": "stop token"}
 
 
 def summary(history: History, ended: str, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """How a run went, in numbers; curves are lists of (step, value)."""
+    """How a run went, in numbers; curves are lists of (step, value), None in place of values that are not finite."""
     validation = {name: history.curve("validation", name) for name in (*PANELS, "total")}
     training = history.curve("train", "total")
-    best = min(validation["total"], key=lambda point: point[1], default=(None, None))
+    best = best_evaluation(validation["total"]) or (None, None)
     return {
         "ended": ended,
         "steps": training[-1][0] if training else 0,
         "best_step": best[0],
         "best_validation": best[1],
-        **{f"validation_{name}": curve for name, curve in validation.items()},
+        **{f"validation_{name}": [(s, finite(v)) for s, v in curve] for name, curve in validation.items()},
         "samples": [entry for entry in history.lines if entry["kind"] == "sample"],
-        "remark": overfitting_remark(validation["total"], training),
+        "remark": remark(validation["total"], training),
         "settings": settings,
         "data": data,
     }
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def write(run: Path, history: History, ended: str, settings: dict[str, Any], data: dict[str, Any]) -> None:
@@ -47,7 +52,7 @@ def write(run: Path, history: History, ended: str, settings: dict[str, Any], dat
 
 def page(run: Path, history: History, facts: dict[str, Any]) -> str:
     name = html.escape(run.name)
-    remark = f"<p class=remark>{html.escape(facts['remark'])}</p>" if facts["remark"] else ""
+    warning = f"<p class=remark>{html.escape(facts['remark'])}</p>" if facts["remark"] else ""
     sections = {
         "Losses": curves(history),
         "Drafts": drafts(run, facts["samples"]),
@@ -59,7 +64,7 @@ def page(run: Path, history: History, facts: dict[str, Any]) -> str:
     return (
         f"{head}<h1>{name}</h1>"
         + table(headline(facts))
-        + remark
+        + warning
         + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items())
         + "\n"
     )
@@ -70,10 +75,12 @@ def headline(facts: dict[str, Any]) -> dict[str, Any]:
     if not facts["validation_mel"]:
         return lines | {"held-out mel loss": "none: no clip was held out"}
     (_, first), (_, last) = facts["validation_mel"][0], facts["validation_mel"][-1]
-    return lines | {
-        "held-out mel loss": f"{first:.4f} at the start, {last:.4f} at the end",
-        "best checkpoint": f"step {facts['best_step']} (total loss {facts['best_validation']:.4f})",
-    }
+    first, last = ("not finite" if loss is None else f"{loss:.4f}" for loss in (first, last))
+    best = "none: no evaluation was finite"
+    if facts["best_step"] is not None:
+        start = ", the start: no step was better" if facts["best_step"] == 0 else ""
+        best = f"step {facts['best_step']}{start} (total loss {facts['best_validation']:.4f})"
+    return lines | {"held-out mel loss": f"{first} at the start, {last} at the end", "best checkpoint": best}
 
 
 def table(values: dict[str, Any]) -> str:
@@ -124,13 +131,18 @@ def drafts(run: Path, samples: list[dict[str, Any]]) -> str:
 
 def next_steps(run: Path, facts: dict[str, Any]) -> list[str]:
     folder = html.escape(str(run))
+    if facts["best_step"] == 0 or facts["remark"].startswith("diverged"):
+        again = "Begin another run with a lower <code>optimizer.learning_rate</code>, or with more recordings."
+        if not facts["best_step"]:
+            return ["There is nothing to use: no step was better than the start.", again]
+        return [f"Use step {facts['best_step']}, from before it diverged: it is what every command takes.", again]
     lines = [
         f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
         "in the place of <code>autoregressive.pth</code>. Conditioning vectors made with the old weights are stale.",
         f'Hear it: <code>python -m tortoise_jax.speak --checkpoint {folder} --text "…" --voice clips/ '
         "--out draft.wav</code>",
     ]
-    totals = [loss for _, loss in facts["validation_total"]]
+    totals = [math.inf if loss is None else loss for _, loss in facts["validation_total"]]
     if facts["remark"]:
         lines.append("It overfits: add recordings, or train again with a lower <code>optimizer.learning_rate</code>.")
     elif len(totals) > 1 and totals[-1] == min(totals) and facts["ended"] == "finished":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
+# A held-out loss so many times the best, while training clips get no better, is called divergence; where no clip is held
+# out, a training loss so many times the first.
+DIVERGED, DIVERGED_TRAINING = 1.1, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +174,7 @@ class History:
             with self.file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def curve(self, kind: str, name: str) -> list[tuple[int, float]]:
+    def curve(self, kind: str, name: str) -> Curve:
         """(step, value) of one quantity."""
         return [(entry["step"], entry[name]) for entry in self.lines if entry["kind"] == kind and name in entry]
 
@@ -178,23 +182,68 @@ class History:
         return any(entry["kind"] == kind and entry["step"] == step for entry in self.lines)
 
 
+Curve = list[tuple[int, float]]  # (step, loss)
+
+
+def best_evaluation(validation: Curve) -> tuple[int, float] | None:
+    """Step and loss of the best evaluation, the later one of equals, as `RunCheckpoints.best`; None without a finite one."""
+    finite = [(step, loss) for step, loss in validation if math.isfinite(loss)]
+    return min(finite, key=lambda point: (point[1], -point[0]), default=None)
+
+
 def evaluations_without_gain(losses: list[float]) -> int:
     """How many evaluations in a row, up to the last, have not been better than the best before them."""
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    comparable = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return len(losses) - 1 - comparable.index(min(comparable)) if losses else 0
 
 
-def overfitting_remark(validation: list[tuple[int, float]], training: list[tuple[int, float]]) -> str:
+def remark(validation: Curve, training: Curve) -> str:
+    """One plain sentence about a run that goes wrong, else nothing."""
+    return divergence_remark(validation, training) or overfitting_remark(validation, training)
+
+
+def overfitting_remark(validation: Curve, training: Curve) -> str:
     """One plain sentence where held-out clips get worse while the training ones get better, else nothing."""
-    losses = [loss for _, loss in validation]
-    if evaluations_without_gain(losses) < OVERFIT_EVALUATIONS or losses[-1] < min(losses) * (1 + OVERFIT_MARGIN):
+    losses, best = [loss for _, loss in validation], best_evaluation(validation)
+    if best is None or evaluations_without_gain(losses) < OVERFIT_EVALUATIONS:
         return ""
-    best = validation[losses.index(min(losses))][0]
-    since = [loss for step, loss in training if step >= best]
+    if losses[-1] < best[1] * (1 + OVERFIT_MARGIN):
+        return ""
+    since = [loss for step, loss in training if step >= best[0]]
     half = len(since) // 2
     if not half or sum(since[half:]) / len(since[half:]) >= sum(since[:half]) / half:
         return ""
     return (
-        f"overfitting: held-out clips have got worse since step {best} while training clips still get better; the "
-        f"model learns these recordings by heart. The checkpoint of step {best} is kept as the best; "
+        f"overfitting: held-out clips have got worse since step {best[0]} while training clips still get better; the "
+        f"model learns these recordings by heart. The checkpoint of step {best[0]} is kept as the best; "
         "more recordings help, a lower learning rate may"
     )
+
+
+def divergence_remark(validation: Curve, training: Curve) -> str:
+    """One plain sentence where held-out clips get much worse and the training ones no better, else nothing."""
+    best = best_evaluation(validation)
+    step, loss = best or (0, math.inf)
+    since = [loss if math.isfinite(loss) else math.inf for at, loss in training if at > step]
+    if len(since) < 2:
+        return ""
+    recent = since[-max(1, len(since) // 4) :]
+    growth = sum(recent) / len(recent) / since[0]  # the first one is of the best parameters: a step's loss is before it
+    if not validation:
+        remedy = "no clip is held out, so no checkpoint is known to be better than the last; a lower optimizer.learning_rate helps"
+        grown = f"{since[0]:.4g} at the start, {sum(recent) / len(recent):.4g} at the end"
+        return f"diverged: training clips have got worse, {grown}; {remedy}" if not growth < DIVERGED_TRAINING else ""
+    last = validation[-1][1]
+    if last < loss * DIVERGED or growth < 1:
+        return ""
+    kept = f"The checkpoint of step {step} is kept as the best" if best else "No evaluation was finite"
+    return (
+        f"diverged: held-out clips have got much worse since step {step} ({loss:.4g}, now {last:.4g}) and training clips "
+        f"no better. {kept}; a lower optimizer.learning_rate helps"
+    )
+
+
+def failure(validation: Curve, training: Curve) -> str:
+    """Why a run that has ended has nothing to offer: it diverged before it was any better than its start; else nothing."""
+    best = best_evaluation(validation)
+    return "" if best and best[0] > 0 else divergence_remark(validation, training)
