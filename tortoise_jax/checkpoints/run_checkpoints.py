@@ -29,7 +29,7 @@ def is_run(path: Path) -> bool:
 
 
 def steps_folder(run: Path) -> epath.Path:
-    """Where a run's steps are: in its own directory, or where it says. Raises UserError where that cannot be reached."""
+    """Where a run's steps are: in its own directory, or elsewhere. Raises UserError where that cannot be reached."""
     if not (run / ELSEWHERE).is_file():
         return epath.Path((run / STEPS).absolute())
     elsewhere = (run / ELSEWHERE).read_text(encoding="utf-8").strip()
