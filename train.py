@@ -1,6 +1,7 @@
-"""Fine-tunes the AR model: devices -> checkpoint -> data -> recipe -> run -> loop -> export.
+"""Trains the AR model or the dVAE: devices -> checkpoint -> data -> recipe -> run -> loop -> export.
 
   python train.py --config configs/ar.py --config.checkpoint=DIR --config.data=RECORDINGS --workdir=RUN
+  python train.py --config configs/dvae.py --config.data=RECORDINGS --workdir=RUN
 
 The same command takes a stopped run up again, and the same command on every host of a pod runs it there.
 """
@@ -13,6 +14,7 @@ import importlib.util
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import ar
+from configs import ar, dvae
 from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import AR, DVAE
@@ -34,29 +36,52 @@ from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
-from tortoise_jax.training import config, estimate, presets, replay, report, run_directory, schemas, stopping
-from tortoise_jax.training.drafts import fixed_voices, make_drafter
-from tortoise_jax.training.feed import Feed
+from tortoise_jax.training import config, dvae_run, estimate, presets, replay, report, run_directory, schemas, stopping
+from tortoise_jax.training.drafts import Drafter, fixed_voices, make_drafter
+from tortoise_jax.training.feed import Batches, Feed
 from tortoise_jax.training.loop import INTERRUPTED, Loop
 from tortoise_jax.training.metrics import MetricWriter
 from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.training.run_directory import History, Run
-from tortoise_jax.training.step import StepConfig, TrainState, initial_state
+from tortoise_jax.training.step import Objective, StepConfig, TrainState, initial_state
 
-SCHEMA = schemas.ar_schema(ar.get_config)
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is different between training one model and another.
+
+    part: of a checkpoint, the one that is trained. load(settings, weights) -> the checkpoint to start from.
+    find_data(settings, checkpoint) -> the data set, which suits it, and the checkpoint with what it takes from it.
+    fill(settings, training clips) -> what was chosen for fields left open. feed, step and drafter make the three parts
+    of the loop. describe(folder, settings, data set): facts for the report, of a run that has ended.
+    """
+
+    schema: config.Schema
+    part: str
+    load: Callable[[ConfigDict, bool], Pretrained]
+    find_data: Callable[[ConfigDict, Pretrained], tuple[Dataset, Pretrained]]
+    fill: Callable[[ConfigDict, int], list[str]]
+    row_lengths: Callable[[ConfigDict, Dataset | None], np.ndarray]
+    make_feed: Callable[[ConfigDict, Pretrained, Dataset], Batches]
+    make_step_config: Callable[[ConfigDict, Pretrained, int], Objective]
+    make_drafter: Callable[[ConfigDict, Pretrained, Dataset], Drafter | None]
+    describe: Callable[[Path, ConfigDict, Dataset], dict[str, str]]
+    export: Callable[[Path, str, Dataset], None]
+    subject: report.Subject
 
 
 def main() -> None:
-    config.show_help_and_exit(sys.argv, SCHEMA)
-    settings = config.parse(sys.argv, SCHEMA)
+    kind = KINDS.get(config.trains(config.with_packaged_file(sys.argv, KINDS[AR].schema)), KINDS[AR])
+    config.show_help_and_exit(sys.argv, kind.schema)
+    settings = config.parse(sys.argv, kind.schema)
     flags = config.FLAGS
     parallel.prepare_process(settings.deterministic)
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     with parallel.ending_together():
-        train(settings, flags)
+        train(kind, settings, flags)
 
 
-def train(settings: ConfigDict, flags: Any) -> None:
+def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
     # 1. Devices.
     folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
     interrupted = stopping.on_signals()
@@ -67,39 +92,42 @@ def train(settings: ConfigDict, flags: Any) -> None:
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 
     # 2. Checkpoint; a plan needs no weights.
-    pretrained = load_pretrained(settings.checkpoint, () if flags.plan else (AR, DVAE))
+    pretrained = kind.load(settings, not flags.plan)
     parallel.check_same_everywhere("the checkpoint", {name: part.digest for name, part in pretrained.parts.items()})
-    say(f"checkpoint: {settings.checkpoint}{'' if pretrained.step is None else f', step {pretrained.step}'}")
+    at = "" if pretrained.step is None else f", step {pretrained.step}"
+    say(f"checkpoint: {settings.checkpoint or 'none, random weights'}{at}")
 
     # 3. Data.
     if flags.plan:
-        show_plan(settings, pretrained)
+        show_plan(kind, settings, pretrained)
         return
-    dataset = find_data(settings, pretrained)
+    dataset, pretrained = kind.find_data(settings, pretrained)
     parallel.check_same_everywhere("the data set", dataset.header["sha256"])
-    pretrained = with_text_of(dataset, pretrained)
 
     # 4. What the configuration leaves open, by the size of the data set; the step and what it is fed.
-    fill_presets(settings, len(dataset.split("train")))
-    feed = make_feed(settings, pretrained, dataset)
-    step_config = make_step_config(settings, pretrained)
+    fill_presets(kind, settings, len(dataset.split("train")))
+    feed = kind.make_feed(settings, pretrained, dataset)
+    describe_feed(settings, dataset, feed)
+    step_config = kind.make_step_config(settings, pretrained, feed.training.rows)
     if flags.replay:
         show_replay(step_config, Path(flags.replay), dataset)
         return
 
     with parallel.alone_in(folder, "--workdir"):
-        # 5. State: of the run's newest whole checkpoint, else of the converted weights.
-        for line in run_directory.begin(folder, settings, pretrained, digests_of(dataset), SCHEMA.renamed):
+        # 5. State: of the run's newest whole checkpoint, else of the checkpoint's weights.
+        for line in run_directory.begin(
+            folder, settings, pretrained, kind.part, digests_of(dataset), kind.schema.renamed
+        ):
             say(f"changed since the run began: {line}")
         checkpoints = RunCheckpoints(folder, settings.keep_last)
-        state = resume_or_start(checkpoints, step_config, pretrained.ar.params)
+        state = resume_or_start(checkpoints, step_config, pretrained.part(kind.part).tree)
         first = int(parallel.first_copy(state.step))
         history = History(folder, first, parallel.is_main())
 
         # 6. Loop.
         with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
             run = Run(folder, checkpoints, history, writer)
-            loop = Loop(settings, step_config, run, feed, make_drafter(settings, pretrained, dataset))
+            loop = Loop(settings, step_config, run, feed, kind.make_drafter(settings, pretrained, dataset))
             ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
         checkpoints.finish()
 
@@ -108,12 +136,13 @@ def train(settings: ConfigDict, flags: Any) -> None:
             say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
             return
         if parallel.is_main():
-            report.write(folder, history, ended, config.flat(settings), describe_data(dataset))
+            about = describe_data(dataset) | kind.describe(folder, settings, dataset)
+            report.write(folder, history, ended, config.flat(settings), about, kind.subject)
         say(f"{ended}; report: {folder / 'report.html'}")
         if loop.failure:
             raise UserError(f"{folder}: {loop.failure}; nothing was exported, the best is step {checkpoints.best()}")
         if parallel.is_main():
-            export(folder, settings.export, dataset)
+            kind.export(folder, settings.export, dataset)
 
 
 def say(line: str) -> None:
@@ -121,8 +150,13 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
-    """The prepared data set, or recordings prepared now, beside them; it must be made with this checkpoint's parts."""
+def load_ar(settings: ConfigDict, weights: bool) -> Pretrained:
+    """The checkpoint's AR model and dVAE."""
+    return load_pretrained(settings.checkpoint, (AR, DVAE) if weights else ())
+
+
+def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
+    """The prepared data set, or recordings prepared now, beside them."""
     source = Path(settings.data)
     if not source.exists():
         raise UserError(f"config.data={source} does not exist; give recordings (metadata.csv, wavs/) or a data set")
@@ -130,7 +164,7 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
         prepared = source.with_name(f"{source.name}-prepared")
         if not is_dataset(prepared):
             say(f"preparing {source}, once, into {prepared}")
-            prepare([source], settings.checkpoint, prepared)
+            prepare([source], settings.checkpoint or pretrained, prepared)
         check_current(source, prepared, settings.checkpoint)
         source = prepared
     dataset = Dataset.open(source)
@@ -140,6 +174,12 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
             f"{source} has no clip to train on: all {held_out} are held out for validation. A list or table named dev, "
             "val or test, or a column split, says so; rename it, or add recordings to train on, and prepare again"
         )
+    return dataset
+
+
+def find_data(settings: ConfigDict, pretrained: Pretrained) -> tuple[Dataset, Pretrained]:
+    """The data set, which must be made with this checkpoint's parts, and the checkpoint with its tokenizer."""
+    dataset = open_data(settings, pretrained)
     ours = {
         "dvae_digest": pretrained.dvae.digest,
         "tokenizer_digest": pretrained.tokenizer.digest,
@@ -149,13 +189,14 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
         del ours["tokenizer_digest"]  # chosen by --tokenizer, on purpose
     for name, value in ours.items():
         if dataset.header[name] != value:
-            part = name.removesuffix("_digest").replace("_", " ")
+            part = name.removesuffix("_digest").replace("_", " ").replace("dvae", "dVAE")
+            why = ": its codes stand for other sounds than this one's" if name == "dvae_digest" else ""
             raise UserError(
-                f"{source} was prepared with another {part} than {settings.checkpoint} has; "
+                f"{dataset.path} was prepared with another {part} than {settings.checkpoint} has{why}; "
                 f"prepare it again: python -m tortoise_jax.prepare --checkpoint {settings.checkpoint} …"
             )
     check_room(dataset, pretrained.ar.config)
-    return dataset
+    return dataset, with_text_of(dataset, pretrained)
 
 
 def check_current(source: Path, prepared: Path, checkpoint: str) -> None:
@@ -210,24 +251,27 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def fill_presets(settings: ConfigDict, clips: int) -> None:
-    chosen = presets.fill(settings, clips)
+def fill_presets(kind: Kind, settings: ConfigDict, clips: int) -> None:
+    chosen = kind.fill(settings, clips)
     if chosen:
         say(f"recipe for {', '.join(chosen)}")
 
 
-def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
+def show_plan(kind: Kind, settings: ConfigDict, pretrained: Pretrained) -> None:
     """Says what the run would need; for speech of usual lengths where there is no data set yet."""
-    if Path(settings.data).exists():
-        dataset = find_data(settings, pretrained)
-        lengths = row_lengths(dataset, dataset.split("train"))
-    else:
-        lengths = estimate.assumed_lengths()
+    dataset = kind.find_data(settings, pretrained)[0] if Path(settings.data).exists() else None
+    lengths = kind.row_lengths(settings, dataset)
+    if dataset is None:
         say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
-    fill_presets(settings, len(lengths))
-    step_config = make_step_config(settings, pretrained)
-    for line in estimate.describe(step_config, pretrained.ar.params, settings, lengths):
+    fill_presets(kind, settings, len(lengths))
+    step_config = kind.make_step_config(settings, pretrained, settings.batch_size)
+    for line in estimate.describe(step_config, pretrained.part(kind.part).tree, settings, lengths):
         say(line)
+
+
+def lengths_of_rows(settings: ConfigDict, dataset: Dataset | None) -> np.ndarray:
+    """Of the AR model's training rows; without a data set, of usual ones."""
+    return row_lengths(dataset, dataset.split("train")) if dataset else estimate.assumed_lengths()
 
 
 def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Feed:
@@ -237,12 +281,6 @@ def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) ->
     clips = {split: dataset.split(split) for split in ("train", "validation")}
     training = BatchPlan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
     validation = BatchPlan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
-    if training.batch_size < settings.batch_size:
-        say(f"batch: {settings.batch_size} asked for, {training.batch_size} used, all the training clips there are")
-    say(
-        f"data: {dataset.path}: {len(clips['train'])} clips to train on, {len(clips['validation'])} held out; "
-        f"{training.batches_per_epoch} steps per epoch"
-    )
     alone = batches.conditioned_on_themselves(dataset)
     if alone:
         say(f"{alone} clips have no other clip of their speaker and are conditioned on themselves")
@@ -250,7 +288,19 @@ def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) ->
     return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
 
 
-def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> StepConfig:
+def describe_feed(settings: ConfigDict, dataset: Dataset, feed: Batches) -> None:
+    clips = {split: len(dataset.split(split)) for split in ("train", "validation")}
+    if feed.training.batch_size < settings.batch_size:
+        say(
+            f"batch: {settings.batch_size} asked for, {feed.training.batch_size} used, all the training clips there are"
+        )
+    say(
+        f"data: {dataset.path}: {clips['train']} clips to train on, {clips['validation']} held out; "
+        f"{feed.training.batches_per_epoch} steps per epoch"
+    )
+
+
+def make_step_config(settings: ConfigDict, pretrained: Pretrained, rows: int) -> StepConfig:
     unroll = pretrained.ar.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
     compute = schemas.compute(settings, parallel.best_dtype(), unroll)
     say(
@@ -267,19 +317,19 @@ def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> StepConfig
         text_weight=settings.text_weight,
         freeze=settings.optimizer.freeze,
         axis=parallel.AXIS,
+        conditioning_clips=settings.conditioning_clips,
     )
 
 
-def show_replay(step_config: StepConfig, file: Path, dataset: Dataset) -> None:
+def show_replay(step_config: Objective, file: Path, dataset: Dataset) -> None:
     """Computes a kept step again, on one device, and says what is not finite."""
     step, batch, params = replay.load(file)
-    for line in replay.explain(
-        dataclasses.replace(step_config, axis=None), step, batch, params, [clip.id for clip in dataset.clips]
-    ):
+    alone: Any = dataclasses.replace(step_config, axis=None)  # type: ignore[type-var]
+    for line in replay.explain(alone, step, batch, params, [clip.id for clip in dataset.clips]):
         print(line)
 
 
-def resume_or_start(checkpoints: RunCheckpoints, step_config: StepConfig, params: Any) -> TrainState:
+def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params: Any) -> TrainState:
     """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
     blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, say)
@@ -291,17 +341,25 @@ def resume_or_start(checkpoints: RunCheckpoints, step_config: StepConfig, params
     return parallel.replicate(TrainState(step, restored, opt_state, skipped))
 
 
-def export(folder: Path, name: str, dataset: Dataset) -> None:
-    """Writes the best checkpoint for TorToiSe where torch is installed, else says how; and the voice's vector."""
+def export_ar(folder: Path, name: str, dataset: Dataset) -> None:
+    """The voice's vector, and the model for TorToiSe."""
     best = load_pretrained(folder, (AR,))
     if best.step == 0:
-        say("no step was better than the start on held-out clips, so nothing is exported; flax_to_torch.py has --step")
+        export(best, folder, name)
         return
     for speaker, clips in fixed_voices(dataset).items():
         file = folder / "voices" / f"{re.sub(r'[^A-Za-z0-9_-]', '_', speaker)}.npz"
         file.parent.mkdir(exist_ok=True)
         voices.save_voice(file, voices.condition(best.ar.params, best.ar.config, best.mel_norms, list(clips)))
         say(f"{file}: the conditioning vector of {speaker}; vectors made with other weights are stale")
+    export(best, folder, name)
+
+
+def export(best: Pretrained, folder: Path, name: str) -> None:
+    """Writes the best checkpoint as a torch file where torch is installed, else says how."""
+    if best.step == 0:
+        say("no step was better than the start on held-out clips, so nothing is exported; flax_to_torch.py has --step")
+        return
     if not name:
         return
     command = f"python convert/flax_to_torch.py {folder} --out {folder / name}"
@@ -312,6 +370,38 @@ def export(folder: Path, name: str, dataset: Dataset) -> None:
 
     for line in write_pth(folder, folder / name):
         say(line)
+
+
+KINDS = {
+    AR: Kind(
+        schema=schemas.ar_schema(ar.get_config),
+        part=AR,
+        load=load_ar,
+        find_data=find_data,
+        fill=presets.fill,
+        row_lengths=lengths_of_rows,
+        make_feed=make_feed,
+        make_step_config=make_step_config,
+        make_drafter=make_drafter,
+        describe=lambda folder, settings, dataset: {},
+        export=export_ar,
+        subject=report.AR_MODEL,
+    ),
+    DVAE: Kind(
+        schema=schemas.dvae_schema(dvae.get_config),
+        part=DVAE,
+        load=dvae_run.load,
+        find_data=lambda settings, pretrained: (open_data(settings, pretrained), pretrained),
+        fill=dvae_run.fill,
+        row_lengths=dvae_run.row_lengths,
+        make_feed=lambda settings, pretrained, dataset: dvae_run.make_feed(settings, dataset),
+        make_step_config=dvae_run.make_step_config,
+        make_drafter=dvae_run.make_drafter,
+        describe=lambda folder, settings, dataset: dvae_run.describe_change(folder, settings, dataset, say),
+        export=lambda folder, name, dataset: export(load_pretrained(folder, (DVAE,)), folder, name),
+        subject=report.CODEC,
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tortoise_jax.audio import default_mel_norms, griffin_lim, log_mel, read_aud
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.errors import exit_with_one_line
 from tortoise_jax.models.compiled import apply
-from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
+from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig, move_codebook
 from tortoise_jax.synthesis.drafts import decode_mel, draft, write_wav
 
 Tree = Any
@@ -52,11 +52,14 @@ def train(mel: np.ndarray, config: DVAEConfig, steps: int, seed: int = 0) -> Tre
     def step(params: Tree, codebook: Tree, opt_state: Any, mel: jax.Array) -> tuple[Tree, Tree, Any, jax.Array]:
         def loss(params: Tree) -> tuple[jax.Array, dict[str, Any]]:
             outputs: Any = model.apply({"params": params, "codebook": {"codebook": codebook}}, mel)
-            return outputs["recon_loss"] + COMMITMENT * outputs["commit_loss"], outputs
+            commitment = jnp.mean((outputs["quantized"] - outputs["features"]) ** 2)
+            return jnp.mean((outputs["out"] - mel) ** 2) + COMMITMENT * commitment, outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state)
-        return optax.apply_updates(params, updates), outputs["codebook"], opt_state, value
+        picked = jax.nn.one_hot(outputs["codes"], config.codes)
+        moved = move_codebook(codebook, picked.sum((0, 1)), jnp.einsum("bce,bcn->en", outputs["features"], picked))
+        return optax.apply_updates(params, updates), moved, opt_state, value
 
     features: Any = model.apply({"params": params}, windows(), method=DiscreteVAE.features)
     picked = random.permutation(np.asarray(features).reshape(-1, config.codebook_dim))[: config.codes].T

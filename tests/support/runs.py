@@ -49,6 +49,17 @@ FIELDS = {
     "optimizer.learning_rate": 1e-3,
 }
 
+DVAE_FIELDS = {
+    "steps": 6,
+    "batch_size": 4,
+    "crop_codes": 8,
+    "eval_every": 3,
+    "log_every": 1,
+    "sample_every": 0,
+    "export": "",
+    "optimizer.learning_rate": 1e-3,
+}
+
 
 def random_params(shapes: Any, seed: int) -> Any:
     random = np.random.default_rng(seed)
@@ -81,11 +92,14 @@ def write_project(folder: Path) -> Path:
     return folder
 
 
-def command(project: Path, run: Path, *more: str, **fields: Any) -> list[str]:
-    chosen = {"checkpoint": project / "checkpoint", "data": project / "data"} | FIELDS
+def command(project: Path, run: Path, *more: str, kind: str = "ar", **fields: Any) -> list[str]:
+    """kind: of the run, the name of its configuration."""
+    chosen = {"checkpoint": project / "checkpoint", "data": project / "data"} | (
+        FIELDS if kind == "ar" else DVAE_FIELDS
+    )
     chosen |= {name.replace("__", "."): value for name, value in fields.items()}
     flags = [f"--config.{name}={value}" for name, value in chosen.items() if value is not None]
-    return [sys.executable, "train.py", "--config", "configs/ar.py", *flags, f"--workdir={run}", *more]
+    return [sys.executable, "train.py", "--config", f"configs/{kind}.py", *flags, f"--workdir={run}", *more]
 
 
 def environment(project: Path) -> dict[str, str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import ar
+from configs import ar, dvae
 from tortoise_jax.errors import UserError
-from tortoise_jax.training import config, presets, schemas
+from tortoise_jax.training import config, dvae_run, presets, schemas
 
 SCHEMA = schemas.ar_schema(ar.get_config)
 ROOT = Path(__file__).parents[2]
@@ -21,11 +21,29 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_loads(name: str) -> None:
     settings = importlib.import_module(f"configs.{name}").get_config()
-    config.check(settings, SCHEMA)
-    presets.fill(settings, 100)
+    codec = settings.get("trains") == "dvae"
+    config.check(settings, schemas.dvae_schema(dvae.get_config) if codec else SCHEMA)
+    (dvae_run.fill if codec else presets.fill)(settings, 100)
     assert None not in config.flat(settings).values()
     assert schemas.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
-    assert schemas.compute(settings, "bfloat16", 1).dtype == "bfloat16"
+    assert codec or schemas.compute(settings, "bfloat16", 1).dtype == "bfloat16"
+
+
+def test_which_schema_a_configuration_needs_is_read_from_it() -> None:
+    assert config.trains(["train.py", "--config", "configs/dvae.py", "--config.seed=3"]) == "dvae"
+    assert config.trains(["train.py", "--config=configs/dvae.py:x"]) == "dvae"
+    assert config.trains(["train.py", "--config", "configs/ar.py"]) == ""
+    assert config.trains(["train.py", "--config", "none.py"]) == ""
+    assert config.trains(["train.py", "--config"]) == ""
+
+
+def test_reviving_is_off_where_a_checkpoint_is_fine_tuned() -> None:
+    scratch, tuned = dvae.get_config(), dvae.get_config()
+    tuned.checkpoint = "checkpoints/tortoise"
+    for settings in (scratch, tuned):
+        dvae_run.fill(settings, 100)
+    assert scratch.revive_below > 0
+    assert tuned.revive_below == 0
 
 
 @pytest.mark.parametrize(

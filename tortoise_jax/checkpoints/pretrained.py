@@ -4,7 +4,8 @@ A converted checkpoint is a directory that needs nothing beside it:
   tortoise.json    metadata: format, dimensions of the models, digests, where they came from
   tokenizer.json   the BPE          mel_norms.txt    the 80 constants
   ar/, dvae/       a tree per part, written by orbax
-A run's directory has the same files with its own dVAE copy, and `steps/N/` instead of `ar/`.
+A run's directory has the same files with its own copy of the parts it does not train, and `steps/N/` instead of the one
+it trains ("trains" in the metadata; the AR model where nothing is said).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part, abstract_tree, abstract_variables, in_collections
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
-from tortoise_jax.checkpoints.trees import Tree, checksum, restore_tree, save_tree
+from tortoise_jax.checkpoints.trees import Tree, checksum, digest, restore_tree, save_tree
 from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import read_json, write_json, written_whole
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -76,8 +77,11 @@ def undamaged(path: Path, tree: Tree, metadata: dict[str, Any]) -> Tree:
     return tree
 
 
-def write_metadata(folder: Path, pretrained: Pretrained) -> None:
-    """Everything of a checkpoint but its weights, of which it holds the checksums."""
+def write_metadata(folder: Path, pretrained: Pretrained, trains: str = "") -> None:
+    """Everything of a checkpoint but its weights, of which it holds the checksums.
+
+    trains: which part a run's steps are of.
+    """
     parts = pretrained.parts
     metadata = {
         "format": FORMAT,
@@ -88,7 +92,7 @@ def write_metadata(folder: Path, pretrained: Pretrained) -> None:
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
         "checksums": {name: checksum(part.tree) for name, part in parts.items()},
         "source": pretrained.source,
-    }
+    } | ({"trains": trains} if trains else {})
     (folder / TOKENIZER).write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
     np.savetxt(folder / MEL_NORMS, pretrained.mel_norms, fmt="%.9g")
     write_json(folder / METADATA, metadata)
@@ -132,15 +136,21 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
     pretrained = Pretrained(found, *read_front_end(path, metadata), metadata.get("source", {}), path)
     for name in found if parts is None else parts:
         part = pretrained.part(name)
-        shapes = abstract_tree(part.config)
-        if name == AR and is_run(path):
+        shapes, now = abstract_tree(part.config), part.digest
+        if name == trained_part(metadata) and is_run(path):
             found_step, tree = RunCheckpoints.to_read(path).restore_params(shapes, step)
             pretrained = dataclasses.replace(pretrained, step=found_step)
+            # The codes of a data set are those of one dVAE: a trained one must not pass for the one it began as.
+            now = digest(tree) if name == DVAE else now
         else:
             tree = undamaged(path / name, restore_tree(path / name, shapes), metadata)
-        part = dataclasses.replace(part, variables=in_collections(part.config, tree))
-        pretrained = pretrained.with_part(name, part)
+        pretrained = pretrained.with_part(name, Part(part.config, in_collections(part.config, tree), now))
     return pretrained
+
+
+def trained_part(metadata: dict[str, Any]) -> str:
+    """The part that a run's steps are of."""
+    return str(metadata.get("trains", AR))
 
 
 def read_parts(path: Path, metadata: dict[str, Any]) -> dict[str, Part]:

@@ -53,6 +53,16 @@ class BatchPlan:
         lengths, size = row_lengths(dataset, clips), max(1, min(batch_size, len(clips)))
         return cls(clips, batch_size, unit, lambda epoch: validation_epoch(lengths, size, bucket))
 
+    @classmethod
+    def of_crops(
+        cls, clips: np.ndarray, batch_size: int, samples: int, unit: int = 1, seed: int | None = None
+    ) -> BatchPlan:
+        """All of one length; shuffled anew every epoch by (seed, epoch), or always the same without a seed."""
+        lengths, size = np.full(len(clips), samples, np.int64), max(1, min(batch_size, len(clips)))
+        if seed is None:
+            return cls(clips, batch_size, unit, lambda epoch: validation_epoch(lengths, size, 1))
+        return cls(clips, batch_size, unit, lambda epoch: training_epoch(lengths, size, seed, epoch, 1))
+
     def batch(self, step: int) -> tuple[int, np.ndarray]:
         """(padded length, indices of the step's clips): `batch_size` clips, fewer once per epoch at most.
 

@@ -70,11 +70,13 @@ class Options:
 Paths = str | Path | Sequence[str | Path]
 
 
-def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Options = Options()) -> dict[str, Any]:
+def prepare(
+    data: Paths, checkpoint: str | Path | Pretrained, out: str | Path, options: Options = Options()
+) -> dict[str, Any]:
     """Makes the data set `out` from one or several inputs and returns its report; every host of a run calls it alike.
 
-    What earlier runs have finished in `out` is reused. Raises UserError for whatever is wrong, and if a larger part of
-    the clips than `max_rejected` is rejected.
+    checkpoint: where it is, or one loaded with its dVAE. What earlier runs have finished in `out` is reused. Raises
+    UserError for whatever is wrong, and if a larger part of the clips than `max_rejected` is rejected.
     """
     options.check()
     out = Path(out)
@@ -85,9 +87,11 @@ def prepare(data: Paths, checkpoint: str | Path, out: str | Path, options: Optio
         return prepare_inputs(inputs, checkpoint, out, options)
 
 
-def prepare_inputs(inputs: Sequence[Input], checkpoint: str | Path, out: Path, options: Options) -> dict[str, Any]:
+def prepare_inputs(
+    inputs: Sequence[Input], checkpoint: str | Path | Pretrained, out: Path, options: Options
+) -> dict[str, Any]:
     """`prepare` of inputs that are read, in a folder that is this run's."""
-    pretrained = load_pretrained(checkpoint, parts=("dvae",))
+    pretrained = checkpoint if isinstance(checkpoint, Pretrained) else load_pretrained(checkpoint, parts=("dvae",))
     tokenizer = choose_tokenizer(options.tokenizer, pretrained.tokenizer, ar_config(pretrained))
     limits = limits_of(ar_config(pretrained), options)
     clips = [clip for one in inputs for clip in one.clips]

@@ -142,33 +142,26 @@ class DiscreteVAE(nn.Module):
         return self.decoder(self.codebook.lookup(codes))
 
     def __call__(self, mel: Array) -> dict[str, Any]:
-        """One training forward of mel (b, t, m), t a multiple of 4.
+        """One training forward of mel (b, t, m), t a multiple of `frames_per_code`.
 
-        Returns features, codes, out (b, t, m), recon_loss and commit_loss (mean squared errors), and the codebook
-        collection after the moving-average update (decay 0.99, cluster sizes Laplace-smoothed) as `codebook`.
+        Returns features and quantized (b, c, codebook_dim), codes (b, c), and out (b, t, m), which the decoder makes of
+        the quantized features while its gradient goes to the features as they are.
         """
         features = self.encoder(mel)
         codes = self.codebook.nearest(features)
         quantized = jax.lax.stop_gradient(self.codebook.lookup(codes))
         straight_through = features + jax.lax.stop_gradient(quantized - features)
-        out = self.decoder(straight_through)
-        return {
-            "features": features,
-            "codes": codes,
-            "out": out,
-            "recon_loss": jnp.mean((out - mel) ** 2),
-            "commit_loss": jnp.mean((quantized - features) ** 2),
-            "codebook": self.moved_codebook(features, codes),
-        }
+        return {"features": features, "quantized": quantized, "codes": codes, "out": self.decoder(straight_through)}
 
-    def moved_codebook(self, features: Array, codes: Array) -> dict[str, Array]:
-        """The codebook's three arrays after one moving-average step towards the features its codes were given."""
-        book = self.codebook
-        flat = jax.lax.stop_gradient(features).reshape(-1, self.config.codebook_dim)
-        picked = jax.nn.one_hot(codes.reshape(-1), self.config.codes, dtype=flat.dtype)
-        mean = lambda old, new: CODEBOOK_DECAY * old + (1 - CODEBOOK_DECAY) * new
-        cluster_size = mean(book.cluster_size, picked.sum(axis=0))
-        embed_avg = mean(book.embed_avg, jnp.einsum("xe,xn->en", flat, picked, precision=HIGHEST))
-        total = cluster_size.sum()
-        smoothed = (cluster_size + CODEBOOK_EPSILON) / (total + self.config.codes * CODEBOOK_EPSILON) * total
-        return {"embed": embed_avg / smoothed[None], "cluster_size": cluster_size, "embed_avg": embed_avg}
+
+def move_codebook(book: dict[str, Array], picked: Array, features: Array) -> dict[str, Array]:
+    """The codebook's three arrays after one moving-average step towards the features that its codes were picked for.
+
+    picked (codes,): how often each was picked; features (codebook_dim, codes): the sum of the features it was picked
+    for; both over the whole batch. Cluster sizes are Laplace-smoothed.
+    """
+    average = lambda old, new: CODEBOOK_DECAY * old + (1 - CODEBOOK_DECAY) * new
+    cluster_size, embed_avg = average(book["cluster_size"], picked), average(book["embed_avg"], features)
+    total = cluster_size.sum()
+    smoothed = (cluster_size + CODEBOOK_EPSILON) / (total + cluster_size.size * CODEBOOK_EPSILON) * total
+    return {"embed": embed_avg / smoothed[None], "cluster_size": cluster_size, "embed_avg": embed_avg}

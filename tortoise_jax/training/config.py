@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import runpy
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,6 +91,22 @@ def with_packaged_file(argv: list[str], schema: Schema) -> list[str]:
         if not file.is_file() and file.parent.name == folder.name and installed.is_file():
             found[index] = f"{flag}={installed}" if flag else str(installed)
     return found
+
+
+def trains(argv: list[str]) -> str:
+    """The field `trains` of the configuration file that a command line names; "" where there is none to be read.
+
+    Which schema the rest is checked by depends on it. What is wrong with the file is said by `parse`.
+    """
+    for index, argument in enumerate(argv):
+        name, given, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            file = (value if given else next(iter(argv[index + 1 :]), "")).partition(":")[0]
+            try:
+                return str(runpy.run_path(file)["get_config"]().get("trains", ""))
+            except Exception:
+                return ""
+    return ""
 
 
 def check_overrides(argv: list[str], schema: Schema) -> None:

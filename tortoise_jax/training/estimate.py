@@ -13,13 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import CONDITIONING_SAMPLES
 from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches
 from tortoise_jax.data.lengths import ljspeech_lengths
 from tortoise_jax.data.plan import training_epoch
 from tortoise_jax.training.optimizer import split
-from tortoise_jax.training.step import StepConfig, TrainState, initial_state, train_step
+from tortoise_jax.training.step import Objective, TrainState, initial_state, train_step
 
 GIB = 2**30
 TIMED_STEPS = 3
@@ -32,11 +31,11 @@ def assumed_lengths() -> np.ndarray:
     return batches.row_length(*ljspeech_lengths())
 
 
-def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.ndarray) -> Iterator[str]:
+def describe(config: Objective, params: Any, settings: ConfigDict, lengths: np.ndarray) -> Iterator[str]:
     """The lines of the plan, each as soon as it is known: compiling and timing take about a minute.
 
     params: the model's tree, of which only shapes and dtypes are used. settings: filled.
-    lengths (clips,): positions of the training rows, before padding.
+    lengths (clips,): of the training rows, before padding, in `config.unit`.
     """
     accumulation, clips = settings.gradient_accumulation_steps, len(lengths)
     batch_size = min(settings.batch_size, clips)
@@ -51,9 +50,9 @@ def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.
         yield f"  of which {parameter_count(frozen):,} are frozen"
     yield f"an epoch: {len(epoch)} steps of {batch_size} clips, {len(shapes)} shapes to compile:"
     for length, count in sorted(shapes.items()):
-        yield f"  {rows} rows of {length} positions per device, {accumulation} times per step: {count} steps"
+        yield f"  {rows} rows of {length} {config.unit} per device, {accumulation} times per step: {count} steps"
 
-    work = Work(config, params, max(shapes), settings.conditioning_clips)
+    work = Work(config, params, max(shapes))
     yield "compiling the longest shape …"
     started = time.perf_counter()
     compiled = work.compile(rows, accumulation)
@@ -66,7 +65,7 @@ def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.
     yield f"  together: {needed / GIB:.2f} GiB" + (f" of {limit / GIB:.1f} GiB" if limit else "")
     if limit and needed > limit:
         yield "it does not fit, and so is not timed; in this order:"
-        yield from remedies(config.model.compute.remat, accumulation, rows)
+        yield from remedies(settings, accumulation, rows)
         return
     yield "it fits" if limit else "the device does not say how much it has"
 
@@ -74,7 +73,9 @@ def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.
     whole = timed_rows == rows * accumulation
     takes = f"takes {seconds:.2f} s (median of {TIMED_STEPS})"
     if not whole:
-        takes = f"takes about {seconds:.2f} s (estimated from {timed_rows} rows of {work.length} positions per device)"
+        takes = (
+            f"takes about {seconds:.2f} s (estimated from {timed_rows} rows of {work.length} {config.unit} per device)"
+        )
     in_epoch = sum(seconds * length / work.length * count for length, count in shapes.items())
     yield f"the longest step {takes}; an epoch about {duration(in_epoch)}"
     epochs = settings.steps / len(epoch)
@@ -82,32 +83,19 @@ def describe(config: StepConfig, params: Any, settings: ConfigDict, lengths: np.
 
 
 class Work:
-    """A run's training step for batches of one length (positions), compiled for as many rows as asked for."""
+    """A run's training step for batches of one length, compiled for as many rows as asked for."""
 
-    def __init__(self, config: StepConfig, params: Any, length: int, conditioning_clips: int) -> None:
-        self.length, self.conditioning_clips = length, conditioning_clips
+    def __init__(self, config: Objective, params: Any, length: int) -> None:
+        self.length, self.shapes = length, functools.partial(config.batch_shapes, length)
         self.state = jax.eval_shape(functools.partial(initial_state, optimizer=config.optimizer), params)
         self.step = parallel.mapped(functools.partial(train_step, config), donate=True)
 
     def batch(self, rows: int, accumulation: int) -> Any:
         """This host's batch as shapes, (local devices, accumulation, rows, …)."""
-        return with_device_axis(device_batch(self.length, rows, accumulation, self.conditioning_clips))
+        return with_device_axis(self.shapes(rows, accumulation))
 
     def compile(self, rows: int, accumulation: int) -> Any:
         return self.step.lower(with_device_axis(self.state), self.batch(rows, accumulation)).compile()
-
-
-def device_batch(length: int, rows: int, accumulation: int, conditioning_clips: int) -> dict[str, Any]:
-    """One device's batch as shapes (accumulation, rows, …), without the device axis."""
-    row = lambda dtype: jax.ShapeDtypeStruct((accumulation, rows, length), dtype)
-    names = ("tokens", "token_types", "positions", "targets")
-    crops = (accumulation, rows, conditioning_clips, CONDITIONING_SAMPLES)
-    return {
-        **{name: row(np.int32) for name in names},
-        "weights": row(np.float32),
-        "example": jax.ShapeDtypeStruct((accumulation, rows), np.int32),
-        "conditioning_wav": jax.ShapeDtypeStruct(crops, np.int16),
-    }
 
 
 def with_device_axis(tree: Any) -> Any:
@@ -139,13 +127,14 @@ def memory_parts(analysis: Any, state: TrainState, trained: int) -> dict[str, in
     }
 
 
-def remedies(remat: bool, accumulation: int, rows: int) -> Iterator[str]:
+def remedies(settings: ConfigDict, accumulation: int, rows: int) -> Iterator[str]:
     """What to change where memory does not suffice, what costs least first."""
     if rows > 1:
         yield f"  --config.gradient_accumulation_steps={2 * accumulation}: half the rows at a time, the same result"
-    if not remat:
+    if not settings.get("remat", True):
         yield "  --config.remat=True: a fifth slower, a fraction of the activations"
-    yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
+    if "dtype" in settings:
+        yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
     yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
 
 

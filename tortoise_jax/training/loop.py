@@ -17,10 +17,9 @@ from tortoise_jax import parallel
 from tortoise_jax.data.batches import Batch, prefetch
 from tortoise_jax.training import replay, run_directory
 from tortoise_jax.training.drafts import Drafter
-from tortoise_jax.training.feed import Feed
-from tortoise_jax.training.losses import CODES_PER_BUCKET, STREAMS, means, total_loss
+from tortoise_jax.training.feed import Batches
 from tortoise_jax.training.run_directory import Run
-from tortoise_jax.training.step import StepConfig, TrainState, eval_step, train_step
+from tortoise_jax.training.step import Objective, TrainState, eval_step, evaluation, train_step
 
 FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
 DIVERGED, NOT_FINITE = "diverged", "stopped: not finite"
@@ -30,7 +29,9 @@ T = TypeVar("T")
 class Loop:
     """One run from its state's step to the end. Every host runs the same; the main one writes and prints."""
 
-    def __init__(self, settings: ConfigDict, config: StepConfig, run: Run, feed: Feed, drafter: Drafter | None) -> None:
+    def __init__(
+        self, settings: ConfigDict, config: Objective, run: Run, feed: Batches, drafter: Drafter | None
+    ) -> None:
         self.settings, self.config, self.run, self.feed, self.drafter = settings, config, run, feed, drafter
         self.step_fn = parallel.mapped(functools.partial(train_step, config), donate=True)
         self.eval_fn = parallel.mapped(functools.partial(eval_step, config), donate=False)
@@ -122,17 +123,17 @@ class Loop:
 
     def log_step(self, step: int, metrics: dict[str, np.ndarray], clips: int) -> bool:
         """Writes one step's metrics; returns whether it was finite. clips: of this host."""
-        values = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
-        for index, loss in enumerate(metrics["loss/position"]):
-            if metrics["position_count"][index]:
-                values[f"loss/codes_from_{index * CODES_PER_BUCKET}"] = float(loss)
+        values = self.config.scalars(metrics)
         log = self.due(step, self.settings.log_every) or step == self.settings.steps
-        self.run.writer.step(step, values, clips=clips * parallel.process_count(), log=log)
-        self.run.history.add("train", step, {name: values[f"loss/{name}"] for name in (*STREAMS, "total")})
+        headline, everywhere = self.config.curves[0], clips * parallel.process_count()
+        speech = self.config.speech_seconds(metrics)
+        self.run.writer.step(step, values, headline, clips=everywhere, speech=speech, log=log)
+        by_name = {name.rpartition("/")[2]: value for name, value in values.items()}
+        self.run.history.add("train", step, {name: by_name[name] for name in (*self.config.curves, "total")})
         return bool(values["finite"])
 
     def evaluate(self, step: int, state: TrainState) -> float | None:
-        """The loss over all held-out clips, without dropout, with fixed conditioning; None where there are none."""
+        """The loss over all held-out clips, the same every time; None where there are none."""
         loss = None
         batches = self.feed.validation.batches_per_epoch
         if batches:
@@ -140,14 +141,12 @@ class Loop:
             ahead = prefetch(placed_by(self.feed.validation_batch), range(batches))
             for sums in one_behind(parallel.call(self.eval_fn, state.params, placed) for _, placed in ahead):
                 totals = {name: totals.get(name, 0) + value for name, value in parallel.first_copy(sums).items()}
-            losses = {name: float(means(totals, totals)[name]) for name in STREAMS}
-            loss = losses["total"] = float(total_loss(totals, totals, self.config.text_weight))
+            losses = evaluation(self.config, totals)
+            loss = losses["total"]
             self.run.history.add("validation", step, losses)
             self.run.writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
-            self.run.writer.say(
-                f"step {step}: held-out loss: mel {losses['mel']:.4f}, text {losses['text']:.4f}, "
-                f"stop {losses['stop']:.4f}"
-            )
+            curves = ", ".join(f"{name} {losses[name]:.4f}" for name in self.config.curves)
+            self.run.writer.say(f"step {step}: held-out loss: {curves}")
             self.remark()
         if self.drafter and (step == 0 or self.due(step, self.settings.sample_every)):
             self.drafter(step, parallel.first_copy(state.params), self.run)

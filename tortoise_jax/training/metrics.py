@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE
+from tortoise_jax.audio import SAMPLE_RATE
 
 SMOOTHING = 0.9
 
@@ -42,14 +42,20 @@ class MetricWriter:
         if self.active:
             tqdm.write(line)
 
-    def step(self, step: int, metrics: Mapping[str, float], clips: int, log: bool) -> None:
-        """One finished step: moves the bar; with `log`, writes the metrics to TensorBoard."""
+    def step(
+        self, step: int, metrics: Mapping[str, float], headline: str, clips: int, speech: float, log: bool
+    ) -> None:
+        """One finished step: moves the bar; with `log`, writes the metrics to TensorBoard.
+
+        headline: the loss that the bar shows. clips and speech (seconds): what the step was trained on.
+        """
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        loss = metrics["loss/mel"]
+        loss = metrics[f"loss/{headline}"]
         self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
-        speech = metrics["mel_count"] * SAMPLES_PER_CODE / SAMPLE_RATE
-        self.bar.set_postfix_str(f"mel loss {loss:.3f} (trend {self.smoothed:.3f}), {clips / seconds:.1f} clips/s")
+        self.bar.set_postfix_str(
+            f"{headline} loss {loss:.3f} (trend {self.smoothed:.3f}), {clips / seconds:.1f} clips/s"
+        )
         self.bar.update(1)
         if log and self.writer:
             rates = {"rate/clips_per_second": clips / seconds, "rate/speech_per_second": speech / seconds}

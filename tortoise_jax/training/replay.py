@@ -17,9 +17,8 @@ from tortoise_jax import parallel
 from tortoise_jax.data.batches import Batch
 from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import write_atomically
-from tortoise_jax.training.losses import STREAMS, means
 from tortoise_jax.training.optimizer import paths
-from tortoise_jax.training.step import StepConfig, eval_step, gradients
+from tortoise_jax.training.step import Objective, eval_step, evaluation, gradients
 
 FOLDER = "nonfinite"
 BATCH, PARAMS = "batch/", "params/"
@@ -50,20 +49,21 @@ def load(path: Path) -> tuple[int, Batch, Any]:
     return step, part(BATCH), unflatten_dict(part(PARAMS), sep="/")
 
 
-def explain(config: StepConfig, step: int, batch: Batch, params: Any, names: list[str]) -> list[str]:
+def explain(config: Objective, step: int, batch: Batch, params: Any, names: list[str]) -> list[str]:
     """Where the non-finite numbers are, as lines: losses, clips whose own loss is not finite, parameters, gradients.
 
     config: with axis None. batch: (devices, a, b, …) as `save` got it. names: the data set's clip ids by index.
     """
     one = {name: value.reshape(1, -1, *value.shape[3:]) for name, value in batch.items()}
     gradient, sums, total = jax.jit(functools.partial(gradients, config))(params, one, np.int32(step - 1))
-    losses = means(sums, total)
-    lines = [f"step {step}: " + ", ".join(f"{name} loss {float(losses[name]):.4g}" for name in STREAMS)]
+    losses = config.metrics(sums, total)
+    shown = [name for name in config.curves if f"loss/{name}" in losses]
+    lines = [f"step {step}: " + ", ".join(f"{name} loss {float(losses[f'loss/{name}']):.4g}" for name in shown)]
     evaluate = jax.jit(functools.partial(eval_step, config))
     for index, example in enumerate(one["example"][0]):
         if example >= 0:
             alone = evaluate(params, {name: value[:, index : index + 1] for name, value in one.items()})
-            if not all(np.isfinite(alone[f"{name}_sum"]) for name in STREAMS):
+            if not np.isfinite(list(evaluation(config, alone).values())).all():
                 lines.append(f"clip {names[example]}: its own loss is not finite")
     for what, tree in (("parameter", params), ("gradient of", gradient)):
         by_path = zip(jax.tree.leaves(paths(tree)), jax.tree.leaves(tree), strict=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,51 @@ h2 { margin-top: 2rem } table { border-collapse: collapse } td, th { padding: .2
 vertical-align: top } th { font-weight: 600 } svg { max-width: 100%; height: auto } code { background: #f3f3f3 }
 .remark { background: #fff4d6; padding: .6rem 1rem }
 """
-PANELS = {"mel": "mel (codes)", "text": "text", "stop": "stop token"}
 
 
-def summary(history: History, ended: str, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a report is about. panels: curve -> its title, the first one the headline's; axis: what the values are.
+
+    samples: a sentence about what can be listened to. use: what to do with a run's folder, as html.
+    """
+
+    panels: dict[str, str]
+    axis: str
+    samples: str
+    use: Callable[[str], list[str]]
+
+
+AR_MODEL = Subject(
+    panels={"mel": "mel (codes)", "text": "text", "stop": "stop token"},
+    axis="cross-entropy, nats a token",
+    samples="Drafts go through the dVAE and Griffin-Lim: rough, but words, pace and stops can be judged.",
+    use=lambda folder: [
+        f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
+        "in the place of <code>autoregressive.pth</code>. Conditioning vectors made with the old weights are stale.",
+        f'Hear it: <code>python -m tortoise_jax.speak --checkpoint {folder} --text "…" --voice clips/ '
+        "--out draft.wav</code>",
+    ],
+)
+CODEC = Subject(
+    panels={"recon": "reconstruction", "commit": "commitment", "perplexity": "perplexity of codes"},
+    axis="mean error, or codes",
+    samples="Both of a pair went through Griffin-Lim, so only what the codes lose is heard between them.",
+    use=lambda folder: [
+        f"Prepare data sets with it: <code>python -m tortoise_jax.prepare --checkpoint {folder} …</code>. Those "
+        "prepared with another dVAE hold other codes and are refused.",
+        f"To train an AR model with it: <code>python convert/flax_to_torch.py {folder} --out dvae.pth</code>, then "
+        "<code>python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out …</code>. An AR model "
+        "trained with other codes must be trained on these before it speaks again.",
+    ],
+)
+
+
+def summary(
+    history: History, ended: str, settings: dict[str, Any], data: dict[str, Any], subject: Subject = AR_MODEL
+) -> dict[str, Any]:
     """How a run went, in numbers; curves are lists of (step, value), None in place of values that are not finite."""
-    validation = {name: history.curve("validation", name) for name in (*PANELS, "total")}
+    validation = {name: history.curve("validation", name) for name in (*subject.panels, "total")}
     training = history.curve("train", "total")
     best = best_evaluation(validation["total"]) or (None, None)
     return {
@@ -44,43 +85,51 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write(run: Path, history: History, ended: str, settings: dict[str, Any], data: dict[str, Any]) -> None:
-    facts = summary(history, ended, settings, data)
+def write(
+    run: Path,
+    history: History,
+    ended: str,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    subject: Subject = AR_MODEL,
+) -> None:
+    facts = summary(history, ended, settings, data, subject)
     write_atomically(run / "summary.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(run / "report.html", page(run, history, facts))
+    write_atomically(run / "report.html", page(run, history, facts, subject))
 
 
-def page(run: Path, history: History, facts: dict[str, Any]) -> str:
+def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -> str:
     name = html.escape(run.name)
     warning = f"<p class=remark>{html.escape(facts['remark'])}</p>" if facts["remark"] else ""
     sections = {
-        "Losses": curves(history),
-        "Drafts": drafts(run, facts["samples"]),
-        "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts)) + "</ul>",
+        "Losses": curves(history, subject),
+        "Drafts": drafts(run, facts["samples"], subject),
+        "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts, subject)) + "</ul>",
         "Data": table(facts["data"]),
         "Settings": table(facts["settings"]),
     }
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
     return (
         f"{head}<h1>{name}</h1>"
-        + table(headline(facts))
+        + table(headline(facts, subject))
         + warning
         + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items())
         + "\n"
     )
 
 
-def headline(facts: dict[str, Any]) -> dict[str, Any]:
-    lines = {"ended": facts["ended"], "steps": facts["steps"]}
-    if not facts["validation_mel"]:
-        return lines | {"held-out mel loss": "none: no clip was held out"}
-    (_, first), (_, last) = facts["validation_mel"][0], facts["validation_mel"][-1]
+def headline(facts: dict[str, Any], subject: Subject) -> dict[str, Any]:
+    lines, name = {"ended": facts["ended"], "steps": facts["steps"]}, next(iter(subject.panels))
+    curve = facts[f"validation_{name}"]
+    if not curve:
+        return lines | {f"held-out {name} loss": "none: no clip was held out"}
+    (_, first), (_, last) = curve[0], curve[-1]
     first, last = ("not finite" if loss is None else f"{loss:.4f}" for loss in (first, last))
     best = "none: no evaluation was finite"
     if facts["best_step"] is not None:
         start = ", the start: no step was better" if facts["best_step"] == 0 else ""
         best = f"step {facts['best_step']}{start} (total loss {facts['best_validation']:.4f})"
-    return lines | {"held-out mel loss": f"{first} at the start, {last} at the end", "best checkpoint": best}
+    return lines | {f"held-out {name} loss": f"{first} at the start, {last} at the end", "best checkpoint": best}
 
 
 def table(values: dict[str, Any]) -> str:
@@ -88,13 +137,13 @@ def table(values: dict[str, Any]) -> str:
     return "<table>" + "".join(rows) + "</table>"
 
 
-def curves(history: History) -> str:
+def curves(history: History, subject: Subject) -> str:
     """Training and held-out losses over steps, as an inline SVG; one panel a stream, since their scales differ."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(PANELS))
-    for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
+    panels = figure.subplots(1, len(subject.panels))
+    for axes, (name, title) in zip(panels, subject.panels.items(), strict=True):
         for kind, label, style in (("train", "training", {"alpha": 0.5}), ("validation", "held out", {"marker": "o"})):
             points = history.curve(kind, name)
             if points:
@@ -103,13 +152,13 @@ def curves(history: History) -> str:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
-    panels[0].set_ylabel("cross-entropy, nats per token")
+    panels[0].set_ylabel(subject.axis)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def drafts(run: Path, samples: list[dict[str, Any]]) -> str:
+def drafts(run: Path, samples: list[dict[str, Any]], subject: Subject) -> str:
     """Players for the first and the last drafts; those between are in the run's samples/."""
     if not samples:
         return "<p>None were made.</p>"
@@ -120,28 +169,29 @@ def drafts(run: Path, samples: list[dict[str, Any]]) -> str:
         path = run / sample["file"]
         data = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
         player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>' if data else "the file is gone"
-        ending = f"stopped, {sample['trailing_silence']:.1f} s of silence" if sample["stopped"] else "did not stop"
+        ending = ""
+        if "stopped" in sample:
+            silence = f"stopped, {sample['trailing_silence']:.1f} s of silence"
+            ending = silence if sample["stopped"] else "did not stop"
         rows.append(
             f"<tr><td>{html.escape(sample['prompt'])}<td>{html.escape(sample['voice'])}<td>step {sample['step']}"
             f"<td>{player}<td>{ending}"
         )
-    note = "<p>Drafts go through the dVAE and Griffin-Lim: rough, but words, pace and stops can be judged.</p>"
-    return note + "<table><tr><th>text<th>voice<th>when<th>draft<th>ending" + "".join(rows) + "</table>"
+    return (
+        f"<p>{subject.samples}</p>"
+        + "<table><tr><th>text<th>voice<th>when<th>draft<th>ending"
+        + "".join(rows)
+        + "</table>"
+    )
 
 
-def next_steps(run: Path, facts: dict[str, Any]) -> list[str]:
-    folder = html.escape(str(run))
+def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:
     if facts["best_step"] == 0 or facts["remark"].startswith("diverged"):
         again = "Begin another run with a lower <code>optimizer.learning_rate</code>, or with more recordings."
         if not facts["best_step"]:
             return ["There is nothing to use: no step was better than the start.", again]
         return [f"Use step {facts['best_step']}, from before it diverged: it is what every command takes.", again]
-    lines = [
-        f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
-        "in the place of <code>autoregressive.pth</code>. Conditioning vectors made with the old weights are stale.",
-        f'Hear it: <code>python -m tortoise_jax.speak --checkpoint {folder} --text "…" --voice clips/ '
-        "--out draft.wav</code>",
-    ]
+    lines = subject.use(html.escape(str(run)))
     totals = [math.inf if loss is None else loss for _, loss in facts["validation_total"]]
     if facts["remark"]:
         lines.append("It overfits: add recordings, or train again with a lower <code>optimizer.learning_rate</code>.")

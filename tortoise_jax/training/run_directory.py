@@ -26,6 +26,7 @@ from tortoise_jax.checkpoints.pretrained import (
     Pretrained,
     read_metadata,
     read_parts,
+    trained_part,
     write_metadata,
 )
 from tortoise_jax.checkpoints.run_checkpoints import ELSEWHERE, STEPS, RunCheckpoints, steps_folder
@@ -61,14 +62,21 @@ class Run:
 
 
 def begin(
-    run: Path, settings: ConfigDict, pretrained: Pretrained, digests: Mapping[str, str], renamed: Mapping[str, str]
+    run: Path,
+    settings: ConfigDict,
+    pretrained: Pretrained,
+    part: str,
+    digests: Mapping[str, str],
+    renamed: Mapping[str, str],
 ) -> list[str]:
-    """Makes the run's directory a checkpoint of its own (metadata, dVAE), or checks that it is this run's.
+    """Makes the run's directory a checkpoint of its own (metadata, the other parts), or checks that it is this run's.
 
-    Returns the settings that changed since the run began. Every host must call it. digests: "data_digest" and
-    "text_digest" of the data set. renamed: old names of fields, which a run begun with an older version has.
+    Returns the settings that changed since the run began. Every host must call it. part: the one that is trained.
+    digests: "data_digest" and "text_digest" of the data set. renamed: old names of fields, which a run begun with an
+    older version has.
     """
     check_folder(run)
+    check_part(run, part)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
     before = {"save_to": ""} | {renamed.get(name, name): value for name, value in before.items()}
@@ -80,11 +88,11 @@ def begin(
     if (run / METADATA).exists():
         check_checkpoint(run, pretrained, str(before.get("checkpoint")), str(now["checkpoint"]))
     parallel.wait_for_all("reading the run's directory")
-    parallel.on_main(lambda: write_beginning(run, now, pretrained))
+    parallel.on_main(lambda: write_beginning(run, now, pretrained, part))
     return changed
 
 
-def write_beginning(run: Path, settings: dict[str, Any], pretrained: Pretrained) -> None:
+def write_beginning(run: Path, settings: dict[str, Any], pretrained: Pretrained, part: str) -> None:
     """Writes what a run has before its first step; for one that goes on, its settings."""
     try:
         remove_partials(run)
@@ -92,9 +100,12 @@ def write_beginning(run: Path, settings: dict[str, Any], pretrained: Pretrained)
             save_elsewhere(run, settings["save_to"])
         write_atomically(run / CONFIG, json.dumps(settings, indent=2) + "\n")
         if not (run / METADATA).exists():
-            shutil.rmtree(run / DVAE, ignore_errors=True)  # of a start that was killed, maybe of another checkpoint
-            copy_folder(pretrained.path / DVAE, run / DVAE)
-            write_metadata(run, pretrained)
+            for other in pretrained.parts.keys() - {part}:
+                shutil.rmtree(
+                    run / other, ignore_errors=True
+                )  # of a start that was killed, maybe of another checkpoint
+                copy_folder(pretrained.path / other, run / other)
+            write_metadata(run, pretrained, trains=part)
     except OSError as error:
         raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
 
@@ -146,6 +157,14 @@ def check_checkpoint(run: Path, pretrained: Pretrained, before: str, now: str) -
             f"{run} was begun with another config.checkpoint ({there}): its {PART_TYPES[name].title} had other {other}; "
             "begin another run with --workdir, or put the old checkpoint back"
         )
+
+
+def check_part(run: Path, part: str) -> None:
+    """Raises UserError for a run that trains another part of a checkpoint."""
+    trained = trained_part(read_metadata(run)) if (run / METADATA).exists() else part
+    if trained != part:
+        titles = PART_TYPES[trained].title, PART_TYPES[part].title
+        raise UserError(f"--workdir {run} trains the {titles[0]}, not the {titles[1]}; give the run another folder")
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -12,48 +12,83 @@ from ml_collections import ConfigDict
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, Compute
 from tortoise_jax.training.config import ONE_OR_MORE, ZERO_OR_MORE, Schema
+from tortoise_jax.training.dvae_step import RECONSTRUCTIONS
 from tortoise_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 BELOW_ONE = (0, 0.99)
+_COUNTS = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "eval_every",
+    "log_every",
+    "keep_last",
+    "max_nonfinite",
+)
+_AMOUNTS = ("seed", "save_every", "sample_every", "patience", "optimizer.warmup", "optimizer.weight_decay")
+COMMON_RANGES = {
+    **dict.fromkeys(_COUNTS, ONE_OR_MORE),
+    **dict.fromkeys(_AMOUNTS, ZERO_OR_MORE),
+    **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), (0, 0.999999)),
+    "optimizer.learning_rate": (1e-12, 1),
+    "optimizer.gamma": (1e-6, 1),
+    "optimizer.epsilon": (1e-30, 1),
+    "optimizer.clip_norm": (1e-6, math.inf),
+}
+COMMON_CHOICES = {"optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES}
 
 
 def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
     """Of fine-tuning the AR model. defaults: `get_config` of configs/ar.py."""
-    one_or_more = ("steps", "batch_size", "gradient_accumulation_steps", "eval_every", "log_every", "keep_last")
-    zero_or_more = ("seed", "save_every", "sample_every", "patience", "text_weight")
     return Schema(
         file="configs/ar.py",
         defaults=defaults,
         choices={
             "dtype": ("auto", "float32", "bfloat16"),
             "attention": ATTENTION_IMPLEMENTATIONS,
-            "optimizer.name": OPTIMIZERS,
-            "optimizer.schedule": SCHEDULES,
+            **COMMON_CHOICES,
         },
         ranges={
-            **dict.fromkeys((*one_or_more, "conditioning_clips", "max_nonfinite"), ONE_OR_MORE),
-            **dict.fromkeys((*zero_or_more, "optimizer.warmup", "optimizer.weight_decay"), ZERO_OR_MORE),
+            **COMMON_RANGES,
+            **dict.fromkeys(("conditioning_clips",), ONE_OR_MORE),
+            **dict.fromkeys(("text_weight",), ZERO_OR_MORE),
             **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
-            **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), (0, 0.999999)),
-            "optimizer.learning_rate": (1e-12, 1),
-            "optimizer.gamma": (1e-6, 1),
-            "optimizer.epsilon": (1e-30, 1),
-            "optimizer.clip_norm": (1e-6, math.inf),
         },
         renamed={"accumulation": "gradient_accumulation_steps"},
         rule=check_ar,
     )
 
 
+def dvae_schema(defaults: Callable[[], ConfigDict]) -> Schema:
+    """Of training the dVAE. defaults: `get_config` of configs/dvae.py."""
+    dimensions = ("codebook_dim", "codes", "hidden", "layers")
+    return Schema(
+        file="configs/dvae.py",
+        defaults=defaults,
+        choices={"trains": ("dvae",), "reconstruction": RECONSTRUCTIONS, **COMMON_CHOICES},
+        ranges={
+            **COMMON_RANGES,
+            **dict.fromkeys(("crop_codes", *(f"model.{name}" for name in dimensions)), ONE_OR_MORE),
+            **dict.fromkeys(("commitment", "revive_below", "model.res_blocks"), ZERO_OR_MORE),
+        },
+        rule=check_milestones,
+    )
+
+
 def check_ar(given: dict[str, Any]) -> None:
     """Raises UserError for milestones that do not rise and for dropout that an attention kernel does not have."""
+    check_milestones(given)
+    if given["attention_dropout"] and given["attention"] != "plain":
+        raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
+
+
+def check_milestones(given: dict[str, Any]) -> None:
+    """Raises UserError where they do not rise."""
     milestones = given["optimizer.milestones"] or ()
     if any(not isinstance(step, int) or step < 1 for step in milestones) or sorted(set(milestones)) != [*milestones]:
         raise UserError(
             f"config: optimizer.milestones is {milestones}, expected rising step numbers such as (500, 1000)"
         )
-    if given["attention_dropout"] and given["attention"] != "plain":
-        raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
 
 
 def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:

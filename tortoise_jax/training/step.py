@@ -10,7 +10,7 @@ Sums over the devices of `axis` are taken once, in float32, after the micro-batc
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, SAMPLES_PER_CODE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, UnifiedVoice
 from tortoise_jax.training.forward import Batch, dropout_keys, forward_sums, has_dropout
-from tortoise_jax.training.losses import Sums, counts, means, total_loss, zero_sums
+from tortoise_jax.training.losses import CODES_PER_BUCKET, Sums, counts, means, total_loss
 from tortoise_jax.training.optimizer import Tree, applied_steps, group_norms, merge, part_norms, split
 
 ROW_ARRAYS = ("tokens", "token_types", "positions", "targets", "weights")
@@ -42,6 +43,51 @@ class TrainState:
     skipped: Array | np.ndarray
 
 
+class Objective(Protocol):
+    """What a kind of run trains, as pure functions of arrays; `StepConfig` is the AR model's.
+
+    optimizer, schedule, freeze and axis are as in StepConfig. curves: what is evaluated and drawn, by name, the one to
+    look at first; unit: of a row's length.
+    """
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation: ...
+    @property
+    def schedule(self) -> optax.Schedule: ...
+    @property
+    def freeze(self) -> str: ...
+    @property
+    def axis(self) -> str | None: ...
+    @property
+    def curves(self) -> tuple[str, ...]: ...
+    @property
+    def unit(self) -> str: ...
+
+    def counts(self, batch: Batch) -> Sums:
+        """What the loss sums of this device's micro-batches (a, b, …) are divided by, known before any forward."""
+
+    def sums(self, params: Tree, batch: Batch, step: Array | np.ndarray | None) -> Sums:
+        """Loss sums of one micro-batch (b, …), and whatever else is summed; step: None in an evaluation."""
+
+    def loss(self, sums: Sums, counts: Sums) -> Array:
+        """What is minimised, from the sums and counts of all devices, or of a device's own sums its share."""
+
+    def moved(self, params: Tree, sums: Sums) -> Tree:
+        """The parameters after whatever a step changes without a gradient."""
+
+    def metrics(self, sums: Sums, counts: Sums, batch: Batch | None = None) -> Sums:
+        """What is logged: losses as "loss/NAME". batch: None in an evaluation."""
+
+    def scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+        """Metrics on the host as plain numbers."""
+
+    def speech_seconds(self, metrics: dict[str, np.ndarray]) -> float:
+        """How much speech a step was trained on."""
+
+    def batch_shapes(self, length: int, rows: int, accumulation: int) -> dict[str, Any]:
+        """A device's batch of that length as shapes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """What a step needs besides state and batch; all of it is constant during a run.
@@ -49,7 +95,7 @@ class StepConfig:
     schedule: applied steps -> learning rate, the one that `optimizer` uses; here for the metrics. mel_norms (m,)
     float32: None where batches carry mels. seed: of dropout. text_weight: of the mean text loss, where the mean mel
     loss has 1. freeze: a regular expression of the paths that are not trained, as `make_optimizer` got it.
-    axis: the name of the mapped devices, None for one device.
+    axis: the name of the mapped devices, None for one device. conditioning_clips: of a row, for `batch_shapes`.
     """
 
     model: UnifiedVoice
@@ -60,6 +106,54 @@ class StepConfig:
     text_weight: float = 0.01
     freeze: str = ""
     axis: str | None = "data"
+    conditioning_clips: int = 1
+
+    curves = ("mel", "text", "stop")
+    unit = "positions"
+
+    def counts(self, batch: Batch) -> Sums:
+        joined = {name: value.reshape(-1, value.shape[-1]) for name, value in batch.items() if name in ROW_ARRAYS}
+        return counts(joined, self.model.config.stop_mel)
+
+    def sums(self, params: Tree, batch: Batch, step: Array | np.ndarray | None) -> Sums:
+        """With dropout where a step is given."""
+        drop = step is not None and has_dropout(self.model)
+        keys = dropout_keys(self.seed, step, batch["example"]) if step is not None and drop else None
+        return forward_sums(self.model, self.mel_norms, params, batch, keys)
+
+    def loss(self, sums: Sums, counts: Sums) -> Array:
+        return total_loss(sums, counts, self.text_weight)
+
+    def moved(self, params: Tree, sums: Sums) -> Tree:
+        return params
+
+    def metrics(self, sums: Sums, counts: Sums, batch: Batch | None = None) -> Sums:
+        """Mean losses, those of the codes by position too, and which share of the positions is padding."""
+        found = {f"loss/{name}": value for name, value in means(sums, counts).items()}
+        if batch is not None:
+            found["padding_share"] = padding_share(batch["token_types"], self.axis)
+        return found
+
+    def scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+        values = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+        for index, loss in enumerate(metrics["loss/position"]):
+            if metrics["position_count"][index]:
+                values[f"loss/codes_from_{index * CODES_PER_BUCKET}"] = float(loss)
+        return values
+
+    def speech_seconds(self, metrics: dict[str, np.ndarray]) -> float:
+        return float(metrics["mel_count"]) * SAMPLES_PER_CODE / SAMPLE_RATE
+
+    def batch_shapes(self, length: int, rows: int, accumulation: int) -> dict[str, Any]:
+        row = lambda dtype: jax.ShapeDtypeStruct((accumulation, rows, length), dtype)
+        names = ("tokens", "token_types", "positions", "targets")
+        crops = (accumulation, rows, self.conditioning_clips, CONDITIONING_SAMPLES)
+        return {
+            **{name: row(np.int32) for name in names},
+            "weights": row(np.float32),
+            "example": jax.ShapeDtypeStruct((accumulation, rows), np.int32),
+            "conditioning_wav": jax.ShapeDtypeStruct(crops, np.int16),
+        }
 
 
 def initial_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -71,14 +165,20 @@ def sum_over_devices(tree: Tree, axis: str | None) -> Tree:
     return jax.lax.psum(tree, axis) if axis else tree
 
 
-def global_counts(config: StepConfig, batch: Batch) -> Sums:
-    """Target counts of all micro-batches of all devices."""
-    joined = {name: value.reshape(-1, value.shape[-1]) for name, value in batch.items() if name in ROW_ARRAYS}
-    return sum_over_devices(counts(joined, config.model.config.stop_mel), config.axis)
+def global_counts(config: Objective, batch: Batch) -> Sums:
+    """The counts of all micro-batches of all devices."""
+    return sum_over_devices(config.counts(batch), config.axis)
 
 
-def gradients(config: StepConfig, params: Tree, batch: Batch, step: Array | np.ndarray) -> tuple[Tree, Sums, Sums]:
-    """Gradient of the global loss, global loss sums and counts; the devices' shares are summed at the end.
+def zero_sums(config: Objective, params: Tree, batch: Batch, step: Array | np.ndarray | None) -> Sums:
+    """What the sums of the micro-batches of a batch (a, b, …) start from."""
+    micro = {name: value[0] for name, value in batch.items()}
+    shapes = jax.eval_shape(config.sums, params, micro, step)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def gradients(config: Objective, params: Tree, batch: Batch, step: Array | np.ndarray) -> tuple[Tree, Sums, Sums]:
+    """Gradient of the global loss, global sums and counts; the devices' shares are summed at the end.
 
     The gradient is a tree like the trained half of `split`: for frozen parameters none is computed, kept or summed.
     """
@@ -86,20 +186,19 @@ def gradients(config: StepConfig, params: Tree, batch: Batch, step: Array | np.n
     trained, frozen = split(params, config.freeze)
 
     def share(trained: Tree, micro: Batch) -> tuple[Array, Sums]:
-        keys = dropout_keys(config.seed, step, micro["example"]) if has_dropout(config.model) else None
-        sums = forward_sums(config.model, config.mel_norms, merge(trained, frozen), micro, keys)
-        return total_loss(sums, total, config.text_weight), sums
+        sums = config.sums(merge(trained, frozen), micro, step)
+        return config.loss(sums, total), sums
 
     def accumulate(carry: tuple[Tree, Sums], micro: Batch) -> tuple[tuple[Tree, Sums], None]:
         (_, sums), gradient = jax.value_and_grad(share, has_aux=True)(trained, micro)
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
-    start = (jax.tree.map(jnp.zeros_like, trained), zero_sums())
+    start = (jax.tree.map(jnp.zeros_like, trained), zero_sums(config, params, batch, step))
     (gradient, sums), _ = jax.lax.scan(accumulate, start, batch)
     return *sum_over_devices((gradient, sums), config.axis), total
 
 
-def train_step(config: StepConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+def train_step(config: Objective, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
     """One optimiser step -> (new state, metrics: losses, norms, rate, `finite`).
 
     A non-finite loss or gradient leaves parameters and optimiser as they were and counts in `state.skipped`.
@@ -111,19 +210,17 @@ def train_step(config: StepConfig, state: TrainState, batch: Batch) -> tuple[Tra
         updated = optax.apply_updates(trained, updates)
         learning_rate = config.schedule(applied_steps(state.opt_state))
     norms = group_norms(gradient)
-    loss = total_loss(sums, total, config.text_weight)
+    loss = config.loss(sums, total)
     finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     new_state = TrainState(
         step=state.step + 1,
-        params=merge(keep(updated, trained), frozen),
+        params=keep(config.moved(merge(updated, frozen), sums), state.params),
         opt_state=keep(opt_state, state.opt_state),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    metrics = {f"loss/{name}": value for name, value in means(sums, total).items()}
-    metrics |= norms | part_norms(gradient)
+    metrics = config.metrics(sums, total, batch) | norms | part_norms(gradient)
     metrics |= {"loss/total": loss, "learning_rate": learning_rate, "finite": finite}
-    metrics["padding_share"] = padding_share(batch["token_types"], config.axis)
     return new_state, metrics | total
 
 
@@ -133,11 +230,17 @@ def padding_share(token_types: Array, axis: str | None) -> Array:
     return 1 - real / sum_over_devices(jnp.asarray(token_types[..., CONDITIONING_VECTORS:].size), axis)
 
 
-def eval_step(config: StepConfig, params: Tree, batch: Batch) -> Sums:
-    """Global loss sums and counts of one batch, without dropout; add them up over the batches, then divide once."""
+def eval_step(config: Objective, params: Tree, batch: Batch) -> Sums:
+    """Global sums and counts of one batch, without dropout; add them up over the batches, then divide once."""
 
     def accumulate(carry: Sums, micro: Batch) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, carry, forward_sums(config.model, config.mel_norms, params, micro)), None
+        return jax.tree.map(jnp.add, carry, config.sums(params, micro, None)), None
 
-    sums, _ = jax.lax.scan(accumulate, zero_sums(), batch)
+    sums, _ = jax.lax.scan(accumulate, zero_sums(config, params, batch, None), batch)
     return sum_over_devices(sums, config.axis) | global_counts(config, batch)
+
+
+def evaluation(config: Objective, totals: Any) -> dict[str, float]:
+    """The curves by name and the total loss, from what `eval_step` gave for all batches, added up, on the host."""
+    metrics = {name.rpartition("/")[2]: value for name, value in config.metrics(totals, totals).items()}
+    return {name: float(metrics[name]) for name in config.curves} | {"total": float(config.loss(totals, totals))}
