@@ -29,6 +29,7 @@ from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line, first_line
+from tortoise_jax.files import check_new
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def convert(
     codebook_dim: only compared with the dVAE's. tokenizer, mel_norms: files, where they are not the released ones.
     allow_nonfinite: convert NaN and infinite values too. checksums: verify those of .pth files. Raises UserError.
     """
-    check_new(out)
+    check_new(out, "--out")
     sources = {part: open_with_bar(files[part], part, heads, checksums) for part in MODELS if part in files}
     if not sources:
         raise UserError("nothing to convert: give --dvae, --ar, or both")
@@ -80,11 +81,6 @@ def convert(
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def check_new(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"--out {out} exists already; remove it or give another --out")
 
 
 def check_room(out: Path, size: int) -> None:
@@ -282,7 +278,7 @@ def main() -> None:
     parser.add_argument("--ignore_checksums", action="store_true", help="for .pth files that were saved without them")
     parser.add_argument("--download", action="store_true", help=f"fetch what is missing into {LOOK_IN}/ (1.9 GB)")
     args = parser.parse_args()
-    check_new(args.out)
+    check_new(args.out, "--out")
     lines = convert(
         find_inputs(args),
         args.out,

@@ -290,7 +290,9 @@ def test_more_held_out_than_asked_for_is_said(checkpoint, tmp_path):
             (tmp_path / "all" / f"s{speaker}" / f"{i}.txt").write_text(f"Sentence {'abc'[i]} of {'vwxyz'[speaker]}.")
     (warning,) = check(tmp_path / "all", checkpoint, QUICK)["warnings"]
     assert warning.startswith("33% of the clips are held out (5 of 15), --validation asks for 5%: every speaker gives")
-    rows = [f"all/s{i // 3}/{i % 3}.wav\tSentence {'abcdefghijklmno'[i]}\t{'dev' if i < 9 else 'train'}" for i in range(15)]
+    rows = [
+        f"all/s{i // 3}/{i % 3}.wav\tSentence {'abcdefghijklmno'[i]}\t{'dev' if i < 9 else 'train'}" for i in range(15)
+    ]
     (tmp_path / "table.tsv").write_text("audio\ttext\tsplit\n" + "\n".join(rows) + "\n")
     assert not check(tmp_path / "table.tsv", checkpoint, QUICK)["warnings"]
     assert not check(tmp_path / "all" / "s0", checkpoint, QUICK)["warnings"]

@@ -17,6 +17,7 @@ from tests.support.kill_prepare import snapshot
 from tests.support.parity import Twin
 from tests.support.recordings import VOICE, checkpoint_at, write_speech
 from tortoise_jax.errors import exit_with_one_line
+from tortoise_jax.files import LOCK, locked
 from tortoise_jax.prepare import main
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,40 @@ def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
     assert "kept" in results[1][0]
     assert "kept" not in results[2][0], "one host reports"
     assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "shared")
+
+
+def test_a_folder_in_use_is_refused_on_every_host_and_a_killed_one_is_not_in_use(voice_folder, tmp_path, dvae, voice):
+    """The owner is a preparation on another host, as far as the two that are refused can tell."""
+    checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
+    command = [sys.executable, "-m", "tortoise_jax.prepare", "--data", voice_folder, "--checkpoint", checkpoint]
+    command += ["--out", tmp_path / "out", "--max_rejected", "1", "--workers", "0"]
+    pipe = subprocess.PIPE
+    start = lambda *more: subprocess.Popen(
+        list(map(str, [*command, *more])), cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True
+    )
+    with locked(tmp_path / "out"):
+        owner = tmp_path / "out" / LOCK
+        owner.write_text("prepare.py, process 7 on elsewhere, since 2026-01-01 00:00:00\n")
+        coordinator = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--process_id")
+        hosts = [start(*coordinator, host) for host in (0, 1)]
+        for host in hosts:
+            out, errors = host.communicate(timeout=120)
+            assert host.returncode == 2, errors
+            [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+            assert "is being written by prepare.py, process 7 on elsewhere, since 2026" in line
+            assert "written:" not in out
+    killed = start()
+    while not (tmp_path / "out" / LOCK).exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert (tmp_path / "out" / LOCK).exists()
+    done = start()
+    out, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert "written: " in out
+    assert not (tmp_path / "out" / LOCK).exists()
 
 
 def test_sigterm_on_one_host_ends_preparing_on_all(voice_folder, tmp_path, dvae, voice):

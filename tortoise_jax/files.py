@@ -133,19 +133,25 @@ def remove_partials(folder: Path, name: str = "*") -> None:
                 path.unlink()
 
 
+def check_new(target: Path, flag: str = "") -> Path:
+    """Where `written_whole` writes meanwhile. Raises UserError where it would replace anything. flag: see `locked`."""
+    named = f"{flag} {target}".strip()
+    if target.exists():
+        raise UserError(f"{named} exists already; remove it or choose another name")
+    partial = target.with_name(f"{target.name}.partial")
+    ours = (partial / LOCK).is_file() or (partial.is_dir() and not any(partial.iterdir()))
+    if partial.exists() and not ours:
+        raise UserError(f"{named}: {partial} is needed to write it and holds something else; move that away")
+    return partial
+
+
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A directory beside `target` to write into; renamed to it at the end, removed if anything fails.
 
     What a killed writer left there is removed first, and nothing else: it is known by its lock.
     """
-    if target.exists():
-        raise UserError(f"{target} exists already; remove it or choose another name")
-    partial = target.with_name(f"{target.name}.partial")
-    if partial.exists() and not (partial / LOCK).is_file() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise UserError(
-            f"{partial} is needed to write {target} and holds something else; move it or choose another place"
-        )
+    partial = check_new(target)
     with locked(partial):
         try:
             for left in partial.iterdir():

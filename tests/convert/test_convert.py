@@ -531,6 +531,30 @@ def test_nobody_elses_file_is_written_over(converted, tmp_path) -> None:
     assert json.loads((tmp_path / "voice.json").read_text())["dtype"] == "float16"
 
 
+def test_what_lies_beside_out_is_not_touched(converted, tmp_path) -> None:
+    """The commands once wrote into X.partial and voice.pth.partial, whatever these held."""
+    (tmp_path / "X.partial").mkdir()
+    (tmp_path / "X.partial" / "film").write_text("somebody's")
+    (tmp_path / "voice.pth.partial").write_text("somebody's")
+    given = ["--ar", converted.parent / "autoregressive.pth", "--heads", HEADS, "--out", tmp_path / "X"]
+    for script, arguments in (
+        ("torch_to_flax", given),
+        ("flax_to_torch", [converted, "--out", tmp_path / "voice.pth"]),
+    ):
+        command = [sys.executable, ROOT / "convert" / f"{script}.py", *arguments]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        if script == "flax_to_torch":
+            assert done.returncode == 0, done.stderr
+        else:
+            assert done.returncode == 2
+            assert "X.partial is needed to write" in done.stderr
+            assert done.stderr.count("\n") == 1
+    assert (tmp_path / "X.partial" / "film").read_text() == "somebody's"
+    assert (tmp_path / "voice.pth.partial").read_text() == "somebody's"
+    assert not (tmp_path / "X").exists()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".partial", ".partial", ".pth"]
+
+
 # --- files of earlier versions ----------------------------------------------------------------------------------------
 
 TOKENIZER_DIGEST = "db1206f16ebb87e997641251483a3d1550f7c8272c90910ae6d5af5cc78d5ea9"  # of the released tokenizer

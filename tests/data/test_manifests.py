@@ -230,7 +230,13 @@ def test_no_transcript_and_no_recording_vanishes(tmp_path):
 
 
 def test_recordings_in_folders_without_metadata_are_mentioned(tmp_path):
-    files = {"ann/metadata.csv": "a|One\n", "ann/wavs/a.wav": "", "bob/b.wav": "", "bob/b.txt": "Two", "cid/c/d.m4a": ""}
+    files = {
+        "ann/metadata.csv": "a|One\n",
+        "ann/wavs/a.wav": "",
+        "bob/b.wav": "",
+        "bob/b.txt": "Two",
+        "cid/c/d.m4a": "",
+    }
     (one,) = read_inputs([tree(tmp_path, files)])
     assert one.warnings == [f"{tmp_path}: 2 recordings are in no line of metadata.csv, e.g. b.wav"]
 

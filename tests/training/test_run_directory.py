@@ -184,6 +184,51 @@ def test_overfitting_is_said_only_where_both_curves_show_it() -> None:
     assert not run_directory.overfitting_remark([], falling)
 
 
+def test_divergence_is_said_and_is_a_failure_only_from_the_start() -> None:
+    """Numbers of a run with a rate of 1; loss by step of training is of the parameters before the step."""
+    nan, inf = float("nan"), float("inf")
+    growing = [(step, 4.0 + 20 * step) for step in range(1, 13)]
+    for worse in ([(0, 4.39), (3, 73.8), (6, 176.0)], [(0, 4.39), (3, nan)], [(0, nan), (3, inf)]):
+        assert run_directory.remark(worse, growing).startswith("diverged: ")
+        assert run_directory.failure(worse, growing) == run_directory.remark(worse, growing)
+    late = [(0, 4.39), (3, 4.0), (6, 70.0), (9, 176.0)]
+    later = [(1, 4.4), (2, 4.3), (3, 4.2), (4, 4.1), *growing[4:]]
+    assert "since step 3 (4, now 176)" in run_directory.remark(late, later)
+    assert not run_directory.failure(late, later), "step 3 is better than the start"
+    assert run_directory.failure([], growing), "no clip is held out"
+    assert run_directory.failure([], [(step, nan if step > 6 else 4.0) for step in range(1, 13)])
+    steady = [(step, 4.0 + 0.5 * (step % 2)) for step in range(1, 13)]
+    for harmless in ([], [(0, 4.0), (3, 4.1), (6, 3.9)], [(0, 4.0), (3, 4.1), (6, 4.2)]):
+        assert not run_directory.remark(harmless, steady)
+        assert not run_directory.failure(harmless, steady)
+    falling = [(step, 5.0 - 0.3 * step) for step in range(1, 13)]
+    assert run_directory.remark([(0, 4.0), (3, 4.5), (6, 5.0), (9, 6.0)], falling).startswith("overfitting: ")
+
+
+def test_the_best_is_the_checkpoints_best(tmp_path: Path) -> None:
+    nan = float("nan")
+    for number, losses in enumerate(({0: 2.0, 1: 1.0, 2: 1.0}, {0: nan, 1: 3.0, 2: 4.0}, {0: 1.0, 1: nan, 2: 2.0})):
+        best = run_directory.best_evaluation(list(losses.items()))
+        assert best is not None
+        assert best[0] == saved(tmp_path / str(number), losses).best()
+    assert run_directory.best_evaluation([(0, nan)]) is run_directory.best_evaluation([]) is None
+
+
+def test_a_report_of_a_run_without_a_finite_loss_is_json_and_offers_nothing(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, writes=True)
+    for step in range(1, 7):
+        history.add("train", step, dict.fromkeys(("mel", "text", "stop", "total"), float("inf")))
+    for step in (0, 3, 6):
+        history.add("validation", step, dict.fromkeys(("mel", "text", "stop", "total"), float("nan")))
+    report.write(tmp_path, history, "diverged", {}, {})
+    facts = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert facts["validation_total"] == [[0, None], [3, None], [6, None]]
+    page = (tmp_path / "report.html").read_text()
+    assert "none: no evaluation was finite" in page
+    assert "There is nothing to use" in page
+    assert "flax_to_torch" not in page
+
+
 def test_a_report_names_what_to_do(tmp_path: Path) -> None:
     history = History(tmp_path, 0, writes=True)
     for step in range(1, 21):

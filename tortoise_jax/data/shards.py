@@ -139,7 +139,7 @@ def remove_others(out: Path, keys: set[str], shards: set[str]) -> None:
 
 
 def not_ours(out: Path) -> list[Path]:
-    """What no preparation wrote in the folders of groups and shards, known by content: the key or digest in the name."""
+    """What no preparation wrote in the folders of groups and shards: there, content and name belong together."""
     groups = {path: _finished(path) for path in sorted((out / FINISHED).glob("*"))}
     named = {group["shard"] for group in groups.values() if group}
     shards = sorted((out / SHARDS).glob("*"))

@@ -189,7 +189,7 @@ def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:
     if facts["best_step"] == 0 or facts["remark"].startswith("diverged"):
         again = "Begin another run with a lower <code>optimizer.learning_rate</code>, or with more recordings."
         if not facts["best_step"]:
-            return ["There is nothing to use: no step was better than the start.", again]
+            return ["There is nothing to use: the run is no better than its start.", again]
         return [f"Use step {facts['best_step']}, from before it diverged: it is what every command takes.", again]
     lines = subject.use(html.escape(str(run)))
     totals = [math.inf if loss is None else loss for _, loss in facts["validation_total"]]

@@ -45,8 +45,8 @@ WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
-# A held-out loss so many times the best, while training clips get no better, is called divergence; where no clip is held
-# out, a training loss so many times the first.
+# A held-out loss so many times the best, while training clips get no better, is called divergence; where no clip is
+# held out, a training loss so many times the first.
 DIVERGED, DIVERGED_TRAINING = 1.1, 1.5
 
 
@@ -144,18 +144,17 @@ def check_checkpoint(run: Path, pretrained: Pretrained, before: str, now: str) -
     checksums = metadata.get("checksums", {}) if now != before else {}  # old versions wrote none
     for name, part in read_parts(run, metadata).items():
         given = pretrained.part(name)
+        other_digest = given.digest != part.digest and "" not in (given.digest, part.digest)
         if given.config != part.config:
             other = "dimensions"
-        elif "" not in (given.digest, part.digest) and given.digest != part.digest:
-            other = "weights"
-        elif name in checksums and checksum(given.tree) != checksums[name]:
+        elif other_digest or (name in checksums and checksum(given.tree) != checksums[name]):
             other = "weights"
         else:
             continue
         there = f"{before} -> {now}" if now != before else now
         raise UserError(
-            f"{run} was begun with another config.checkpoint ({there}): its {PART_TYPES[name].title} had other {other}; "
-            "begin another run with --workdir, or put the old checkpoint back"
+            f"{run} was begun with another config.checkpoint ({there}): its {PART_TYPES[name].title} had other "
+            f"{other}; begin another run with --workdir, or put the old checkpoint back"
         )
 
 
@@ -205,15 +204,20 @@ Curve = list[tuple[int, float]]  # (step, loss)
 
 
 def best_evaluation(validation: Curve) -> tuple[int, float] | None:
-    """Step and loss of the best evaluation, the later one of equals, as `RunCheckpoints.best`; None without a finite one."""
+    """Step and loss of the best evaluation, of equals the later one, as `RunCheckpoints.best`; None: none is finite."""
     finite = [(step, loss) for step, loss in validation if math.isfinite(loss)]
     return min(finite, key=lambda point: (point[1], -point[0]), default=None)
 
 
 def evaluations_without_gain(losses: list[float]) -> int:
     """How many evaluations in a row, up to the last, have not been better than the best before them."""
-    comparable = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    return len(losses) - 1 - comparable.index(min(comparable)) if losses else 0
+    ordered = [comparable(loss) for loss in losses]
+    return len(losses) - 1 - ordered.index(min(ordered)) if losses else 0
+
+
+def comparable(loss: float) -> float:
+    """What is not finite is worse than anything."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def remark(validation: Curve, training: Curve) -> str:
@@ -243,26 +247,29 @@ def divergence_remark(validation: Curve, training: Curve) -> str:
     """One plain sentence where held-out clips get much worse and the training ones no better, else nothing."""
     best = best_evaluation(validation)
     step, loss = best or (0, math.inf)
-    since = [loss if math.isfinite(loss) else math.inf for at, loss in training if at > step]
+    since = [comparable(value) for at, value in training if at > step]
     if len(since) < 2:
         return ""
-    recent = since[-max(1, len(since) // 4) :]
-    growth = sum(recent) / len(recent) / since[0]  # the first one is of the best parameters: a step's loss is before it
+    end = since[-max(1, len(since) // 4) :]
+    first, last = since[0], sum(end) / len(end)  # a step's loss is from before it: the first is of the best parameters
     if not validation:
-        remedy = "no clip is held out, so no checkpoint is known to be better than the last; a lower optimizer.learning_rate helps"
-        grown = f"{since[0]:.4g} at the start, {sum(recent) / len(recent):.4g} at the end"
-        return f"diverged: training clips have got worse, {grown}; {remedy}" if not growth < DIVERGED_TRAINING else ""
-    last = validation[-1][1]
-    if last < loss * DIVERGED or growth < 1:
+        if last < DIVERGED_TRAINING * first:
+            return ""
+        return (
+            f"diverged: training clips have got much worse ({first:.4g} at the start, now {last:.4g}), and no clip is "
+            "held out to find a better checkpoint by; a lower optimizer.learning_rate helps"
+        )
+    now = validation[-1][1]
+    if comparable(now) < DIVERGED * loss or last < first:
         return ""
     kept = f"The checkpoint of step {step} is kept as the best" if best else "No evaluation was finite"
     return (
-        f"diverged: held-out clips have got much worse since step {step} ({loss:.4g}, now {last:.4g}) and training clips "
-        f"no better. {kept}; a lower optimizer.learning_rate helps"
+        f"diverged: held-out clips have got much worse since step {step} ({loss:.4g}, now {now:.4g}) and training "
+        f"clips no better. {kept}; a lower optimizer.learning_rate helps"
     )
 
 
 def failure(validation: Curve, training: Curve) -> str:
-    """Why a run that has ended has nothing to offer: it diverged before it was any better than its start; else nothing."""
+    """Why a run that has ended has nothing to offer: it diverged before it was better than its start; else nothing."""
     best = best_evaluation(validation)
     return "" if best and best[0] > 0 else divergence_remark(validation, training)
