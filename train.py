@@ -51,6 +51,10 @@ def main() -> None:
     settings = config.parse(sys.argv, SCHEMA)
     flags = config.FLAGS
     parallel.prepare_process(settings.deterministic)
+    if flags.topology:
+        parallel.prepare_to_compile_ahead()
+        plan_ahead(settings, flags)
+        return
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     with parallel.ending_together():
         train(settings, flags)
