@@ -24,7 +24,7 @@ from configs import ar
 from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import AR, DVAE
-from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, released_shapes
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
 from tortoise_jax.data.dataset import CLIPS, TEXT_IDS, Dataset, inputs_of, is_dataset
@@ -34,7 +34,18 @@ from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
-from tortoise_jax.training import config, estimate, presets, replay, report, run_directory, schemas, stopping
+from tortoise_jax.training import (
+    ahead_of_time,
+    config,
+    estimate,
+    presets,
+    replay,
+    report,
+    run_directory,
+    schemas,
+    stopping,
+    topologies,
+)
 from tortoise_jax.training.drafts import fixed_voices, make_drafter
 from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.loop import INTERRUPTED, Loop
@@ -42,6 +53,7 @@ from tortoise_jax.training.metrics import MetricWriter
 from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.training.run_directory import History, Run
 from tortoise_jax.training.step import StepConfig, TrainState, initial_state
+from tortoise_jax.training.topologies import Target
 
 SCHEMA = schemas.ar_schema(ar.get_config)
 
@@ -53,7 +65,7 @@ def main() -> None:
     parallel.prepare_process(settings.deterministic)
     if flags.topology:
         parallel.prepare_to_compile_ahead()
-        plan_ahead(settings, flags)
+        plan_ahead(settings, topologies.parse(flags.topology), flags.plan)
         return
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     with parallel.ending_together():
@@ -218,16 +230,39 @@ def fill_presets(settings: ConfigDict, clips: int) -> None:
 
 def show_plan(settings: ConfigDict, pretrained: Pretrained) -> None:
     """Says what the run would need; for speech of usual lengths where there is no data set yet."""
-    if Path(settings.data).exists():
-        dataset = find_data(settings, pretrained)
-        lengths = row_lengths(dataset, dataset.split("train"))
-    else:
-        lengths = estimate.assumed_lengths()
-        say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
+    lengths = planned_lengths(settings, pretrained)
     fill_presets(settings, len(lengths))
     step_config = make_step_config(settings, pretrained)
     for line in estimate.describe(step_config, pretrained.ar.params, settings, lengths):
         say(line)
+
+
+def plan_ahead(settings: ConfigDict, target: Target, plan: bool) -> None:
+    """Says what the run would need on a machine that is not here; of the released model where there is none yet."""
+    if not plan:
+        raise UserError(f"--topology {target.name} is for --plan; a run uses the devices that are here")
+    topologies.check_compiler(target.chip.platform)
+    if Path(settings.checkpoint).exists():
+        pretrained = load_pretrained(settings.checkpoint, ())
+    else:
+        pretrained = released_shapes()
+        say(f"config.checkpoint={settings.checkpoint} does not exist: planning for the released model")
+        settings.data = ""
+    lengths = planned_lengths(settings, pretrained)
+    fill_presets(settings, len(lengths))
+    step_config = make_step_config(settings, pretrained, target)
+    for line in ahead_of_time.describe(target, step_config, pretrained.ar.params, settings, lengths):
+        say(line)
+
+
+def planned_lengths(settings: ConfigDict, pretrained: Pretrained) -> np.ndarray:
+    """Positions of the training rows (clips,): of the data, or of usual speech where there is none."""
+    if settings.data and Path(settings.data).exists():
+        dataset = find_data(settings, pretrained)
+        return row_lengths(dataset, dataset.split("train"))
+    lengths = estimate.assumed_lengths()
+    say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
+    return lengths
 
 
 def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Feed:
@@ -250,9 +285,11 @@ def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) ->
     return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
 
 
-def make_step_config(settings: ConfigDict, pretrained: Pretrained) -> StepConfig:
-    unroll = pretrained.ar.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
-    compute = schemas.compute(settings, parallel.best_dtype(), unroll)
+def make_step_config(settings: ConfigDict, pretrained: Pretrained, target: Target | None = None) -> StepConfig:
+    """The step for the devices that are here, or for others."""
+    dtype = target.chip.dtype if target else parallel.best_dtype()
+    unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
+    compute = schemas.compute(settings, dtype, unroll)
     say(
         f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
         f"{compute.residual_dropout}, attention {compute.attention_dropout}"

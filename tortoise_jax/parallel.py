@@ -338,19 +338,20 @@ def mapped(step: Callable[..., Any], *, donate: bool, devices: list[Any] | None 
 # Devices that are described and not here: programs can be compiled for them.
 
 
-def prepare_to_compile_ahead() -> None:
-    """Before JAX starts, in a process that compiles for other devices than it has: it computes on the CPU.
+# libtpu would ask the machine for TPUs and for its place among the workers of a pod, and let one process use it.
+COMPILING_AHEAD = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
 
-    libtpu would ask the machine for TPUs and for its place among the workers of a pod, and let one process use it.
-    """
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
+
+def prepare_to_compile_ahead() -> None:
+    """Before JAX starts, in a process that compiles for other devices than it has: it computes on the CPU."""
+    os.environ |= COMPILING_AHEAD
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it keeps programs of devices that are here
 
@@ -365,7 +366,7 @@ def compile_ahead(step: Callable[..., Any], devices: list[Any], *arguments: Tree
     count = len(devices)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), arguments)
     # Without a card XLA can try no kernels out; see WITHOUT_TRITON.
-    options = {WITHOUT_TRITON: False} if devices[0].platform == "cuda" else None
+    options = {WITHOUT_TRITON: False} if devices[0].platform == "gpu" else None
     return mapped(step, donate=donate, devices=devices).lower(*shapes).compile(compiler_options=options)
 
 

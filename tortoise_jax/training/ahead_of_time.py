@@ -31,7 +31,7 @@ from tortoise_jax.training.estimate import (
 )
 from tortoise_jax.training.optimizer import split
 from tortoise_jax.training.step import StepConfig, train_step
-from tortoise_jax.training.topologies import DoesNotFit, Target
+from tortoise_jax.training.topologies import CUDA_MEMORY_SHARE, DoesNotFit, Target
 
 MEBIBYTE = 2**20
 SMALL = 64 * 1024  # bytes: counts and metrics, whose sums take no time
@@ -111,7 +111,7 @@ def room(target: Target) -> str:
     """What of a card's memory is counted on."""
     if not target.chip.card:
         return ""
-    return f" in the {target.memory / target.chip.memory:.0%} of the card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    return f" in the {CUDA_MEMORY_SHARE:.0%} of the card that JAX takes"
 
 
 def describe_too_much(target: Target, config: StepConfig, compiled: Compiled, step: roofline.Step) -> Iterator[str]:
@@ -123,7 +123,8 @@ def describe_too_much(target: Target, config: StepConfig, compiled: Compiled, st
 
 def describe_sums(compiled: Compiled) -> Iterator[str]:
     """What is summed over the devices, and how often."""
-    yield f"state updated in place: {compiled.donated / GIB:.2f} of {compiled.state / GIB:.2f} GiB"
+    in_place = min(compiled.donated, compiled.state)  # a TPU pads arrays
+    yield f"state updated in place: {in_place / GIB:.2f} of {compiled.state / GIB:.2f} GiB"
     if not compiled.large_sums:
         yield "sums over devices: none" if not compiled.sums else "sums over devices: only counts and metrics"
         return
@@ -171,12 +172,12 @@ def describe_time(
     work = roofline.computed_products(model, step)
     traffic = roofline.memory_traffic(model, step, parameters)
     yield "estimated from the published peaks:"
-    yield f"  a device's part of the longest step: {work / 1e12:.1f} TFLOP, at least {traffic / 1e9:.0f} GB of memory traffic"
+    yield f"  the longest step on a device: {work / 1e12:.1f} TFLOP, at least {traffic / 1e9:.0f} GB to and from memory"
     yield (
         f"  it takes {line.bound:.2f} s at the peaks: products {line.products:.2f} s or memory {line.memory:.2f} s, "
         f"communication {line.communication:.3f} s"
     )
-    useful = roofline.model_products(model, step) / target.peak(model.compute.dtype) / line.usual
+    useful = roofline.model_products(model.config, step) / target.peak(model.compute.dtype) / line.usual
     yield (
         f"  usual programs reach {roofline.USUAL_SHARE_OF_PEAK:.0%} of the peaks: about {line.usual:.2f} s, "
         f"{epoch.batch_size / line.usual:.0f} clips per second, {useful:.0%} of the peak for the model's own products"

@@ -12,7 +12,7 @@ COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permut
 OPERATION = re.compile(rf"^\s+(?:ROOT )?%?\S+ = (.*?) ({COLLECTIVES})(?:-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-CALLED = re.compile(r"(?:body|condition|calls|to_apply|called_computations|branch_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)")
+CALLED = re.compile(r"(?:body|condition|calls|to_apply|\w+_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)")
 LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
 
 
@@ -61,6 +61,8 @@ def collectives(text: str) -> Iterator[Collective]:
         for line in lines:
             if operation := OPERATION.match(line):
                 arrays = ARRAY.findall(operation[1])
-                sizes = [BYTES[dtype] * math.prod(int(side) for side in sides.split(",") if side) for dtype, sides in arrays]
+                sizes = [
+                    BYTES[dtype] * math.prod(int(side) for side in sides.split(",") if side) for dtype, sides in arrays
+                ]
                 dtypes = tuple(sorted({dtype for dtype, _ in arrays}))
                 yield Collective(operation[2], dtypes, sum(sizes), name in loops)

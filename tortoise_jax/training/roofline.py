@@ -42,12 +42,16 @@ def attention_products(positions: int, width: int) -> int:
     return 4 * positions**2 * width
 
 
-def block_products(config: UnifiedVoiceConfig, step: Step) -> int:
-    """Operations of one row's forward pass through the blocks, which `remat` computes twice."""
+def block_products(config: UnifiedVoiceConfig, step: Step, again: bool = False) -> int:
+    """Operations of one row's forward pass through the blocks.
+
+    again: of what `remat` computes a second time, which is all but each block's last product: no gradient needs that.
+    """
     d, s, t = config.width, step.length, CONDITIONING_FRAMES
-    gpt = config.layers * (2 * s * 12 * d**2 + attention_products(s, d))
-    conditioning = config.conditioning_layers * (2 * t * 4 * d**2 + attention_products(t, d))
-    return gpt + step.conditioning_clips * conditioning
+    gpt, conditioning = (8, 3) if again else (12, 4)  # weights of a block, in squares of the width
+    gpt_blocks = config.layers * (2 * s * gpt * d**2 + attention_products(s, d))
+    conditioning_blocks = config.conditioning_layers * (2 * t * conditioning * d**2 + attention_products(t, d))
+    return gpt_blocks + step.conditioning_clips * conditioning_blocks
 
 
 def forward_products(config: UnifiedVoiceConfig, step: Step) -> int:
@@ -65,7 +69,7 @@ def model_products(config: UnifiedVoiceConfig, step: Step) -> int:
 
 def computed_products(model: UnifiedVoice, step: Step) -> int:
     """Those, and what is computed again to save memory."""
-    again = step.device_rows * block_products(model.config, step) if model.compute.remat else 0
+    again = step.device_rows * block_products(model.config, step, again=True) if model.compute.remat else 0
     return model_products(model.config, step) + again
 
 

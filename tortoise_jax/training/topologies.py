@@ -61,23 +61,19 @@ class Chip:
 # TPUs: https://cloud.google.com/tpu/docs/v3 (v4, v5e, v5p, v6e); link: all-reduce bandwidth per pod by its chips.
 # NVIDIA: the data sheets of T4, L4, A100, H100 (SXM), the whitepapers of GA102 and AD102; dense bfloat16 products with
 # float32 sums. Of the RTX 3060, which they leave out: 512 operations per processor and clock, as its larger sisters.
-# link: NVLink, else PCIe, in one direction. The T4 has no bfloat16; its figure is float32.
+# link: NVLink, else PCIe, in one direction. The T4 has no bfloat16, so its figure is float32; of its 16 GB it shows 15.
 CHIPS = {
     "v3": Chip("TPU v3", 32 * GIB, 123 * TERA, 900 * GIGA, 332 * GIGA, whole=32, machine=(2, 2), devices=2),
     "v4": Chip("TPU v4", 32 * GIB, 275 * TERA, 1200 * GIGA, 269 * GIGA, whole=4, machine=(2, 2, 1)),
     "v5e": Chip("TPU v5e", 16 * GIB, 197 * TERA, 819 * GIGA, 200 * GIGA, whole=16, machine=(2, 4)),
     "v5p": Chip("TPU v5p", 95 * GIB, 459 * TERA, 2765 * GIGA, 600 * GIGA, whole=4, machine=(2, 2, 1)),
     "v6e": Chip("TPU v6e", 32 * GIB, 918 * TERA, 1600 * GIGA, 400 * GIGA, whole=16, machine=(2, 4)),
-    "t4-16g": Chip(
-        "NVIDIA T4", 15 * GIB, 8.1 * TERA, 320 * GIGA, 16 * GIGA, "float32", card=Card((7, 5), 40, 1.59, 4)
-    ),
+    "t4-16g": Chip("NVIDIA T4", 15 * GIB, 8.1 * TERA, 320 * GIGA, 16 * GIGA, "float32", card=Card((7, 5), 40, 1.59, 4)),
     "l4-24g": Chip("NVIDIA L4", 24 * GIB, 121 * TERA, 300 * GIGA, 32 * GIGA, card=Card((8, 9), 58, 2.04, 48)),
     "rtx3060-12g": Chip(
         "NVIDIA RTX 3060", 12 * GIB, 25.5 * TERA, 360 * GIGA, 32 * GIGA, card=Card((8, 6), 28, 1.777, 3)
     ),
-    "rtx3090-24g": Chip(
-        "NVIDIA RTX 3090", 24 * GIB, 71 * TERA, 936 * GIGA, 32 * GIGA, card=Card((8, 6), 82, 1.695, 6)
-    ),
+    "rtx3090-24g": Chip("NVIDIA RTX 3090", 24 * GIB, 71 * TERA, 936 * GIGA, 32 * GIGA, card=Card((8, 6), 82, 1.695, 6)),
     "rtx4090-24g": Chip(
         "NVIDIA RTX 4090", 24 * GIB, 165 * TERA, 1008 * GIGA, 32 * GIGA, card=Card((8, 9), 128, 2.52, 72)
     ),
@@ -172,6 +168,9 @@ class Target:
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise DoesNotFit(first_line(error)) from None
+            if "cuDNN" in str(error):
+                line = "attention=cudnn cannot be compiled without cuDNN; pip install nvidia-cudnn-cu12"
+                raise UserError(line) from None
             raise
 
 
@@ -182,7 +181,7 @@ def parse(name: str) -> Target:
         raise UserError(f"--topology {name}: no such chip{did_you_mean(kind, CHIPS)}; known are {', '.join(CHIPS)}")
     chip = CHIPS[kind]
     axes = len(chip.machine)
-    if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)*)?", shape) or shape.count("x") + 1 != axes and shape:
+    if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)*)?", shape) or (shape.count("x") + 1 != axes and shape):
         example = "x".join(map(str, chip.machine))
         raise UserError(f"--topology {name}: after the colon, {kind} takes a shape such as {kind}:{example}")
     sides = tuple(int(side) for side in shape.split("x")) if shape else chip.machine
