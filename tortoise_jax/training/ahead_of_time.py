@@ -142,16 +142,28 @@ def describe_sums(compiled: Compiled) -> Iterator[str]:
 def describe_largest(
     target: Target, config: StepConfig, params: Any, step: roofline.Step, compiled: Compiled
 ) -> Iterator[str]:
-    """How many rows a micro-batch can have: by a second program, whose memory is another point of the line."""
+    most, tried = rows_that_fit(target, config, params, step, compiled)
+    yield f"rows of a micro-batch that fit: about {most}, estimated from the programs for {step.rows} and {tried}"
+
+
+def rows_that_fit(
+    target: Target, config: StepConfig, params: Any, step: roofline.Step, compiled: Compiled
+) -> tuple[int, int]:
+    """How many rows a micro-batch can have, and the rows of the second program by which that is known.
+
+    Memory grows evenly with the rows. A compiler that refuses the second program says no more than that it is too much.
+    """
     more = dataclasses.replace(step, rows=4 * step.rows)
     try:
         other = compile_step(target, config, params, more)
     except DoesNotFit:
-        yield f"rows of a micro-batch that fit: {step.rows}; {more.rows} do not"
-        return
+        more = dataclasses.replace(step, rows=2 * step.rows)
+        try:
+            other = compile_step(target, config, params, more)
+        except DoesNotFit:
+            return step.rows, more.rows
     slope = max(1.0, (other.needed - compiled.needed) / (more.rows - step.rows))
-    most = int(step.rows + (target.memory - compiled.needed) / slope)
-    yield f"rows of a micro-batch that fit: about {most}, estimated from the programs for {step.rows} and {more.rows}"
+    return int(step.rows + (target.memory - compiled.needed) / slope), more.rows
 
 
 def describe_time(
