@@ -29,7 +29,7 @@ MACHINES = (
 )
 # The longest rows of speech like LJSpeech's: 10 s with their text.
 STEP = roofline.Step(length=320, rows=4, accumulation=4, conditioning_clips=2)
-COMPILED = ("machine", "dtype", "memory of a device", "rows that fit", "gradients summed")
+COMPILED = ("machine", "dtype", "memory of a device", "gradients summed")
 ESTIMATED = ("a step", "clips per second", "communication", "below 10 % from")
 HEADER = (*COMPILED, *ESTIMATED)
 
@@ -53,7 +53,6 @@ def row(target: Target) -> Sequence[str]:
         compiled = ahead_of_time.compile_step(target, config, params, STEP)
     except DoesNotFit:
         return (name, dtype, "too little", *["–"] * (len(HEADER) - 3))
-    fits, _ = ahead_of_time.rows_that_fit(target, config, params, STEP, compiled)
     parameters = parameter_count(params)
     summed = sum(one.size for one in compiled.large_sums)
     line = roofline.roofline(target, config.model, STEP, parameters, summed)
@@ -65,7 +64,6 @@ def row(target: Target) -> Sequence[str]:
         name,
         dtype,
         f"{compiled.needed / GIB:.1f} of {target.memory / GIB:.1f} GiB",
-        str(fits),
         f"{'in a loop' if looped else 'once'}, {dtypes}, {summed / GIB:.2f} GiB" if summed else "–",
         f"{line.usual:.2f} s",
         f"{clips / line.usual:,.0f}",
@@ -77,9 +75,8 @@ def row(target: Target) -> Sequence[str]:
 def main(names: Sequence[str]) -> None:
     parallel.prepare_process()
     parallel.prepare_to_compile_ahead()
-    print(
-        f"jax {jax.__version__}; {STEP.accumulation} micro-batches of {STEP.rows} rows of {STEP.length} positions a device"
-    )
+    work = f"{STEP.accumulation} micro-batches of {STEP.rows} rows of {STEP.length} positions"
+    print(f"jax {jax.__version__}; {work} per device and step")
     print(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
     for name in names:
         print(f"| {' | '.join(row(topologies.parse(name)))} |", flush=True)

@@ -8,7 +8,9 @@ import math
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ from tortoise_jax.training.roofline import Step
 from tortoise_jax.training.step import StepConfig, gradients
 from tortoise_jax.training.topologies import DoesNotFit, Target, parse
 
+ROOT = Path(__file__).parents[2]
 STEP = Step(length=64, rows=2, accumulation=2, conditioning_clips=1)
 BF16 = Compute(dtype="bfloat16", remat=True, embed_dropout=0.1, residual_dropout=0.1)
 needs_compilers = pytest.mark.skipif(
@@ -315,3 +318,63 @@ def test_rows_without_a_clip_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     wasteful = plan(monkeypatch, parse("v5e:16x16"), 2**30, batch_size=128)
     assert any("only 128 of the 1024 rows of a step hold a clip" in line for line in wasteful)
     assert not any("hold a clip" in line for line in plan(monkeypatch, parse("v5e"), 2**30, batch_size=128))
+
+
+# --- the real command -------------------------------------------------------------------------------------------------
+
+
+def show_plan(project: Path, *flags: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+    environment = runs.environment(project) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    command = runs.command(project, project / "run", *flags, **fields)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@needs_compilers
+def test_the_plan_for_a_card_that_is_not_here(tmp_path: Path) -> None:
+    runs.write_checkpoint(tmp_path / "checkpoint")
+    done = show_plan(tmp_path, "--plan", "--topology", "rtx3060-12g", data="no such data")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "config.data=no such data does not exist: planning for 13100 clips of usual lengths",
+        "computing in bfloat16",
+        "planning for 1 x NVIDIA RTX 3060, each 12 GiB",
+        "these are facts of the program that would run:",
+        "of 9.0 GiB",
+        "it fits in the 75% of the card that JAX takes",
+        "state updated in place: ",
+        "sums over devices: none",
+        "rows of a micro-batch that fit: about ",
+        "estimated from the published peaks:",
+        "the run: 6 steps, ",
+    ):
+        assert part in done.stdout, done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@needs_compilers
+def test_the_plan_for_a_pod_needs_no_checkpoint(tmp_path: Path) -> None:
+    """And at 256 chips, the sums of gradients take less than a tenth of a step of 16 clips per chip."""
+    fields = dict(checkpoint="none", batch_size=4096, gradient_accumulation_steps=4, steps=100, remat=True)
+    done = show_plan(tmp_path, "--plan", "--topology", "v5e:16x16", conditioning_clips=2, **fields)
+    assert done.returncode == 0, done.stderr
+    assert "config.checkpoint=none does not exist: planning for the released model" in done.stdout
+    assert "parameters: 421,526,786" in done.stdout
+    assert "planning for 256 x TPU v5e, each 16 GiB" in done.stdout
+    assert re.search(r"sums over devices: \d+ of gradients, 1608 MiB together in f32, outside all loops, once", done.stdout)
+    assert int(re.search(r"communication: (\d+)% of such a step", done.stdout)[1]) < 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--plan", "--topology", "v5f:2x4"), 'no such chip (did you mean "v5p"?)'),
+        (("--topology", "v5e:2x4"), "--topology v5e:2x4 is for --plan; a run uses the devices that are here"),
+    ],
+)
+def test_what_is_asked_wrongly_ends_in_one_line(tmp_path: Path, flags: tuple[str, ...], says: str) -> None:
+    done = show_plan(tmp_path, *flags)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
