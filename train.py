@@ -244,11 +244,13 @@ def plan_ahead(settings: ConfigDict, target: Target, plan: bool) -> None:
     topologies.check_compiler(target.chip.platform)
     if Path(settings.checkpoint).exists():
         pretrained = load_pretrained(settings.checkpoint, ())
+        lengths = planned_lengths(settings, pretrained)
     else:
-        pretrained = released_shapes()
-        say(f"config.checkpoint={settings.checkpoint} does not exist: planning for the released model")
-        settings.data = ""
-    lengths = planned_lengths(settings, pretrained)
+        pretrained, lengths = released_shapes(), estimate.assumed_lengths()
+        say(
+            f"config.checkpoint={settings.checkpoint} does not exist: planning for the released model and "
+            f"{len(lengths)} clips of usual lengths"
+        )
     fill_presets(settings, len(lengths))
     step_config = make_step_config(settings, pretrained, target)
     for line in ahead_of_time.describe(target, step_config, pretrained.ar.params, settings, lengths):
@@ -256,8 +258,8 @@ def plan_ahead(settings: ConfigDict, target: Target, plan: bool) -> None:
 
 
 def planned_lengths(settings: ConfigDict, pretrained: Pretrained) -> np.ndarray:
-    """Positions of the training rows (clips,): of the data, or of usual speech where there is none."""
-    if settings.data and Path(settings.data).exists():
+    """Positions of the training rows (clips,): of the data, or of usual speech where there is none yet."""
+    if Path(settings.data).exists():
         dataset = find_data(settings, pretrained)
         return row_lengths(dataset, dataset.split("train"))
     lengths = estimate.assumed_lengths()

@@ -80,9 +80,9 @@ def assert_as_wanted(compiled: ahead_of_time.Compiled, trained: int) -> None:
 
 @needs_compilers
 @pytest.mark.usefixtures("compilers")
-@pytest.mark.parametrize("target", ["v5e:2x4", "a100-40g:2"])
-def test_a_step_of_two_layers_compiles_for_other_machines(target: str) -> None:
-    assert_as_wanted(*compiled_with(target, BF16))
+def test_a_step_of_two_layers_compiles_for_tpus() -> None:
+    assert runs.AR.layers == 2
+    assert_as_wanted(*compiled_with("v5e:2x4", BF16))
 
 
 @needs_compilers
@@ -330,21 +330,22 @@ def show_plan(project: Path, *flags: str, **fields: Any) -> subprocess.Completed
 
 
 @needs_compilers
-def test_the_plan_for_a_card_that_is_not_here(tmp_path: Path) -> None:
+def test_the_plan_for_cards_that_are_not_here(tmp_path: Path) -> None:
     runs.write_checkpoint(tmp_path / "checkpoint")
-    done = show_plan(tmp_path, "--plan", "--topology", "rtx3060-12g", data="no such data")
+    done = show_plan(tmp_path, "--plan", "--topology", "rtx3060-12g:2", data="no such data")
     assert done.returncode == 0, done.stderr
     for part in (
         "config.data=no such data does not exist: planning for 13100 clips of usual lengths",
         "computing in bfloat16",
-        "planning for 1 x NVIDIA RTX 3060, each 12 GiB",
+        "planning for 2 x NVIDIA RTX 3060, each 12 GiB",
         "these are facts of the program that would run:",
         "of 9.0 GiB",
         "it fits in the 75% of the card that JAX takes",
         "state updated in place: ",
-        "sums over devices: none",
+        "sums over devices: 1 of gradients, 0 MiB together in f32, outside all loops, once per step",
         "rows of a micro-batch that fit: about ",
         "estimated from the published peaks:",
+        "  communication: ",
         "the run: 6 steps, ",
     ):
         assert part in done.stdout, done.stdout
@@ -361,8 +362,11 @@ def test_the_plan_for_a_pod_needs_no_checkpoint(tmp_path: Path) -> None:
     assert "config.checkpoint=none does not exist: planning for the released model" in done.stdout
     assert "parameters: 421,526,786" in done.stdout
     assert "planning for 256 x TPU v5e, each 16 GiB" in done.stdout
-    assert re.search(r"sums over devices: \d+ of gradients, 1608 MiB together in f32, outside all loops, once", done.stdout)
-    assert int(re.search(r"communication: (\d+)% of such a step", done.stdout)[1]) < 10
+    once = r"sums over devices: \d+ of gradients, 1608 MiB together in f32, outside all loops, once per step"
+    assert re.search(once, done.stdout), done.stdout
+    share = re.search(r"communication: (\d+)% of such a step", done.stdout)
+    assert share
+    assert int(share[1]) < 10
 
 
 @pytest.mark.parametrize(
