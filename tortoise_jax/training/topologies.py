@@ -169,7 +169,7 @@ class Target:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise DoesNotFit(first_line(error)) from None
             if "cuDNN" in str(error):
-                line = "attention=cudnn cannot be compiled without cuDNN; pip install nvidia-cudnn-cu12"
+                line = "attention=cudnn cannot be compiled without cuDNN; pip install --no-deps nvidia-cudnn-cu12"
                 raise UserError(line) from None
             raise
 
