@@ -17,6 +17,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 test-slow: $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cudnn-cu12  # to compile for
 	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)

@@ -26,7 +26,7 @@ from configs import ar, dvae
 from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import AR, DVAE
-from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, released_shapes
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data import batches
 from tortoise_jax.data.dataset import CLIPS, TEXT_IDS, Dataset, inputs_of, is_dataset
@@ -36,7 +36,19 @@ from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
-from tortoise_jax.training import config, dvae_run, estimate, presets, replay, report, run_directory, schemas, stopping
+from tortoise_jax.training import (
+    ahead_of_time,
+    config,
+    dvae_run,
+    estimate,
+    presets,
+    replay,
+    report,
+    run_directory,
+    schemas,
+    stopping,
+    topologies,
+)
 from tortoise_jax.training.drafts import Drafter, fixed_voices, make_drafter
 from tortoise_jax.training.feed import Batches, Feed
 from tortoise_jax.training.loop import INTERRUPTED, Loop
@@ -44,6 +56,7 @@ from tortoise_jax.training.metrics import MetricWriter
 from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.training.run_directory import History, Run
 from tortoise_jax.training.step import Objective, StepConfig, TrainState, initial_state
+from tortoise_jax.training.topologies import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,10 @@ def main() -> None:
     settings = config.parse(sys.argv, kind.schema)
     flags = config.FLAGS
     parallel.prepare_process(settings.deterministic)
+    if flags.topology:
+        parallel.prepare_to_compile_ahead()
+        plan_ahead(kind, settings, topologies.parse(flags.topology), flags.plan)
+        return
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     with parallel.ending_together():
         train(kind, settings, flags)
@@ -259,14 +276,42 @@ def fill_presets(kind: Kind, settings: ConfigDict, clips: int) -> None:
 
 def show_plan(kind: Kind, settings: ConfigDict, pretrained: Pretrained) -> None:
     """Says what the run would need; for speech of usual lengths where there is no data set yet."""
-    dataset = kind.find_data(settings, pretrained)[0] if Path(settings.data).exists() else None
-    lengths = kind.row_lengths(settings, dataset)
-    if dataset is None:
-        say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
+    lengths = planned_lengths(kind, settings, pretrained)
     fill_presets(kind, settings, len(lengths))
     step_config = kind.make_step_config(settings, pretrained, settings.batch_size)
     for line in estimate.describe(step_config, pretrained.part(kind.part).tree, settings, lengths):
         say(line)
+
+
+def plan_ahead(kind: Kind, settings: ConfigDict, target: Target, plan: bool) -> None:
+    """Says what the run would need on a machine that is not here; of the released model where there is none yet."""
+    if not plan:
+        raise UserError(f"--topology {target.name} is for --plan; a run uses the devices that are here")
+    if kind.part != AR:
+        raise UserError("--topology plans for the AR model; --plan alone times the dVAE's step here")
+    topologies.check_compiler(target.chip.platform)
+    if Path(settings.checkpoint).exists():
+        pretrained = load_pretrained(settings.checkpoint, ())
+        lengths = planned_lengths(kind, settings, pretrained)
+    else:
+        pretrained, lengths = released_shapes(), estimate.assumed_lengths()
+        say(
+            f"config.checkpoint={settings.checkpoint} does not exist: planning for the released model and "
+            f"{len(lengths)} clips of usual lengths"
+        )
+    fill_presets(kind, settings, len(lengths))
+    step_config = make_step_config(settings, pretrained, settings.batch_size, target)
+    for line in ahead_of_time.describe(target, step_config, pretrained.ar.params, settings, lengths):
+        say(line)
+
+
+def planned_lengths(kind: Kind, settings: ConfigDict, pretrained: Pretrained) -> np.ndarray:
+    """Of the training rows (clips,): of the data, or of usual speech where there is none yet."""
+    dataset = kind.find_data(settings, pretrained)[0] if Path(settings.data).exists() else None
+    lengths = kind.row_lengths(settings, dataset)
+    if dataset is None:
+        say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
+    return lengths
 
 
 def lengths_of_rows(settings: ConfigDict, dataset: Dataset | None) -> np.ndarray:
@@ -300,9 +345,13 @@ def describe_feed(settings: ConfigDict, dataset: Dataset, feed: Batches) -> None
     )
 
 
-def make_step_config(settings: ConfigDict, pretrained: Pretrained, rows: int) -> StepConfig:
-    unroll = pretrained.ar.config.layers if parallel.on_cpu() else 1  # a rolled loop costs 10-20 % on CPU
-    compute = schemas.compute(settings, parallel.best_dtype(), unroll)
+def make_step_config(
+    settings: ConfigDict, pretrained: Pretrained, rows: int, target: Target | None = None
+) -> StepConfig:
+    """The step for the devices that are here, or for others."""
+    dtype = target.chip.dtype if target else parallel.best_dtype()
+    unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
+    compute = schemas.compute(settings, dtype, unroll)
     say(
         f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
         f"{compute.residual_dropout}, attention {compute.attention_dropout}"

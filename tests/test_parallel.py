@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -198,3 +199,25 @@ def test_one_process_waits_for_nobody() -> None:
 def test_errors_of_one_process_are_its_own() -> None:
     with pytest.raises(ZeroDivisionError), parallel.ending_together():
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("given", "deterministic", "flags"),
+    [
+        ("", True, "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
+        (
+            "--xla_gpu_deterministic_ops=true --other=1",
+            True,
+            "--xla_gpu_deterministic_ops=true --other=1 --xla_gpu_enable_triton_gemm=false",
+        ),
+        ("--other=1", False, "--other=1"),
+    ],
+)
+def test_what_cannot_be_tried_out_is_not_left_to_triton(
+    given: str, deterministic: bool, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reruns of the same bits mean that XLA tries no kernels out, and Triton's default tiles do not fit 517 frames."""
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    parallel.prepare_process(deterministic)
+    assert os.environ["XLA_FLAGS"] == flags

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax._src import distributed as jax_distributed  # its client: messages between hosts without a computation
 from jax._src.clusters import GceTpuCluster
-from jax.experimental import multihost_utils
+from jax.experimental import multihost_utils, topologies
 
 from tortoise_jax.errors import UserError, first_line, report
 from tortoise_jax.files import locked
@@ -35,13 +35,17 @@ from tortoise_jax.native_errors import NativeErrors
 AXIS = "data"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # what hosts must have alike
 Tree = Any
+# XLA may not try kernels out where it computes the same bits every time, and takes a default tile for those of Triton.
+# No tile fits the conditioning encoder's 517 frames: the step would not compile. cuBLAS multiplies any shape.
+WITHOUT_TRITON = "xla_gpu_enable_triton_gemm"
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", f"--{WITHOUT_TRITON}=false")
 
 
 def prepare_process(deterministic: bool = True) -> None:
     """Before JAX starts: keep compiled programs for the next run, and, on NVIDIA, compute the same bits every time."""
-    flag = "--xla_gpu_deterministic_ops=true"
-    if deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    if deterministic:
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = " ".join([*given.split(), *(flag for flag in DETERMINISTIC if flag not in given)])
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
@@ -329,9 +333,44 @@ def best_dtype() -> str:
     return "bfloat16" if device.platform in ("gpu", "cuda") and capability >= 8.0 else "float32"
 
 
-def mapped(step: Callable[..., Any], *, donate: bool) -> Any:
-    """A per-device function of (replicated state, device's batch) as one pmapped program."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else ())
+def mapped(step: Callable[..., Any], *, donate: bool, devices: list[Any] | None = None) -> Any:
+    """A per-device function of (replicated state, device's batch) as one pmapped program; devices: all by default."""
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else (), devices=devices)
+
+
+# Devices that are described and not here: programs can be compiled for them.
+
+
+# libtpu would ask the machine for TPUs and for its place among the workers of a pod, and let one process use it.
+COMPILING_AHEAD = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+def prepare_to_compile_ahead() -> None:
+    """Before JAX starts, in a process that compiles for other devices than it has: it computes on the CPU."""
+    os.environ |= COMPILING_AHEAD
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it keeps programs of devices that are here
+
+
+def described_devices(platform: str, name: str, **options: Any) -> list[Any]:
+    """The devices of a machine that is not here, by the name and the options of the compiler of "tpu" or "cuda"."""
+    return list(topologies.get_topology_desc(name, platform, **options).devices)
+
+
+def compile_ahead(step: Callable[..., Any], devices: list[Any], *arguments: Tree, donate: bool = False) -> Any:
+    """A per-device function compiled for described devices; arguments: shapes without the device axis."""
+    count = len(devices)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), arguments)
+    # Without a card XLA can try no kernels out; see WITHOUT_TRITON.
+    options = {WITHOUT_TRITON: False} if devices[0].platform == "gpu" else None
+    return mapped(step, donate=donate, devices=devices).lower(*shapes).compile(compiler_options=options)
 
 
 def call(program: Any, *arguments: Tree) -> Any:

@@ -268,3 +268,24 @@ def test_conditioning_encoder_of_a_torch_encoder() -> None:
     backwards = encoder.apply({"params": params}, jnp.asarray(mel.numpy().swapaxes(1, 2)[:, ::-1]))
     with pytest.raises(AssertionError):
         assert_close(backwards, want, MODULE)
+
+
+# Which products run in fused kernels
+
+
+def test_cudnn_computes_the_gpt_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains on even lengths only, and the conditioning encoder sees 517 frames."""
+    lengths: list[tuple[str, int]] = []
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, implementation: str) -> jax.Array:
+        lengths.append((implementation, q.shape[1]))
+        return v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    compute = Compute(attention="cudnn")
+    encoder = layers.ConditioningEncoder(32, 2, 2, compute)
+    jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 517, 80)))
+    assert lengths == []
+    row = jnp.zeros((1, 64, 32))
+    jax.eval_shape(GPT2Block(2, compute).init, jax.random.key(0), row, jnp.zeros((), jnp.int32), None)
+    assert lengths == [("cudnn", 64)]

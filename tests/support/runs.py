@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -163,6 +164,12 @@ def start_hosts(
             )
         )
     return started
+
+
+def own_lines(stderr: str) -> list[str]:
+    """What the program itself wrote: XLA's plugin for NVIDIA says, while it loads, that the machine has no card."""
+    native = re.compile(r"WARNING: All log messages before|[IWEF]\d{4} ")
+    return [line for line in stderr.splitlines() if not native.match(line)]
 
 
 def outputs(hosts: list[subprocess.Popen[str]], limit: float = 240) -> list[tuple[int, str, str]]:

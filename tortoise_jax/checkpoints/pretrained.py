@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part, abstract_tree, abstract_variables, in_collections
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import Tree, checksum, digest, restore_tree, save_tree
 from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import read_json, write_json, written_whole
+from tortoise_jax.models import dvae, unified_voice
 from tortoise_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -63,6 +65,13 @@ class Pretrained:
     def with_part(self, name: str, part: Part) -> Pretrained:
         """The same with one part added or in another's place."""
         return dataclasses.replace(self, parts=self.parts | {name: part})
+
+
+def released_shapes() -> Pretrained:
+    """The released models without weights, to plan for."""
+    configs = {AR: unified_voice.RELEASED, DVAE: dvae.RELEASED}
+    parts = {name: Part(config, abstract_variables(config)) for name, config in configs.items()}
+    return Pretrained(parts, Tokenizer.default(), default_mel_norms(), {})
 
 
 def mel_norms_digest(mel_norms: np.ndarray) -> str:

@@ -29,7 +29,8 @@ class Compute:
     dtype: activations and matrix products ("float32" or "bfloat16"); parameters and losses stay float32.
     remat: recompute each block in the backward pass instead of keeping its activations.
     unroll: layers a compiled loop step holds; 1 compiles fastest, the number of layers runs fastest on CPU.
-    attention: "plain" (einsum), or "xla" / "cudnn" of `jax.nn.dot_product_attention`, which know no dropout.
+    attention: "plain" (einsum), or "xla" / "cudnn" of `jax.nn.dot_product_attention`, which know no dropout; "cudnn" is
+    for the GPT blocks alone.
     """
 
     dtype: str = "float32"
@@ -173,7 +174,8 @@ class ConditioningAttention(nn.Module):
         qkv = nn.Dense(3 * d, dtype=dtype, name="qkv")(norm(x).reshape(b * t, d))
         # Interleaved per head: head 0's q, k, v, then head 1's.
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, self.heads, 3, d // self.heads), 3, 0)
-        implementation = self.compute.attention
+        # cuDNN trains on even lengths only, and six seconds are 517 frames.
+        implementation = "plain" if self.compute.attention == "cudnn" else self.compute.attention
         mixed = attend(q, k, v, causal=False, implementation=implementation).reshape(b * t, d)
         return x + nn.Dense(d, dtype=dtype, name="proj_out")(mixed).reshape(b, t, d), None
 

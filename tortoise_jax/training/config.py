@@ -26,6 +26,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
 flags.DEFINE_string("workdir", "", "the run's directory (default: runs/NAME, the data's name)")
 flags.DEFINE_bool("plan", False, "print what the run would need (memory, time, shapes) and train nothing")
+flags.DEFINE_string("topology", "", "with --plan: a machine that is not here, e.g. v5e:16x16, h100:8, rtx3060-12g")
 flags.DEFINE_string("replay", "", "a file that a non-finite step left: compute it again and say what is not finite")
 flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where a run has several hosts and none was found")
 flags.DEFINE_integer("num_processes", 0, "hosts of the run, with --coordinator")
@@ -142,7 +143,7 @@ def show_help_and_exit(argv: list[str], schema: Schema) -> None:
     """--help lists this program's own flags and the fields of the configuration, not absl's hundred."""
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         print("usage: python train.py --config FILE [--config.FIELD=VALUE …] [--workdir RUN]\n")
-        for name in ("config", "workdir", "plan", "replay", "coordinator", "num_processes", "process_id"):
+        for name in ("config", "workdir", "plan", "topology", "replay", "coordinator", "num_processes", "process_id"):
             print(f"  --{name:14} {FLAGS[name].help}")
         print(f"\nfields, with the values of {schema.file} (its comments say what each is for):\n")
         for name, value in flat(schema.defaults()).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections import Counter
@@ -37,32 +38,18 @@ def describe(config: Objective, params: Any, settings: ConfigDict, lengths: np.n
     params: the model's tree, of which only shapes and dtypes are used. settings: filled.
     lengths (clips,): of the training rows, before padding, in `config.unit`.
     """
-    accumulation, clips = settings.gradient_accumulation_steps, len(lengths)
-    batch_size = min(settings.batch_size, clips)
-    epoch = training_epoch(lengths, batch_size, settings.seed, 0)
-    shapes = Counter(length for length, _ in epoch)
-    rows = -(-batch_size // (parallel.device_count() * accumulation))
-    yield f"parameters: {parameter_count(params):,}"
-    for part, tree in params.items():
-        yield f"  {part}: {parameter_count(tree):,}"
-    trained, frozen = split(params, config.freeze)
-    if config.freeze:
-        yield f"  of which {parameter_count(frozen):,} are frozen"
-    yield f"an epoch: {len(epoch)} steps of {batch_size} clips, {len(shapes)} shapes to compile:"
-    for length, count in sorted(shapes.items()):
-        yield f"  {rows} rows of {length} {config.unit} per device, {accumulation} times per step: {count} steps"
-
-    work = Work(config, params, max(shapes))
+    epoch = Epoch.of(settings, lengths, parallel.device_count())
+    rows, accumulation = epoch.rows, epoch.accumulation
+    yield from describe_parameters(config, params)
+    yield from epoch.describe(config.unit)
+    work = Work(config, params, epoch.longest)
     yield "compiling the longest shape …"
     started = time.perf_counter()
     compiled = work.compile(rows, accumulation)
     yield f"  compiled in {time.perf_counter() - started:.0f} s"
-    memory = memory_parts(compiled.memory_analysis(), work.state, size(trained))
+    memory = memory_parts(compiled.memory_analysis(), work.state, size(split(params, config.freeze)[0]))
     needed, limit = sum(memory.values()), parallel.device_memory()
-    yield "memory of one device:"
-    for name, value in memory.items():
-        yield f"  {name}: {value / GIB:.2f} GiB"
-    yield f"  together: {needed / GIB:.2f} GiB" + (f" of {limit / GIB:.1f} GiB" if limit else "")
+    yield from describe_memory(memory, limit)
     if limit and needed > limit:
         yield "it does not fit, and so is not timed; in this order:"
         yield from remedies(settings, accumulation, rows)
@@ -76,10 +63,62 @@ def describe(config: Objective, params: Any, settings: ConfigDict, lengths: np.n
         takes = (
             f"takes about {seconds:.2f} s (estimated from {timed_rows} rows of {work.length} {config.unit} per device)"
         )
-    in_epoch = sum(seconds * length / work.length * count for length, count in shapes.items())
+    in_epoch = sum(seconds * length / work.length * count for length, count in epoch.shapes.items())
     yield f"the longest step {takes}; an epoch about {duration(in_epoch)}"
-    epochs = settings.steps / len(epoch)
-    yield f"the run: {settings.steps} steps, {epochs:.1f} epochs of {clips} clips, about {duration(in_epoch * epochs)}"
+    yield epoch.describe_run(settings.steps, in_epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The steps of an epoch. shapes: length of the rows -> number of steps; rows: of a micro-batch on a device."""
+
+    clips: int
+    batch_size: int
+    rows: int
+    accumulation: int
+    shapes: Counter[int]
+
+    @classmethod
+    def of(cls, settings: ConfigDict, lengths: np.ndarray, devices: int) -> Epoch:
+        accumulation, clips = settings.gradient_accumulation_steps, len(lengths)
+        batch_size = min(settings.batch_size, clips)
+        shapes = Counter(length for length, _ in training_epoch(lengths, batch_size, settings.seed, 0))
+        return cls(clips, batch_size, -(-batch_size // (devices * accumulation)), accumulation, shapes)
+
+    @property
+    def steps(self) -> int:
+        return self.shapes.total()
+
+    @property
+    def longest(self) -> int:
+        return max(self.shapes)
+
+    def describe(self, unit: str) -> Iterator[str]:
+        """unit: of the lengths."""
+        yield f"an epoch: {self.steps} steps of {self.batch_size} clips, {len(self.shapes)} shapes to compile:"
+        times = f"{self.accumulation} times per step"
+        for length, count in sorted(self.shapes.items()):
+            yield f"  {self.rows} rows of {length} {unit} per device, {times}: {count} steps"
+
+    def describe_run(self, steps: int, epoch_seconds: float) -> str:
+        epochs = steps / self.steps
+        takes = duration(epoch_seconds * epochs)
+        return f"the run: {steps} steps, {epochs:.1f} epochs of {self.clips} clips, about {takes}"
+
+
+def describe_parameters(config: Objective, params: Any) -> Iterator[str]:
+    yield f"parameters: {parameter_count(params):,}"
+    for part, tree in params.items():
+        yield f"  {part}: {parameter_count(tree):,}"
+    if config.freeze:
+        yield f"  of which {parameter_count(split(params, config.freeze)[1]):,} are frozen"
+
+
+def describe_memory(memory: dict[str, int], limit: float | None) -> Iterator[str]:
+    yield "memory of one device:"
+    for name, value in memory.items():
+        yield f"  {name}: {value / GIB:.2f} GiB"
+    yield f"  together: {sum(memory.values()) / GIB:.2f} GiB" + (f" of {limit / GIB:.1f} GiB" if limit else "")
 
 
 class Work:
@@ -87,7 +126,7 @@ class Work:
 
     def __init__(self, config: Objective, params: Any, length: int) -> None:
         self.length, self.shapes = length, functools.partial(config.batch_shapes, length)
-        self.state = jax.eval_shape(functools.partial(initial_state, optimizer=config.optimizer), params)
+        self.state = state_shapes(config, params)
         self.step = parallel.mapped(functools.partial(train_step, config), donate=True)
 
     def batch(self, rows: int, accumulation: int) -> Any:
@@ -96,6 +135,10 @@ class Work:
 
     def compile(self, rows: int, accumulation: int) -> Any:
         return self.step.lower(with_device_axis(self.state), self.batch(rows, accumulation)).compile()
+
+
+def state_shapes(config: Objective, params: Any) -> TrainState:
+    return jax.eval_shape(functools.partial(initial_state, optimizer=config.optimizer), params)
 
 
 def with_device_axis(tree: Any) -> Any:
