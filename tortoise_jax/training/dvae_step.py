@@ -64,7 +64,7 @@ class DVAEStep:
         (codes,), features (codebook_dim, codes). step: None in an evaluation, where nothing is moved."""
         mel = self.mel(batch)
         outputs: Any = self.model.apply(in_collections(self.model.config, params), mel)
-        real = (jnp.arange(mel.shape[1]) < batch["frames"][:, None]).astype(jnp.float32)[..., None]  # (b, t, 1)
+        real = (jnp.arange(mel.shape[1])[None] < batch["frames"][:, None]).astype(jnp.float32)[..., None]  # (b, t, 1)
         real_codes = real[:, :: self.model.config.frames_per_code]  # (b, c, 1)
         bands = jnp.sum(error(self.reconstruction, outputs["out"], mel) * real, axis=(0, 1))
         commitment = jnp.square(outputs["quantized"] - outputs["features"]) * real_codes
@@ -93,9 +93,9 @@ class DVAEStep:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         by_row, by_place = jax.random.split(key)
         count = self.model.config.codes
-        row = jax.random.randint(by_row, (count,), 0, self.rows)
+        row = jax.random.randint(by_row, (1, count), 0, self.rows)
         real = batch["frames"] // self.model.config.frames_per_code  # (b,)
-        place = jnp.floor(jax.random.uniform(by_place, (count,)) * real[:, None].astype(jnp.float32))  # (b, n)
+        place = jnp.floor(jax.random.uniform(by_place, (1, count)) * real[:, None].astype(jnp.float32))  # (b, n)
         here = (batch["row"][:, None] == row) & (real[:, None] > 0)  # (b, n)
         return jax.nn.one_hot(place.astype(jnp.int32), codes, axis=1) * here[:, None].astype(jnp.float32)
 
@@ -112,11 +112,11 @@ class DVAEStep:
         book = move_codebook(params[CODEBOOK], sums["picked"], sums["features"])
         if self.revive_below:
             dead = (book["cluster_size"] < self.revive_below) & (sums["drawn"] > 0)
-            place = lambda old, new: jnp.where(dead, new, old)
+            vectors = sums["drawn_features"]
             book = {
-                "embed": place(book["embed"], sums["drawn_features"]),
-                "cluster_size": place(book["cluster_size"], self.revive_below),
-                "embed_avg": place(book["embed_avg"], self.revive_below * sums["drawn_features"]),
+                "embed": jnp.where(dead[None], vectors, book["embed"]),
+                "cluster_size": jnp.where(dead, self.revive_below, book["cluster_size"]),
+                "embed_avg": jnp.where(dead[None], self.revive_below * vectors, book["embed_avg"]),
             }
         return params | {CODEBOOK: book}
 
