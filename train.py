@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import re
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,63 +22,30 @@ from ml_collections import ConfigDict
 
 from configs import ar, dvae
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import AR, DVAE
-from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, released_shapes
+from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
-from tortoise_jax.data import batches
-from tortoise_jax.data.dataset import CLIPS, TEXT_IDS, Dataset, inputs_of, is_dataset
-from tortoise_jax.data.manifests import read_inputs
-from tortoise_jax.data.plan import BatchPlan, row_lengths
-from tortoise_jax.data.preparation import prepare
+from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
-from tortoise_jax.synthesis import voices
 from tortoise_jax.training import (
-    ahead_of_time,
+    ar_run,
     config,
     dvae_run,
-    estimate,
-    presets,
+    planning,
     replay,
     report,
+    run_data,
     run_directory,
-    schemas,
     stopping,
     topologies,
 )
-from tortoise_jax.training.drafts import Drafter, fixed_voices, make_drafter
-from tortoise_jax.training.feed import Batches, Feed
+from tortoise_jax.training.kinds import Kind
 from tortoise_jax.training.loop import INTERRUPTED, Loop
 from tortoise_jax.training.metrics import MetricWriter
-from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tortoise_jax.training.run_directory import History, Run
-from tortoise_jax.training.step import Objective, StepConfig, TrainState, initial_state
-from tortoise_jax.training.topologies import Target
+from tortoise_jax.training.step import Objective, TrainState, initial_state
 
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What is different between training one model and another.
-
-    part: of a checkpoint, the one that is trained. load(settings, weights) -> the checkpoint to start from.
-    find_data(settings, checkpoint) -> the data set, which suits it, and the checkpoint with what it takes from it.
-    fill(settings, training clips) -> what was chosen for fields left open. feed, step and drafter make the three parts
-    of the loop. describe(folder, settings, data set): facts for the report, of a run that has ended.
-    """
-
-    schema: config.Schema
-    part: str
-    load: Callable[[ConfigDict, bool], Pretrained]
-    find_data: Callable[[ConfigDict, Pretrained], tuple[Dataset, Pretrained]]
-    fill: Callable[[ConfigDict, int], list[str]]
-    row_lengths: Callable[[ConfigDict, Dataset | None], np.ndarray]
-    make_feed: Callable[[ConfigDict, Pretrained, Dataset], Batches]
-    make_step_config: Callable[[ConfigDict, Pretrained, int], Objective]
-    make_drafter: Callable[[ConfigDict, Pretrained, Dataset], Drafter | None]
-    describe: Callable[[Path, ConfigDict, Dataset], dict[str, str]]
-    export: Callable[[Path, str, Dataset], None]
-    subject: report.Subject
+KINDS = {AR: ar_run.kind(ar.get_config), DVAE: dvae_run.kind(dvae.get_config)}
 
 
 def main() -> None:
@@ -91,7 +56,7 @@ def main() -> None:
     parallel.prepare_process(settings.deterministic)
     if flags.topology:
         parallel.prepare_to_compile_ahead()
-        plan_ahead(kind, settings, topologies.parse(flags.topology), flags.plan)
+        planning.plan_ahead(kind, settings, topologies.parse(flags.topology), flags.plan)
         return
     parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     with parallel.ending_together():
@@ -104,7 +69,7 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
     interrupted = stopping.on_signals()
     if parallel.process_count() > 1:
         print(parallel.describe_this_host(), flush=True)
-    say(f"devices: {parallel.describe()}")
+    parallel.say(f"devices: {parallel.describe()}")
     parallel.check_same_code()
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 
@@ -112,19 +77,19 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
     pretrained = kind.load(settings, not flags.plan)
     parallel.check_same_everywhere("the checkpoint", {name: part.digest for name, part in pretrained.parts.items()})
     at = "" if pretrained.step is None else f", step {pretrained.step}"
-    say(f"checkpoint: {settings.checkpoint or 'none, random weights'}{at}")
+    parallel.say(f"checkpoint: {settings.checkpoint or 'none, random weights'}{at}")
 
     # 3. Data.
     if flags.plan:
-        show_plan(kind, settings, pretrained)
+        planning.show_plan(kind, settings, pretrained)
         return
     dataset, pretrained = kind.find_data(settings, pretrained)
     parallel.check_same_everywhere("the data set", dataset.header["sha256"])
 
     # 4. What the configuration leaves open, by the size of the data set; the step and what it is fed.
-    fill_presets(kind, settings, len(dataset.split("train")))
+    kind.fill_presets(settings, len(dataset.split("train")))
     feed = kind.make_feed(settings, pretrained, dataset)
-    describe_feed(settings, dataset, feed)
+    run_data.describe_feed(settings, dataset, feed)
     step_config = kind.make_step_config(settings, pretrained, feed.training.rows)
     if flags.replay:
         show_replay(step_config, Path(flags.replay), dataset)
@@ -133,9 +98,9 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
     with parallel.alone_in(folder, "--workdir"):
         # 5. State: of the run's newest whole checkpoint, else of the checkpoint's weights.
         for line in run_directory.begin(
-            folder, settings, pretrained, kind.part, digests_of(dataset), kind.schema.renamed
+            folder, settings, pretrained, kind.part, run_data.digests_of(dataset), kind.schema.renamed
         ):
-            say(f"changed since the run began: {line}")
+            parallel.say(f"changed since the run began: {line}")
         checkpoints = RunCheckpoints(folder, settings.keep_last)
         state = resume_or_start(checkpoints, step_config, pretrained.part(kind.part).tree)
         first = int(parallel.first_copy(state.step))
@@ -150,224 +115,19 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
 
         # 7. Export.
         if ended == INTERRUPTED:
-            say(f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}")
+            parallel.say(
+                f"stopped and saved at step {checkpoints.newest()}; to go on: {shlex.join(['python', *sys.argv])}"
+            )
             return
         if parallel.is_main():
-            about = describe_data(dataset) | kind.describe(folder, settings, dataset)
+            about = run_data.describe_data(dataset) | kind.describe(folder, settings, dataset)
             report.write(folder, history, ended, config.flat(settings), about, kind.subject)
-        say(f"{ended}; report: {folder / 'report.html'}")
+        parallel.say(f"{ended}; report: {folder / 'report.html'}")
         if loop.failure:
             raise UserError(f"{folder}: {loop.failure}; nothing was exported, the best is step {checkpoints.best()}")
         if parallel.is_main():
-            kind.export(folder, settings.export, dataset)
-
-
-def say(line: str) -> None:
-    if parallel.is_main():
-        print(line, flush=True)
-
-
-def load_ar(settings: ConfigDict, weights: bool) -> Pretrained:
-    """The checkpoint's AR model and dVAE."""
-    return load_pretrained(settings.checkpoint, (AR, DVAE) if weights else ())
-
-
-def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
-    """The prepared data set, or recordings prepared now, beside them."""
-    source = Path(settings.data)
-    if not source.exists():
-        raise UserError(f"config.data={source} does not exist; give recordings (metadata.csv, wavs/) or a data set")
-    if not is_dataset(source):
-        prepared = source.with_name(f"{source.name}-prepared")
-        if not is_dataset(prepared):
-            say(f"preparing {source}, once, into {prepared}")
-            prepare([source], settings.checkpoint or pretrained, prepared)
-        check_current(source, prepared, settings.checkpoint)
-        source = prepared
-    dataset = Dataset.open(source)
-    if not len(dataset.split("train")):
-        held_out = len(dataset.split("validation"))
-        raise UserError(
-            f"{source} has no clip to train on: all {held_out} are held out for validation. A list or table named dev, "
-            "val or test, or a column split, says so; rename it, or add recordings to train on, and prepare again"
-        )
-    return dataset
-
-
-def find_data(settings: ConfigDict, pretrained: Pretrained) -> tuple[Dataset, Pretrained]:
-    """The data set, which must be made with this checkpoint's parts, and the checkpoint with its tokenizer."""
-    dataset = open_data(settings, pretrained)
-    ours = {
-        "dvae_digest": pretrained.dvae.digest,
-        "tokenizer_digest": pretrained.tokenizer.digest,
-        "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
-    }
-    if dataset.header["own_tokenizer"]:
-        del ours["tokenizer_digest"]  # chosen by --tokenizer, on purpose
-    for name, value in ours.items():
-        if dataset.header[name] != value:
-            part = name.removesuffix("_digest").replace("_", " ").replace("dvae", "dVAE")
-            why = ": its codes stand for other sounds than this one's" if name == "dvae_digest" else ""
-            raise UserError(
-                f"{dataset.path} was prepared with another {part} than {settings.checkpoint} has{why}; "
-                f"prepare it again: python -m tortoise_jax.prepare --checkpoint {settings.checkpoint} …"
-            )
-    check_room(dataset, pretrained.ar.config)
-    return dataset, with_text_of(dataset, pretrained)
-
-
-def check_current(source: Path, prepared: Path, checkpoint: str) -> None:
-    """Raises UserError where a data set was not made of what the recordings beside it are now."""
-    inputs = inputs_of(prepared)
-    if not inputs:
-        say(f"{prepared} was made by an older version: it is used as it is, whether or not {source} changed since")
-    elif not any(read_inputs([source], one["format"])[0].digest == one["digest"] for one in inputs):
-        raise UserError(
-            f"{prepared} was not made of what {source} holds now: recordings or transcripts changed since, or it is of "
-            f"{inputs[0]['path']}; prepare again: python -m tortoise_jax.prepare --data {source} --checkpoint "
-            f"{checkpoint} --out {prepared}; or train on it as it is: --config.data={prepared}"
-        )
-
-
-def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
-    """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
-    if dataset.header["own_tokenizer"]:
-        say("tokenizer: the data set's own, saved with the run")
-    source = pretrained.source | {"cleaner": dataset.header["cleaner"]}
-    return dataclasses.replace(pretrained, tokenizer=dataset.tokenizer(), source=source)
-
-
-def check_room(dataset: Dataset, model: UnifiedVoiceConfig) -> None:
-    """Every clip must fit the position tables: what lies outside has no meaning, not a small error."""
-    for clip in dataset.clips:
-        for what, size, room in (
-            ("codes", clip.codes, model.mel_positions - 2),
-            ("text tokens", clip.text_tokens, model.text_positions - 2),
-        ):
-            if size > room:
-                raise UserError(
-                    f"{dataset.path}: clip {clip.id} has {size} {what}, the checkpoint has positions for {room}; "
-                    "prepare again with a lower --max_seconds or --max_text"
-                )
-
-
-def digests_of(dataset: Dataset) -> dict[str, str]:
-    """They tell one data set from another, whatever their folders are called."""
-    digests = dataset.header["sha256"]
-    return {"data_digest": digests[CLIPS], "text_digest": digests[TEXT_IDS]}
-
-
-def describe_data(dataset: Dataset) -> dict[str, Any]:
-    clips = {split: [dataset.clips[i] for i in dataset.split(split)] for split in ("train", "validation")}
-    hours = {split: sum(clip.samples for clip in part) / SAMPLE_RATE / 3600 for split, part in clips.items()}
-    return {
-        "data set": str(dataset.path),
-        **{f"{split} clips": len(part) for split, part in clips.items()},
-        **{f"{split} hours": round(value, 3) for split, value in hours.items()},
-        "speakers": len({clip.speaker for clip in dataset.clips}),
-    }
-
-
-def fill_presets(kind: Kind, settings: ConfigDict, clips: int) -> None:
-    chosen = kind.fill(settings, clips)
-    if chosen:
-        say(f"recipe for {', '.join(chosen)}")
-
-
-def show_plan(kind: Kind, settings: ConfigDict, pretrained: Pretrained) -> None:
-    """Says what the run would need; for speech of usual lengths where there is no data set yet."""
-    lengths = planned_lengths(kind, settings, pretrained)
-    fill_presets(kind, settings, len(lengths))
-    step_config = kind.make_step_config(settings, pretrained, settings.batch_size)
-    for line in estimate.describe(step_config, pretrained.part(kind.part).tree, settings, lengths):
-        say(line)
-
-
-def plan_ahead(kind: Kind, settings: ConfigDict, target: Target, plan: bool) -> None:
-    """Says what the run would need on a machine that is not here; of the released model where there is none yet."""
-    if not plan:
-        raise UserError(f"--topology {target.name} is for --plan; a run uses the devices that are here")
-    if kind.part != AR:
-        raise UserError("--topology plans for the AR model; --plan alone times the dVAE's step here")
-    topologies.check_compiler(target.chip.platform)
-    if Path(settings.checkpoint).exists():
-        pretrained = load_pretrained(settings.checkpoint, ())
-        lengths = planned_lengths(kind, settings, pretrained)
-    else:
-        pretrained, lengths = released_shapes(), estimate.assumed_lengths()
-        say(
-            f"config.checkpoint={settings.checkpoint} does not exist: planning for the released model and "
-            f"{len(lengths)} clips of usual lengths"
-        )
-    fill_presets(kind, settings, len(lengths))
-    step_config = make_step_config(settings, pretrained, settings.batch_size, target)
-    for line in ahead_of_time.describe(target, step_config, pretrained.ar.params, settings, lengths):
-        say(line)
-
-
-def planned_lengths(kind: Kind, settings: ConfigDict, pretrained: Pretrained) -> np.ndarray:
-    """Of the training rows (clips,): of the data, or of usual speech where there is none yet."""
-    dataset = kind.find_data(settings, pretrained)[0] if Path(settings.data).exists() else None
-    lengths = kind.row_lengths(settings, dataset)
-    if dataset is None:
-        say(f"config.data={settings.data} does not exist: planning for {len(lengths)} clips of usual lengths")
-    return lengths
-
-
-def lengths_of_rows(settings: ConfigDict, dataset: Dataset | None) -> np.ndarray:
-    """Of the AR model's training rows; without a data set, of usual ones."""
-    return row_lengths(dataset, dataset.split("train")) if dataset else estimate.assumed_lengths()
-
-
-def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Feed:
-    """Which clips are in which batch: training shuffled by the seed, validation always alike."""
-    accumulation = settings.gradient_accumulation_steps
-    unit = parallel.device_count() * accumulation
-    clips = {split: dataset.split(split) for split in ("train", "validation")}
-    training = BatchPlan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
-    validation = BatchPlan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
-    alone = batches.conditioned_on_themselves(dataset)
-    if alone:
-        say(f"{alone} clips have no other clip of their speaker and are conditioned on themselves")
-    model = pretrained.ar.config
-    return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
-
-
-def describe_feed(settings: ConfigDict, dataset: Dataset, feed: Batches) -> None:
-    clips = {split: len(dataset.split(split)) for split in ("train", "validation")}
-    if feed.training.batch_size < settings.batch_size:
-        say(
-            f"batch: {settings.batch_size} asked for, {feed.training.batch_size} used, all the training clips there are"
-        )
-    say(
-        f"data: {dataset.path}: {clips['train']} clips to train on, {clips['validation']} held out; "
-        f"{feed.training.batches_per_epoch} steps per epoch"
-    )
-
-
-def make_step_config(
-    settings: ConfigDict, pretrained: Pretrained, rows: int, target: Target | None = None
-) -> StepConfig:
-    """The step for the devices that are here, or for others."""
-    dtype = target.chip.dtype if target else parallel.best_dtype()
-    unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
-    compute = schemas.compute(settings, dtype, unroll)
-    say(
-        f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
-        f"{compute.residual_dropout}, attention {compute.attention_dropout}"
-    )
-    optimizer_config = schemas.optimizer(settings)
-    return StepConfig(
-        model=UnifiedVoice(pretrained.ar.config, compute),
-        optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
-        schedule=learning_rate_schedule(optimizer_config),
-        mel_norms=pretrained.mel_norms,
-        seed=settings.seed,
-        text_weight=settings.text_weight,
-        freeze=settings.optimizer.freeze,
-        axis=parallel.AXIS,
-        conditioning_clips=settings.conditioning_clips,
-    )
+            kind.leave(folder, dataset)
+            export(kind.part, folder, settings.export)
 
 
 def show_replay(step_config: Objective, file: Path, dataset: Dataset) -> None:
@@ -381,76 +141,32 @@ def show_replay(step_config: Objective, file: Path, dataset: Dataset) -> None:
 def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params: Any) -> TrainState:
     """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
     blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
-    found = checkpoints.restore_newest(blank.params, blank.opt_state, say)
+    found = checkpoints.restore_newest(blank.params, blank.opt_state, parallel.say)
     if found is None:
         return parallel.replicate(initial_state(params, step_config.optimizer))
     restored, opt_state, progress = found
-    say(f"going on from step {progress['step']}")
+    parallel.say(f"going on from step {progress['step']}")
     step, skipped = (np.asarray(progress[name], np.int32) for name in ("step", "skipped"))
     return parallel.replicate(TrainState(step, restored, opt_state, skipped))
 
 
-def export_ar(folder: Path, name: str, dataset: Dataset) -> None:
-    """The voice's vector, and the model for TorToiSe."""
-    best = load_pretrained(folder, (AR,))
-    if best.step == 0:
-        export(best, folder, name)
-        return
-    for speaker, clips in fixed_voices(dataset).items():
-        file = folder / "voices" / f"{re.sub(r'[^A-Za-z0-9_-]', '_', speaker)}.npz"
-        file.parent.mkdir(exist_ok=True)
-        voices.save_voice(file, voices.condition(best.ar.params, best.ar.config, best.mel_norms, list(clips)))
-        say(f"{file}: the conditioning vector of {speaker}; vectors made with other weights are stale")
-    export(best, folder, name)
-
-
-def export(best: Pretrained, folder: Path, name: str) -> None:
+def export(part: str, folder: Path, name: str) -> None:
     """Writes the best checkpoint as a torch file where torch is installed, else says how."""
-    if best.step == 0:
-        say("no step was better than the start on held-out clips, so nothing is exported; flax_to_torch.py has --step")
+    if load_pretrained(folder, (part,)).step == 0:
+        parallel.say(
+            "no step was better than the start on held-out clips, so nothing is exported; flax_to_torch.py has --step"
+        )
         return
     if not name:
         return
     command = f"python convert/flax_to_torch.py {folder} --out {folder / name}"
     if importlib.util.find_spec("torch") is None:
-        say(f"torch is not installed here; to export: pip install 'tortoise_jax[convert]' && {command}")
+        parallel.say(f"torch is not installed here; to export: pip install 'tortoise_jax[convert]' && {command}")
         return
     from convert.flax_to_torch import export as write_pth
 
     for line in write_pth(folder, folder / name):
-        say(line)
-
-
-KINDS = {
-    AR: Kind(
-        schema=schemas.ar_schema(ar.get_config),
-        part=AR,
-        load=load_ar,
-        find_data=find_data,
-        fill=presets.fill,
-        row_lengths=lengths_of_rows,
-        make_feed=make_feed,
-        make_step_config=make_step_config,
-        make_drafter=make_drafter,
-        describe=lambda folder, settings, dataset: {},
-        export=export_ar,
-        subject=report.AR_MODEL,
-    ),
-    DVAE: Kind(
-        schema=schemas.dvae_schema(dvae.get_config),
-        part=DVAE,
-        load=dvae_run.load,
-        find_data=lambda settings, pretrained: (open_data(settings, pretrained), pretrained),
-        fill=dvae_run.fill,
-        row_lengths=dvae_run.row_lengths,
-        make_feed=lambda settings, pretrained, dataset: dvae_run.make_feed(settings, dataset),
-        make_step_config=dvae_run.make_step_config,
-        make_drafter=dvae_run.make_drafter,
-        describe=lambda folder, settings, dataset: dvae_run.describe_change(folder, settings, dataset, say),
-        export=lambda folder, name, dataset: export(load_pretrained(folder, (DVAE,)), folder, name),
-        subject=report.CODEC,
-    ),
-}
+        parallel.say(line)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(line: str) -> None:
+    """Prints a line on the main host."""
+    if is_main():
+        print(line, flush=True)
+
+
 def process_index() -> int:
     return jax.process_index()
 

@@ -26,11 +26,13 @@ from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.synthesis import drafts
 from tortoise_jax.text.tokenizer import Tokenizer
-from tortoise_jax.training import schemas
+from tortoise_jax.training import report, schemas
 from tortoise_jax.training.drafts import FOLDER, Drafter
 from tortoise_jax.training.dvae_step import CODEBOOK, MOVED, DVAEStep
 from tortoise_jax.training.feed import CropFeed
+from tortoise_jax.training.kinds import Kind
 from tortoise_jax.training.optimizer import frozen_marks, learning_rate_schedule, make_optimizer
+from tortoise_jax.training.run_data import open_data
 from tortoise_jax.training.run_directory import Run
 
 EVALUATIONS = 20
@@ -38,6 +40,23 @@ CLIPS_TO_HEAR = 3
 CLIPS_COMPARED = 500
 SCRATCH = {"steps": 20_000, "optimizer.learning_rate": 3e-4, "revive_below": 0.05}
 FINE_TUNING = {"steps": 1_000, "optimizer.learning_rate": 1e-5, "revive_below": 0.0}
+
+
+def kind(get_config: Callable[[], ConfigDict]) -> Kind:
+    return Kind(
+        schema=schemas.dvae_schema(get_config),
+        part=DVAE,
+        load=load,
+        find_data=lambda settings, pretrained: (open_data(settings, pretrained), pretrained),
+        fill=fill,
+        row_lengths=row_lengths,
+        make_feed=make_feed,
+        make_step_config=make_step_config,
+        make_drafter=make_drafter,
+        describe=describe_change,
+        leave=lambda folder, dataset: None,
+        subject=report.CODEC,
+    )
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -78,7 +97,7 @@ def fill(settings: ConfigDict, clips: int) -> list[str]:
 # --- what is fed, what a step is --------------------------------------------------------------------------------------
 
 
-def make_feed(settings: ConfigDict, dataset: Dataset) -> CropFeed:
+def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> CropFeed:
     accumulation, samples = settings.gradient_accumulation_steps, settings.crop_codes * SAMPLES_PER_CODE
     unit = parallel.device_count() * accumulation
     clips = {split: dataset.split(split) for split in ("train", "validation")}
@@ -158,7 +177,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
 # --- what has changed -------------------------------------------------------------------------------------------------
 
 
-def describe_change(folder: Path, settings: ConfigDict, dataset: Dataset, say: Callable[[str], None]) -> dict[str, str]:
+def describe_change(folder: Path, settings: ConfigDict, dataset: Dataset) -> dict[str, str]:
     """Says and returns which share of the training clips' codes the best checkpoint still gives as the start did."""
     if not settings.checkpoint:
         return {}
@@ -166,7 +185,7 @@ def describe_change(folder: Path, settings: ConfigDict, dataset: Dataset, say: C
     clips = dataset.split("train")[:CLIPS_COMPARED]
     same, total = unchanged_codes(before, after, [dataset.waveform(int(i)) for i in clips])
     line = f"{same / total:.1%} of {total} codes of {len(clips)} training clips"
-    say(
+    parallel.say(
         f"unchanged: {line}, by the best checkpoint; an AR model trained with the old codes reads the others wrong: "
         f"prepare data sets again with {folder} and train it on them"
     )

@@ -1,0 +1,151 @@
+"""What a run of AR training begins from, reads, computes and leaves; train.py puts it together."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tortoise_jax import parallel
+from tortoise_jax.checkpoints.parts import AR, DVAE
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.data import batches, plan
+from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.plan import BatchPlan
+from tortoise_jax.errors import UserError
+from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.synthesis import voices
+from tortoise_jax.training import estimate, presets, report, schemas
+from tortoise_jax.training.drafts import fixed_voices, make_drafter
+from tortoise_jax.training.feed import Feed
+from tortoise_jax.training.kinds import Kind
+from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tortoise_jax.training.run_data import open_data
+from tortoise_jax.training.step import StepConfig
+from tortoise_jax.training.topologies import Target
+
+
+def kind(get_config: Callable[[], ConfigDict]) -> Kind:
+    return Kind(
+        schema=schemas.ar_schema(get_config),
+        part=AR,
+        load=load,
+        find_data=find_data,
+        fill=presets.fill,
+        row_lengths=row_lengths,
+        make_feed=make_feed,
+        make_step_config=make_step_config,
+        make_drafter=make_drafter,
+        describe=lambda folder, settings, dataset: {},
+        leave=leave_voices,
+        subject=report.AR_MODEL,
+    )
+
+
+def load(settings: ConfigDict, weights: bool) -> Pretrained:
+    """The checkpoint's AR model and dVAE."""
+    return load_pretrained(settings.checkpoint, (AR, DVAE) if weights else ())
+
+
+def find_data(settings: ConfigDict, pretrained: Pretrained) -> tuple[Dataset, Pretrained]:
+    """The data set, which must be made with this checkpoint's parts, and the checkpoint with its tokenizer."""
+    dataset = open_data(settings, pretrained)
+    ours = {
+        "dvae_digest": pretrained.dvae.digest,
+        "tokenizer_digest": pretrained.tokenizer.digest,
+        "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
+    }
+    if dataset.header["own_tokenizer"]:
+        del ours["tokenizer_digest"]  # chosen by --tokenizer, on purpose
+    for name, value in ours.items():
+        if dataset.header[name] != value:
+            part = name.removesuffix("_digest").replace("_", " ").replace("dvae", "dVAE")
+            why = ": its codes stand for other sounds than this one's" if name == "dvae_digest" else ""
+            raise UserError(
+                f"{dataset.path} was prepared with another {part} than {settings.checkpoint} has{why}; "
+                f"prepare it again: python -m tortoise_jax.prepare --checkpoint {settings.checkpoint} …"
+            )
+    check_room(dataset, pretrained.ar.config)
+    return dataset, with_text_of(dataset, pretrained)
+
+
+def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
+    """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
+    if dataset.header["own_tokenizer"]:
+        parallel.say("tokenizer: the data set's own, saved with the run")
+    source = pretrained.source | {"cleaner": dataset.header["cleaner"]}
+    return dataclasses.replace(pretrained, tokenizer=dataset.tokenizer(), source=source)
+
+
+def check_room(dataset: Dataset, model: UnifiedVoiceConfig) -> None:
+    """Every clip must fit the position tables: what lies outside has no meaning, not a small error."""
+    for clip in dataset.clips:
+        for what, size, room in (
+            ("codes", clip.codes, model.mel_positions - 2),
+            ("text tokens", clip.text_tokens, model.text_positions - 2),
+        ):
+            if size > room:
+                raise UserError(
+                    f"{dataset.path}: clip {clip.id} has {size} {what}, the checkpoint has positions for {room}; "
+                    "prepare again with a lower --max_seconds or --max_text"
+                )
+
+
+def row_lengths(settings: ConfigDict, dataset: Dataset | None) -> np.ndarray:
+    """Of the AR model's training rows; without a data set, of usual ones."""
+    return plan.row_lengths(dataset, dataset.split("train")) if dataset else estimate.assumed_lengths()
+
+
+def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Feed:
+    """Which clips are in which batch: training shuffled by the seed, validation always alike."""
+    accumulation = settings.gradient_accumulation_steps
+    unit = parallel.device_count() * accumulation
+    clips = {split: dataset.split(split) for split in ("train", "validation")}
+    training = BatchPlan.for_training(dataset, clips["train"], settings.batch_size, settings.seed, unit)
+    validation = BatchPlan.for_validation(dataset, clips["validation"], settings.batch_size, unit)
+    alone = batches.conditioned_on_themselves(dataset)
+    if alone:
+        parallel.say(f"{alone} clips have no other clip of their speaker and are conditioned on themselves")
+    model = pretrained.ar.config
+    return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
+
+
+def make_step_config(
+    settings: ConfigDict, pretrained: Pretrained, rows: int, target: Target | None = None
+) -> StepConfig:
+    """The step for the devices that are here, or for others."""
+    dtype = target.chip.dtype if target else parallel.best_dtype()
+    unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
+    compute = schemas.compute(settings, dtype, unroll)
+    parallel.say(
+        f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
+        f"{compute.residual_dropout}, attention {compute.attention_dropout}"
+    )
+    optimizer_config = schemas.optimizer(settings)
+    return StepConfig(
+        model=UnifiedVoice(pretrained.ar.config, compute),
+        optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
+        schedule=learning_rate_schedule(optimizer_config),
+        mel_norms=pretrained.mel_norms,
+        seed=settings.seed,
+        text_weight=settings.text_weight,
+        freeze=settings.optimizer.freeze,
+        axis=parallel.AXIS,
+        conditioning_clips=settings.conditioning_clips,
+    )
+
+
+def leave_voices(folder: Path, dataset: Dataset) -> None:
+    """Each speaker's conditioning vector by the best checkpoint, unless that is the start."""
+    best = load_pretrained(folder, (AR,))
+    if best.step == 0:
+        return
+    for speaker, clips in fixed_voices(dataset).items():
+        file = folder / "voices" / f"{re.sub(r'[^A-Za-z0-9_-]', '_', speaker)}.npz"
+        file.parent.mkdir(exist_ok=True)
+        voices.save_voice(file, voices.condition(best.ar.params, best.ar.config, best.mel_norms, list(clips)))
+        parallel.say(f"{file}: the conditioning vector of {speaker}; vectors made with other weights are stale")
