@@ -15,10 +15,13 @@ from tests.support import runs
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.data.preparation import Options, prepare
 
-STEPS = runs.FIELDS["steps"]
+STEPS = 20
 # A batch that four devices can share; DLAS's rate, at which what floating point rounds stays what it is.
 FIELDS: dict[str, Any] = {
-    "sample_every": 6,
+    "steps": STEPS,
+    "eval_every": 4,
+    "sample_every": STEPS,
+    "optimizer__schedule": "constant",
     "prompts": "('Yes.',)",
     "export": "voice.pth",
     "optimizer__learning_rate": 1e-5,
@@ -89,9 +92,30 @@ def test_hosts_train_the_same_run_and_take_it_up_again(project: Path, one_host: 
     assert_same_run(run, one_host)
 
 
+@pytest.mark.slow
+def test_taken_up_by_other_numbers_of_hosts_it_is_the_same_run(project: Path, one_host: Path) -> None:
+    """2 hosts of 2 devices, then 1 of 4, then 4 of 1."""
+    run, before = project / "handed-on", 0
+    for hosts, devices, steps in ((2, 2, 8), (1, 4, 12), (4, 1, STEPS)):
+        ended = runs.outputs(runs.start_hosts(project, run, hosts, devices, **FIELDS | {"steps": steps}))
+        assert_all_ended(ended)
+        assert not before or f"going on from step {before}" in ended[0][1]
+        before = steps
+    assert_same_run(run, one_host)
+
+
+@pytest.mark.slow
+def test_hosts_stop_early_together(project: Path, tmp_path: Path) -> None:
+    fields = FIELDS | {"patience": 2, "optimizer__learning_rate": 1e-30, "export": ""}  # nothing gets better
+    ended = runs.outputs(runs.start_hosts(project, tmp_path / "run", 2, 1, **fields))
+    assert_all_ended(ended)
+    assert "stopped early; report: " in ended[0][1]
+    assert max(step for kind, step in losses(tmp_path / "run") if kind == "train") == 8
+
+
 def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: Path) -> None:
     hosts = runs.start_hosts(project, tmp_path / "run", 2, 1, **FIELDS, of_second={"seed": 1})
-    for code, _, errors in runs.outputs(hosts, limit=120):
+    for code, _, errors in runs.outputs(hosts):
         assert code == 2, errors
         assert "the configuration differs between hosts" in errors
         assert "seed: 0 on host 0, 1 on host 1" in errors
@@ -114,7 +138,7 @@ OWN = {"checkpoint": "checkpoint", "data": "data"}
 
 def test_hosts_with_other_data_under_the_same_name_are_refused(project: Path, folders: list[Path]) -> None:
     hosts = runs.start_hosts(project, folders[0] / "run", 2, 1, folders=folders, **FIELDS | OWN)
-    for code, _, errors in runs.outputs(hosts, limit=120):
+    for code, _, errors in runs.outputs(hosts):
         assert code == 2, errors
         assert "the data set differs between hosts: [1] do not have what host 0 has" in errors
     assert not (folders[0] / "run").exists()
@@ -125,7 +149,7 @@ def test_a_run_folder_that_hosts_do_not_share_is_refused(project: Path, folders:
         (folder / "run").mkdir()
     own = OWN | {"data": project / "data"}
     hosts = runs.start_hosts(project, Path("run"), 2, 1, folders=folders, **FIELDS | own)
-    for code, _, errors in runs.outputs(hosts, limit=120):
+    for code, _, errors in runs.outputs(hosts):
         assert code == 2, errors
         assert "run must be on storage that all hosts share; hosts [1] do not see host 0's folder" in errors
     assert [list((folder / "run").iterdir()) for folder in folders] == [[], []]
