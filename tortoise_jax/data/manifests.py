@@ -510,10 +510,9 @@ def _files(folder: Path) -> list[Path]:
     found: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_read):
         here = Path(root)
-        above = {path.resolve() for path in (here, *here.parents) if path.is_relative_to(folder)}
-        folders[:] = [
-            name for name in folders if not (here / name).is_symlink() or (here / name).resolve() not in above
-        ]
+        if any((here / name).is_symlink() for name in folders):
+            above = {path.resolve() for path in (here, *here.parents) if path.is_relative_to(folder)}
+            folders[:] = [name for name in folders if (here / name).resolve() not in above]
         found += [here / name for name in names]
     return sorted(found)
 
