@@ -23,7 +23,7 @@ from convert.tables import MODELS, TorchModel
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
 from tortoise_jax.checkpoints.parts import AR, DVAE
-from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest, read_metadata
+from tortoise_jax.checkpoints.pretrained import SUMMARY, Pretrained, load_pretrained, mel_norms_digest, read_metadata
 from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import read_json, write_json
@@ -149,8 +149,8 @@ def export_metadata(
         content["training"] = {"step": step} | (
             {"config": read_json(checkpoint / "config.json")} if (checkpoint / "config.json").exists() else {}
         )
-        if (checkpoint / "summary.json").exists():
-            summary = read_json(checkpoint / "summary.json")
+        if (checkpoint / SUMMARY).exists():
+            summary = read_json(checkpoint / SUMMARY)
             kept = ("ended", "best_validation", "validation_mel", "data")
             content["training"] |= {name: summary[name] for name in kept if name in summary}
     return content

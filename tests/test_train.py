@@ -280,6 +280,17 @@ def test_a_diverged_run_says_so_and_offers_its_start(project: Path, tmp_path: Pa
     assert_one_line(runs.train(project, run, **fields), "diverged", "nothing was exported")  # as often as it is run
 
 
+def test_a_diverged_run_without_held_out_clips_offers_nothing(project: Path, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    prepare(project / "recordings", project / "checkpoint", data, Options(workers=1, validation=0))
+    done = runs.train(project, run, data=data, steps=8, optimizer__learning_rate=1.0)
+    assert_one_line(done, "diverged: training clips have got much worse", "no clip is held out")
+    with pytest.raises(UserError, match="run diverged, and no held-out loss tells which step is good; --step N takes"):
+        flax_to_torch.export(run, tmp_path / "voice.pth")
+    assert not list(tmp_path.glob("voice*"))
+    flax_to_torch.export(run, tmp_path / "voice.pth", step=8)
+
+
 def test_a_run_into_a_real_nan_ends_as_one_that_failed(project: Path, tmp_path: Path) -> None:
     """Weights that grow fiftyfold at every step: gradients overflow after a few. The start and a report are kept."""
     run, growing = tmp_path / "run", {"optimizer__learning_rate": 1.0, "optimizer__weight_decay": 50.0}

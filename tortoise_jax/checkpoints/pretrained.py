@@ -31,6 +31,8 @@ FORMAT = 1
 METADATA = "tortoise.json"
 TOKENIZER = "tokenizer.json"
 MEL_NORMS = "mel_norms.txt"
+SUMMARY = "summary.json"  # how a run went, with `DIVERGED` in place of "finished" where it came to nothing
+DIVERGED = "diverged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,8 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
         part = pretrained.part(name)
         shapes, now = abstract_tree(part.config), part.digest
         if name == trained_part(metadata) and is_run(path):
+            if step is None:
+                check_result(path)
             found_step, tree = RunCheckpoints.to_read(path).restore_params(shapes, step)
             pretrained = dataclasses.replace(pretrained, step=found_step)
             # The codes of a data set are those of one dVAE: a trained one must not pass for the one it began as.
@@ -155,6 +159,13 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
             tree = undamaged(path / name, restore_tree(path / name, shapes), metadata)
         pretrained = pretrained.with_part(name, Part(part.config, in_collections(part.config, tree), now))
     return pretrained
+
+
+def check_result(run: Path) -> None:
+    """Raises UserError for a run that diverged with nothing to tell a better step by: none is known to be any good."""
+    summary = read_json(run / SUMMARY) if (run / SUMMARY).exists() else {}
+    if (summary.get("ended"), summary.get("best_step")) == (DIVERGED, None):
+        raise UserError(f"{run} diverged, and no held-out loss tells which step is good; --step N takes one anyway")
 
 
 def trained_part(metadata: dict[str, Any]) -> str:

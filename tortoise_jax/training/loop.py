@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
+from tortoise_jax.checkpoints.pretrained import DIVERGED
 from tortoise_jax.data.batches import Batch, prefetch
 from tortoise_jax.training import replay, run_directory
 from tortoise_jax.training.drafts import Drafter
@@ -22,7 +23,7 @@ from tortoise_jax.training.run_directory import Run
 from tortoise_jax.training.step import Objective, TrainState, eval_step, evaluation, train_step
 
 FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
-DIVERGED, NOT_FINITE = "diverged", "stopped: not finite"
+NOT_FINITE = "stopped: not finite"
 T = TypeVar("T")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tortoise_jax.checkpoints.pretrained import SUMMARY
 from tortoise_jax.files import write_atomically
 from tortoise_jax.training.run_directory import History, best_evaluation, remark
 
@@ -94,7 +95,7 @@ def write(
     subject: Subject = AR_MODEL,
 ) -> None:
     facts = summary(history, ended, settings, data, subject)
-    write_atomically(run / "summary.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(run / SUMMARY, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     write_atomically(run / "report.html", page(run, history, facts, subject))
 
 

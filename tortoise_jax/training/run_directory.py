@@ -22,6 +22,7 @@ from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     MEL_NORMS,
     METADATA,
+    SUMMARY,
     TOKENIZER,
     Pretrained,
     read_metadata,
@@ -41,13 +42,13 @@ HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
 FIXED = ("seed", "batch_size", "save_to", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
 # What a run writes; without CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
-WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, "summary.json", "report.html")
+WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
 # A held-out loss so many times the best, while training clips get no better, is called divergence; where no clip is
 # held out, a training loss so many times the first.
-DIVERGED, DIVERGED_TRAINING = 1.1, 1.5
+MUCH_WORSE, FAR_WORSE = 1.1, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,14 +254,14 @@ def divergence_remark(validation: Curve, training: Curve) -> str:
     end = since[-max(1, len(since) // 4) :]
     first, last = since[0], sum(end) / len(end)  # a step's loss is from before it: the first is of the best parameters
     if not validation:
-        if last < DIVERGED_TRAINING * first:
+        if last < FAR_WORSE * first:
             return ""
         return (
             f"diverged: training clips have got much worse ({first:.4g} at the start, now {last:.4g}), and no clip is "
             "held out to find a better checkpoint by; a lower optimizer.learning_rate helps"
         )
     now = validation[-1][1]
-    if comparable(now) < DIVERGED * loss or last < first:
+    if comparable(now) < MUCH_WORSE * loss or last < first:
         return ""
     kept = f"The checkpoint of step {step} is kept as the best" if best else "No evaluation was finite"
     return (
