@@ -124,7 +124,9 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
             report.write(folder, history, ended, config.flat(settings), about, kind.subject)
         parallel.say(f"{ended}; report: {folder / 'report.html'}")
         if loop.failure:
-            raise UserError(f"{folder}: {loop.failure}; nothing was exported, the best is step {checkpoints.best()}")
+            held_out = history.curve("validation", "total")
+            best = f", the best is step {checkpoints.best()}" if held_out else ""
+            raise UserError(f"{folder}: {loop.failure}; nothing was exported{best}")
         if parallel.is_main():
             kind.leave(folder, dataset)
             export(kind.part, folder, settings.export)

@@ -285,6 +285,7 @@ def test_a_diverged_run_without_held_out_clips_offers_nothing(project: Path, tmp
     prepare(project / "recordings", project / "checkpoint", data, Options(workers=1, validation=0))
     done = runs.train(project, run, data=data, steps=8, optimizer__learning_rate=1.0)
     assert_one_line(done, "diverged: training clips have got much worse", "no clip is held out")
+    assert "the best is" not in done.stderr
     with pytest.raises(UserError, match="run diverged, and no held-out loss tells which step is good; --step N takes"):
         flax_to_torch.export(run, tmp_path / "voice.pth")
     assert not list(tmp_path.glob("voice*"))
