@@ -6,6 +6,7 @@ What fields there are and what they may hold is a `Schema`, one per kind of run,
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -58,6 +59,7 @@ class Schema:
 
 def parse(argv: list[str], schema: Schema) -> ConfigDict:
     """The command line's configuration. Raises UserError for anything unknown or of a wrong type."""
+    argv = with_packaged_file(argv, schema)
     check_overrides(argv, schema)
     try:
         rest = FLAGS(argv)
@@ -73,6 +75,21 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
         raise UserError(f"--config: get_config() must return an ml_collections ConfigDict, as {schema.file} does")
     check(FLAGS.config, schema)
     return FLAGS.config
+
+
+def with_packaged_file(argv: list[str], schema: Schema) -> list[str]:
+    """`--config configs/ar.py` means the installed file where the working directory has none: a wheel's user has none."""
+    folder = Path(inspect.getfile(schema.defaults)).parent
+    found = list(argv)
+    for index, argument in enumerate(argv[1:], start=1):
+        flag, _, value = argument.rpartition("=")
+        if flag.lstrip("-") != "config" and argv[index - 1].lstrip("-") != "config":
+            continue
+        file = Path(value)
+        installed = folder.parent / file
+        if not file.is_file() and file.parent.name == folder.name and installed.is_file():
+            found[index] = f"{flag}={installed}" if flag else str(installed)
+    return found
 
 
 def check_overrides(argv: list[str], schema: Schema) -> None:
