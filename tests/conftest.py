@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, strict dtypes, warnings as errors, and the tiny models that many tests share."""
+"""Eight simulated CPU devices, strict dtypes and ranks, warnings as errors, and the tiny models that many tests share."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.support.parity import Twin, dvae_twin, voice_twin
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles three times as fast; tiny models run alike
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # pytest-xdist already runs a process a core
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=20)

@@ -78,7 +78,7 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
 
 
 def with_packaged_file(argv: list[str], schema: Schema) -> list[str]:
-    """`--config configs/ar.py` means the installed file where the working directory has none: a wheel's user has none."""
+    """`--config configs/ar.py` means the installed file where the working directory has none, as after a wheel."""
     folder = Path(inspect.getfile(schema.defaults)).parent
     found = list(argv)
     for index, argument in enumerate(argv[1:], start=1):
