@@ -113,7 +113,7 @@ class Codebook(nn.Module):
     def nearest(self, x: Array) -> Array:  # (b, c, codebook_dim) -> (b, c) int32
         """Index of the nearest column by squared distance; the term |x|^2 is the same for all and left out."""
         products = jnp.einsum("bce,en->bcn", x, self.embed, precision=HIGHEST)
-        return jnp.argmin(jnp.sum(self.embed**2, axis=0) - 2 * products, axis=-1).astype(jnp.int32)
+        return jnp.argmin(jnp.sum(self.embed**2, axis=0)[None, None] - 2 * products, axis=-1).astype(jnp.int32)
 
     def lookup(self, codes: Array) -> Array:  # (b, c) -> (b, c, codebook_dim)
         return self.embed.T[codes]
@@ -171,4 +171,4 @@ class DiscreteVAE(nn.Module):
         embed_avg = mean(book.embed_avg, jnp.einsum("xe,xn->en", flat, picked, precision=HIGHEST))
         total = cluster_size.sum()
         smoothed = (cluster_size + CODEBOOK_EPSILON) / (total + self.config.codes * CODEBOOK_EPSILON) * total
-        return {"embed": embed_avg / smoothed, "cluster_size": cluster_size, "embed_avg": embed_avg}
+        return {"embed": embed_avg / smoothed[None], "cluster_size": cluster_size, "embed_avg": embed_avg}

@@ -198,8 +198,8 @@ class Controls:
 def normalise(x: Array, norm: Norm) -> Array:
     """Layer norm over the features of x (d, b), in float32."""
     wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(axis=0)
-    variance = jnp.square(centred).mean(axis=0)
+    centred = wide - wide.mean(axis=0, keepdims=True)
+    variance = jnp.square(centred).mean(axis=0, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON) * norm.scale + norm.bias).astype(x.dtype)
 
 
@@ -290,7 +290,7 @@ def decode(
 
     def one_code(carry: tuple[Array, State, Cache]) -> tuple[Array, State, Cache]:
         step, state, recent = carry
-        x = (weights.mel_embedding[state.token] + weights.mel_pos_embedding[step]).T
+        x = (weights.mel_embedding[state.token] + weights.mel_pos_embedding[step][None]).T
         so_far = jnp.broadcast_to(jnp.arange(longest) <= step - first, (len(readable), longest))
         allowed = jnp.concatenate([readable, so_far], axis=1)
         grown = []
