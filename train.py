@@ -58,7 +58,7 @@ def main() -> None:
 
 def train(settings: ConfigDict, flags: Any) -> None:
     # 1. Devices.
-    folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
+    folder = Path(flags.workdir or Path("runs") / named(Path(settings.data)).name)
     interrupted = stopping.on_signals()
     if parallel.process_count() > 1:
         print(parallel.describe_this_host(), flush=True)
@@ -120,7 +120,7 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     if not source.exists():
         raise UserError(f"config.data={source} does not exist; give recordings (metadata.csv, wavs/) or a data set")
     if not is_dataset(source):
-        prepared = source.with_name(f"{source.name}-prepared")
+        prepared = named(source).with_name(f"{named(source).name}-prepared")
         if not is_dataset(prepared):
             say(f"preparing {source}, once, into {prepared}")
             prepare([source], settings.checkpoint, prepared)
@@ -162,6 +162,14 @@ def check_current(source: Path, prepared: Path, checkpoint: str) -> None:
             f"{inputs[0]['path']}; prepare again: python -m tortoise_jax.prepare --data {source} --checkpoint "
             f"{checkpoint} --out {prepared}; or train on it as it is: --config.data={prepared}"
         )
+
+
+def named(path: Path) -> Path:
+    """A path that ends in a name: "." and ".." are folders with a name too."""
+    found = path if path.name not in ("", "..") else path.resolve()
+    if not found.name:
+        raise UserError(f"config.data={path} is no data set, and none can be made beside it; give one folder")
+    return found
 
 
 def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:

@@ -22,6 +22,7 @@ from convert.tables import MODELS, TorchModel
 from convert.torch_files import ZIP, Progress, load, silent
 from tortoise_jax.checkpoints.parts import PART_TYPES, abstract_tree, abstract_variables
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import check_readable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +102,12 @@ def metadata_beside(path: Path) -> dict[str, Any]:
 
     Raises UserError for a file that is no JSON.
     """
+    check_readable(path.with_suffix(".json"))
     try:
         content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.with_suffix('.json')}, which belongs to {path}, is damaged: {error}") from None
     return content if isinstance(content, dict) and "tortoise_jax" in content else {}
 

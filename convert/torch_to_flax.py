@@ -29,6 +29,7 @@ from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
 from tortoise_jax.errors import UserError, exit_with_one_line, first_line
+from tortoise_jax.files import check_readable
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -224,6 +225,7 @@ def choose_mel_norms(sources: dict[str, Source], given: Path | None) -> np.ndarr
 
 
 def read_mel_norms(path: Path) -> np.ndarray:
+    check_readable(path)
     try:
         norms = np.loadtxt(path, dtype=np.float32, ndmin=1)
     except (OSError, ValueError) as error:

@@ -466,7 +466,9 @@ def test_another_programs_folders_are_left_alone(growing, checkpoint, tmp_path, 
     theirs = tmp_path / "theirs" / name
     theirs.parent.mkdir(parents=True)
     theirs.write_text(content)
-    with pytest.raises(UserError, match=f"holds other files and no data set, e.g. {name}; choose a new or empty folder"):
+    with pytest.raises(
+        UserError, match=f"holds other files and no data set, e.g. {name}; choose a new or empty folder"
+    ):
         prepare(growing, checkpoint, tmp_path / "theirs", QUICK)
     assert snapshot(tmp_path / "theirs") == {name: content.encode()}
 
@@ -514,7 +516,10 @@ def test_a_data_set_of_other_recordings_is_not_replaced(growing, checkpoint, tmp
 
 
 def test_one_preparation_at_a_time(growing, checkpoint, tmp_path):
-    with locked(tmp_path / "set"), pytest.raises(UserError, match=rf"--out .*set is being written by .*{os.getpid()} on"):
+    with (
+        locked(tmp_path / "set"),
+        pytest.raises(UserError, match=rf"--out .*set is being written by .*{os.getpid()} on"),
+    ):
         prepare(growing, checkpoint, tmp_path / "set", SMALL)
     prepare(growing, checkpoint, tmp_path / "set", SMALL)
 

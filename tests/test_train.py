@@ -200,7 +200,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
         text=True,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    # tensorstore's threads may print tracebacks beside it, some without an end of line.
+    assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"
     assert [line for line in done.stderr.splitlines() if "error: " in line and "run the same command again" in line]
     again = runs.train(project, run)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -342,6 +342,9 @@ def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     assert_one_line(runs.train(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
     assert_one_line(runs.train(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
+    assert_one_line(runs.train(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it")
+    assert_one_line(runs.train(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
+    assert_one_line(runs.train(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
     assert_one_line(runs.train(project, run, "--config.stepps=3"), "stepps")
     assert_one_line(runs.train(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
     (tmp_path / "file").write_text("")

@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -143,7 +145,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists already; remove it or choose another place")
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists() and not (partial / LOCK).is_file() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise UserError(f"{partial} is needed to write {target} and holds something else; move it or choose another place")
+        raise UserError(
+            f"{partial} is needed to write {target} and holds something else; move it or choose another place"
+        )
     with locked(partial):
         try:
             for left in partial.iterdir():
@@ -180,6 +184,30 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_readable(path: Path) -> None:
+    """Raises UserError for what is there but neither file nor folder: a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # missing, not allowed, no possible name: whoever opens it says so
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise UserError(f"{path}: is {kind}, expected a file")
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if `path` cannot be made, before the work whose result it is to hold.
+
+    Nothing is left behind, folders that are still missing included.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {folder}: {error.strerror}") from None
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
@@ -188,11 +216,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    check_readable(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 

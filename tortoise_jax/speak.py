@@ -28,6 +28,8 @@ from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.text.cleaners import CLEANERS, clean, letters_changed
 
+MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
@@ -118,8 +120,8 @@ def check(arguments: argparse.Namespace) -> SamplingOptions:
             raise UserError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     if arguments.keep > arguments.n:
         raise UserError(f"--keep {arguments.keep} of --n {arguments.n} candidates: there are not so many")
-    if arguments.seed < 0:
-        raise UserError(f"--seed is {arguments.seed}, expected at least 0")
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to {MAX_SEED}")
     for name, suffix in (("out", ".wav"), ("codes", ".npy"), ("latents", ".npz"), ("save_voice", ".npz")):
         path = getattr(arguments, name)
         if path is not None and path.suffix != suffix:

@@ -55,7 +55,7 @@ class Options:
             "max_seconds": (MIN_SECONDS, 3600),
             "max_text": (1, 10_000),
             "workers": (0, 1024),
-            "seed": (0, 2**31),
+            "seed": (0, 2**31 - 1),
             "group": (1, 2**20),
         }
         if self.cleaner not in CLEANERS:

@@ -68,8 +68,10 @@ def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Loaded]:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, "" where they cannot be read."""
+    """Digest of a file's bytes, "" where they cannot be read; a pipe or a device may never end."""
     try:
+        if not path.is_file():
+            return ""
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError:
@@ -94,10 +96,10 @@ def measure(recording: np.ndarray, key: str, span: Span, limits: ClipLimits) -> 
     if limits.trim_silence and len(whole) >= MIN_SECONDS * SAMPLE_RATE:
         waveform = trim_silence(whole)
     sound = Sound(key, len(waveform), len(whole) - len(waveform))
-    rejection = rejected_for_span(span, recording) or rejected_as_short(sound)
+    rejection = rejected_for_span(span, recording) or rejected_as_short(sound) or rejected_as_long(sound, limits)
     if rejection is None:
         sound = dataclasses.replace(sound, loudness_db=loudness_db(waveform), ends_abruptly=ends_abruptly(waveform))
-        rejection = rejected_as_long(sound, limits) or rejected_as_silent(sound)
+        rejection = rejected_as_silent(sound)
     if rejection is None:
         return sound, int16_from_waveform(waveform)
     reason, detail = rejection

@@ -12,7 +12,7 @@ import numpy as np
 
 from tortoise_jax.audio import AUDIO_SUFFIXES, SILENT_DB, crop_conditioning, log_mel, loudness_db, read_audio
 from tortoise_jax.errors import UserError
-from tortoise_jax.files import write_atomically
+from tortoise_jax.files import check_readable, write_atomically
 from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
@@ -81,6 +81,7 @@ def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a .npz; nothing in it is executed."""
+    check_readable(path)
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not hasattr(file, "files"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import tokenizers
 
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import check_readable
 from tortoise_jax.text.cleaners import clean
 
 STOP, UNKNOWN, SPACE = SPECIAL_TOKENS = ("[STOP]", "[UNK]", "[SPACE]")
@@ -56,6 +57,7 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """A tokenizer file: JSON of the `tokenizers` library, or characters and merges as text (`from_merges`)."""
+        check_readable(Path(path))
         try:
             content = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, config_flags
 
 from tortoise_jax.errors import UserError, did_you_mean
 
-ONE_OR_MORE = (1, math.inf)
-ZERO_OR_MORE = (0, math.inf)
+LARGEST = 2**31 - 1  # of 32 bits: a larger step overflows, a larger seed wraps
+ONE_OR_MORE = (1, LARGEST)
+ZERO_OR_MORE = (0, LARGEST)
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
@@ -171,6 +172,8 @@ def check(config: ConfigDict, schema: Schema) -> None:
             raise UserError(f"config: {name} is {given[name]!r}, expected one of {', '.join(allowed)}")
     for name, (low, high) in schema.ranges.items():
         if given[name] is not None and not low <= given[name] <= high:
-            expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-            raise UserError(f"config: {name} is {given[name]}, expected {expected}")
+            above = given[name] < low and high in (LARGEST, math.inf)
+            raise UserError(
+                f"config: {name} is {given[name]}, expected {f'at least {low:g}' if above else f'{low:g} to {high}'}"
+            )
     schema.rule(given)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, crop_conditioning, waveform_from_int16
+from tortoise_jax.audio import crop_conditioning, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
@@ -47,7 +46,6 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     def draft(step: int, params: Any, run: Run) -> None:
         if run.history.has("sample", step):
             return
-        (run.folder / FOLDER).mkdir(exist_ok=True)
         weights = sampler.SamplerWeights.of(params, config, options.dtype)
         entries: list[dict[str, Any]] = []
         for voice, clips in speakers.items():
@@ -58,7 +56,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
                 mel = drafts.draft_mel(dvae.variables, dvae.config, drawn.row(i))
                 waveform = drafts.draft_waveform(mel, pretrained.mel_norms)
-                soundfile.write(run.folder / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
+                drafts.write_wav(run.folder / FOLDER / name, waveform)
                 run.writer.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(
                     {

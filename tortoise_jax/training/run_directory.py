@@ -141,10 +141,7 @@ class History:
 
     def __init__(self, run: Path, step: int, writes: bool) -> None:
         self.file, self.writes = run / HISTORY, writes
-        self.lines: list[dict[str, Any]] = []
-        if self.file.exists():
-            whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            self.lines = [entry for entry in map(json.loads, whole) if entry["step"] <= step]
+        self.lines = [entry for entry in read_history(self.file) if entry["step"] <= step]
         if writes:
             write_atomically(self.file, "".join(json.dumps(entry) + "\n" for entry in self.lines))
 
@@ -153,8 +150,13 @@ class History:
         entry = {"kind": kind, "step": step, **values}
         self.lines.append(entry)
         if self.writes:
-            with self.file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with self.file.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self.file}: cannot be written: {error.strerror}; is the run's folder gone?"
+                ) from None
 
     def curve(self, kind: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of one quantity."""
@@ -162,6 +164,24 @@ class History:
 
     def has(self, kind: str, step: int) -> bool:
         return any(entry["kind"] == kind and entry["step"] == step for entry in self.lines)
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The lines of a history, without one that a killed run left half. Raises UserError for a line that is damaged."""
+    if not file.exists():
+        return []
+    entries = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["step"], int) or not isinstance(entry["kind"], str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{file}:{number}: the line is damaged, and early stopping counts on it; remove it or put it right"
+            ) from None
+        entries.append(entry)
+    return entries
 
 
 def evaluations_without_gain(losses: list[float]) -> int:
