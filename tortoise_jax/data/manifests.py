@@ -488,10 +488,14 @@ def malformed(clip: Clip, detail: str) -> Clip:
 
 def _with_possible_names(clip: Clip) -> Clip:
     """The clip, malformed if no file can have its recording's name or no UTF-8 file can hold its text."""
-    halves = {name: text for name in ("id", "text", "speaker") if not _is_unicode(text := getattr(clip, name))}
-    if halves or not _is_unicode(str(clip.audio)):
-        repaired = {name: printable(text) for name, text in halves.items()}
-        clip = dataclasses.replace(clip, **repaired, audio=Path(printable(str(clip.audio))))
+    if not all(map(_is_unicode, (clip.id, clip.text, clip.speaker, str(clip.audio)))):
+        clip = dataclasses.replace(
+            clip,
+            id=printable(clip.id),
+            text=printable(clip.text),
+            speaker=printable(clip.speaker),
+            audio=Path(printable(str(clip.audio))),
+        )
         return malformed(clip, "its name or text is no Unicode (other bytes than UTF-8, or half a surrogate pair)")
     if clip.reason:
         return clip
