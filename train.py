@@ -32,6 +32,7 @@ from tortoise_jax.data.manifests import read_inputs
 from tortoise_jax.data.plan import BatchPlan, row_lengths
 from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.files import check_writable
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
 from tortoise_jax.training import config, estimate, presets, replay, report, run_directory, schemas, stopping
@@ -65,6 +66,9 @@ def train(settings: ConfigDict, flags: Any) -> None:
     say(f"devices: {parallel.describe()}")
     parallel.check_same_everywhere("the configuration", config.flat(settings))
 
+    if not (flags.plan or flags.replay):
+        check_writable(folder, "--workdir")
+
     # 2. Checkpoint; a plan needs no weights.
     pretrained = load_pretrained(settings.checkpoint, () if flags.plan else (AR, DVAE))
     say(f"checkpoint: {settings.checkpoint}")
@@ -80,6 +84,7 @@ def train(settings: ConfigDict, flags: Any) -> None:
     fill_presets(settings, len(dataset.split("train")))
     feed = make_feed(settings, pretrained, dataset)
     step_config = make_step_config(settings, pretrained)
+    drafter = make_drafter(settings, pretrained, dataset)
     if flags.replay:
         show_replay(step_config, Path(flags.replay), dataset)
         return
@@ -96,7 +101,7 @@ def train(settings: ConfigDict, flags: Any) -> None:
         # 6. Loop.
         with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
             run = Run(folder, checkpoints, history, writer)
-            loop = Loop(settings, step_config, run, feed, make_drafter(settings, pretrained, dataset))
+            loop = Loop(settings, step_config, run, feed, drafter)
             ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
         checkpoints.finish()
 

@@ -100,7 +100,7 @@ def refuse_other_dtypes(found: Found, planned: mapping.KeyPlan) -> None:
 def metadata_beside(path: Path) -> dict[str, Any]:
     """The .json that `flax_to_torch.py` writes beside a .pth; {} without one, or if another program wrote it.
 
-    Raises UserError for a file that is no JSON.
+    Raises UserError for one of ours that is damaged.
     """
     check_readable(path.with_suffix(".json"))
     try:
@@ -108,8 +108,18 @@ def metadata_beside(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
+        if not wrote(path.with_suffix(".json")):
+            return {}
         raise UserError(f"{path.with_suffix('.json')}, which belongs to {path}, is damaged: {error}") from None
     return content if isinstance(content, dict) and "tortoise_jax" in content else {}
+
+
+def wrote(file: Path) -> bool:
+    """Whether a file that is no JSON was ours; another program's may hold anything."""
+    try:
+        return b'"tortoise_jax"' in file.read_bytes()
+    except OSError:
+        return True
 
 
 def number_beside(path: Path, name: str) -> int | None:

@@ -28,8 +28,8 @@ from convert.tables.dvae import PUBLIC_CODEBOOK_DIM
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line, first_line
-from tortoise_jax.files import check_readable
+from tortoise_jax.errors import UserError, bytes_in_words, exit_with_one_line, first_line
+from tortoise_jax.files import check_readable, check_writable
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def convert(
             del source
     size = sum(leaf.nbytes for part in parts.values() for leaf in jax.tree.leaves(part.variables))
     save_pretrained(Pretrained(parts, bpe, norms, origin), out)
-    return [*lines, f"written to {out} ({size / 1e9:.2f} GB, float32)"]
+    return [*lines, f"written to {out} ({bytes_in_words(size)}, float32)"]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -86,6 +86,7 @@ def convert(
 def check_new(out: Path) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists already; remove it or give another --out")
+    check_writable(out, "--out")
 
 
 def check_room(out: Path, size: int) -> None:
@@ -93,7 +94,9 @@ def check_room(out: Path, size: int) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"--out {out} will take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB left; make room")
+        raise UserError(
+            f"--out {out} will take {bytes_in_words(size)}, {folder} has {bytes_in_words(free)} left; make room"
+        )
 
 
 def open_with_bar(path: Path, part: str, heads: int | None, checksums: bool) -> Source:

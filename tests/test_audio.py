@@ -203,6 +203,16 @@ def test_the_first_channel_is_kept(tmp_path):
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "stereo.wav"), left)
 
 
+def test_a_voice_on_another_channel_is_pointed_out(tmp_path):
+    silence = np.zeros(22050)
+    soundfile.write(tmp_path / "a.wav", np.stack([silence, silence, _voice(22050)], axis=1), 22050)
+    assert audio.heard_elsewhere(tmp_path / "a.wav") == (
+        "; channel 3 is not, and only the first is read: save it as the first"
+    )
+    soundfile.write(tmp_path / "b.wav", np.stack([silence, silence], axis=1), 22050)
+    assert audio.heard_elsewhere(tmp_path / "b.wav") == ""
+
+
 def test_samples_past_full_scale_are_clipped(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.float32([0.5, 1.5, -3.0]), audio.SAMPLE_RATE, subtype="FLOAT")
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "loud.wav"), np.float32([0.5, 1.0, -1.0]))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tortoise_jax.errors import UserError, first_line, report
+from tortoise_jax.errors import UserError, bytes_in_words, count_of, first_line, report
 
 PROGRAM = "from tortoise_jax.errors import UserError, exit_with_one_line\ndef main():\n"
 
@@ -46,3 +46,10 @@ def test_a_reader_that_leaves_ends_a_program_without_a_word():
     done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_numbers_in_words():
+    assert [bytes_in_words(size) for size in (0, 999, 52_400, 1_000_000, 1_686_107_144)] == [
+        "0 bytes", "999 bytes", "52.4 kB", "1 MB", "1.69 GB",
+    ]  # fmt: skip
+    assert (count_of(1, "draft"), count_of(0, "draft"), count_of(2, "draft")) == ("1 draft", "0 drafts", "2 drafts")

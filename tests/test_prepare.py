@@ -164,6 +164,20 @@ def test_check_reports_the_same_and_writes_nothing(faulty, checkpoint, tmp_path,
     assert f"{faulty[0] / 'metadata.csv'}:13: malformed line: 4 columns" in listed
 
 
+def test_check_lists_every_rejected_line_and_prepare_a_voice_on_another_channel(checkpoint, tmp_path, capsys):
+    root = tmp_path / "ann"
+    (root / "wavs").mkdir(parents=True)
+    voice = 0.1 * np.random.default_rng(0).standard_normal(44100)
+    soundfile.write(root / "wavs" / "right.wav", np.stack([np.zeros(44100), voice], axis=1), 22050)
+    lines = [f"n{i}|{TEXT}" for i in range(60)]
+    (root / "metadata.csv").write_text("\n".join([f"right|{TEXT}", *lines]))
+    with pytest.raises(UserError, match=r"61 of 61 lines are rejected .* they are listed above"):
+        check(root, checkpoint, QUICK)
+    listed = capsys.readouterr().out
+    assert all(f"metadata.csv:{i + 2}: missing" in listed for i in range(60))
+    assert "silent: loudness -120 dB, at least -60 dB; channel 2 is not, and only the first is read" in listed
+
+
 def test_too_many_rejected_lines_fail_with_the_commonest_reason(faulty, checkpoint, tmp_path):
     options = Options(workers=0, max_seconds=1.9)
     with pytest.raises(UserError, match=r"of 24 lines are rejected \(\d+%, at most 20% .* reason is too long \("):

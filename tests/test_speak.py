@@ -103,6 +103,21 @@ def test_a_long_text_is_said_in_parts(
     assert not (tmp_path / "codes.npy").exists()
 
 
+def test_parts_are_packed_to_what_the_model_holds(
+    folder: Path, tmp_path: Path, quick_drafts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """29 tokens, not the 150 of the released model: a text of short sentences was refused with "split it"."""
+    run(folder, tmp_path, text="One small thing. Another small thing. The last small thing. And then no more.")
+    assert capsys.readouterr().out.count(": of 3 kept candidate") > 1
+
+
+def test_a_voice_on_another_channel_is_pointed_out(folder: Path, tmp_path: Path) -> None:
+    silence, noise = np.zeros(SAMPLE_RATE), 0.1 * np.random.default_rng(0).standard_normal(SAMPLE_RATE)
+    soundfile.write(tmp_path / "a.wav", np.stack([silence, noise], axis=1), SAMPLE_RATE)
+    with pytest.raises(UserError, match=r"a.wav: the clip is silent \(-120 dB, .*\); channel 2 is not"):
+        run(folder, tmp_path, "--voice", str(tmp_path / "a.wav"))
+
+
 def test_latents_are_those_of_the_kept_codes(
     folder: Path, tmp_path: Path, quick_drafts: None, voice: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +165,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "out is no wav": (["--out", "draft.mp3"], r"--out draft.mp3: expected a name ending in .wav"),
     "codes are no npy": (["--codes", "codes.txt"], r"--codes codes.txt: expected a name ending in .npy"),
     "latents of a small model": (["--latents", "x.npz"], r"this model has 64 codes, but TorToiSe's decoder"),
+    "out that cannot be written": (["--out", "/proc/x/a.wav"], r"--out /proc/x/a.wav: cannot be written: /proc: "),
+    "codes that cannot be written": (["--codes", "/proc/a.npy"], r"--codes /proc/a.npy: cannot be written"),
     "no such voice": (["--voice", "nowhere"], r"voice nowhere does not exist"),
 }
 

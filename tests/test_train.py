@@ -267,7 +267,8 @@ def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path
 def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
     recordings = runs.write_recordings(tmp_path / "recordings", clips=8)
     done = runs.train(project, undisturbed, data=recordings)
-    assert_one_line(done, "data_digest", "--workdir")
+    assert_one_line(done, f"data: {project / 'data'} -> {recordings}", "--workdir")
+    assert "digest" not in done.stderr
     assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
 
 
@@ -347,6 +348,11 @@ def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) ->
     assert_one_line(runs.train(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
     assert_one_line(runs.train(project, run, "--config.stepps=3"), "stepps")
     assert_one_line(runs.train(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
+    assert_one_line(
+        runs.train(project, run, optimizer__freeze=".*"), "matches every parameter: nothing would be trained"
+    )
+    unknown = runs.train(project, run, sample_every=3, prompts="('Rock & roll.',)")
+    assert_one_line(unknown, "prompts: 'Rock & roll.' holds characters the tokenizer does not know: &")
     (tmp_path / "file").write_text("")
     assert_one_line(runs.train(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
     assert not run.exists()

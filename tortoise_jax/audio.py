@@ -119,6 +119,16 @@ def read_audio(path: str | Path) -> np.ndarray:
     return waveform
 
 
+def heard_elsewhere(path: Path) -> str:
+    """Says so where the first channel of a recording is silent and another one is not; else ""."""
+    with soundfile.SoundFile(path) as file:
+        power, read = np.zeros(file.channels), 0
+        for block in file.blocks(max(1, BLOCK // file.channels), dtype="float32", always_2d=True):
+            power, read = power + np.square(block, dtype=np.float64).sum(axis=0), read + len(block)
+    loud = np.flatnonzero(power > max(read, 1) * 10 ** (SILENT_DB / 10))
+    return f"; channel {loud[0] + 1} is not, and only the first is read: save it as the first" if len(loud) else ""
+
+
 def _check_header(path: Path, file: soundfile.SoundFile) -> None:
     if not MIN_RATE <= file.samplerate <= MAX_RATE:
         raise UserError(

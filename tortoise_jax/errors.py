@@ -65,7 +65,23 @@ def line_for_user(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """One line: white space folded, and characters that could steer a terminal, or have no shape, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return escaped(" ".join(text.split()))
+
+
+def escaped(line: str) -> str:
+    """A line whose spaces stay, with what could steer a terminal, or has no shape, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def count_of(number: int, noun: str) -> str:
+    """ "1 draft", "2 drafts"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def bytes_in_words(size: int) -> str:
+    """ "1.69 GB", "420 kB"."""
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if size >= u), (1, "bytes"))
+    return f"{size / unit:.3g} {name}"
 
 
 def first_line(error: BaseException) -> str:

@@ -195,17 +195,19 @@ def check_readable(path: Path) -> None:
         raise UserError(f"{path}: is {kind}, expected a file")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "") -> None:
     """Raises UserError if `path` cannot be made, before the work whose result it is to hold.
 
-    Nothing is left behind, folders that are still missing included.
+    Nothing is left behind, folders that are still missing included. flag: how the user named it, "--out".
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    path = path.absolute()
+    folder = path
     try:
+        folder = next(place for place in (path, *path.parents) if place.is_dir() or (place != path and place.exists()))
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {folder}: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: cannot be written: {folder}: {error.strerror}".strip()) from None
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import numpy as np
 
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.files import write_atomically
+from tortoise_jax.errors import UserError, count_of, exit_with_one_line
+from tortoise_jax.files import check_writable, write_atomically
 from tortoise_jax.synthesis import speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
 from tortoise_jax.synthesis.drafts import write_wav
@@ -128,6 +128,8 @@ def check(arguments: argparse.Namespace) -> SamplingOptions:
             raise UserError(f"--{name} {path}: expected a name ending in {suffix}")
         if path is not None and path.is_dir():
             raise UserError(f"--{name} {path} is a folder, expected a file to write")
+        if path is not None:
+            check_writable(path, f"--{name}")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "dtype")
     given = {name: getattr(arguments, name) for name in names}
     if arguments.max_codes is not None:
@@ -173,7 +175,7 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, codes.astype(np.int32))
     write_atomically(path, content.getvalue())
-    print(f"{path}: {len(codes)} codes")
+    print(f"{path}: {count_of(len(codes), 'code')}")
 
 
 def save_latents(path: Path, pretrained: Pretrained, voice: np.ndarray, part: Utterance, index: int) -> None:

@@ -50,7 +50,7 @@ def test_ljspeech_takes_the_normalised_column_where_there_is_one(tmp_path):
     ]
     assert [line.detail for line in lines][3:] == [
         "4 columns, expected ID|text or ID|text|normalised text",
-        "1 columns, expected ID|text or ID|text|normalised text",
+        "1 column, expected ID|text or ID|text|normalised text",
     ]
     assert [line.id for line in lines][:2] == ["a", "b"]
 
@@ -76,7 +76,7 @@ def test_lists_of_path_and_text(tmp_path):
         (1, "audio/a.wav", "One", "ann", "train"),
         (2, "audio/b.ogg", "Two", "ann", "train"),
     ]
-    assert [line.detail for line in lines[2:]] == ["1 columns, expected path|text", "3 columns, expected path|text"]
+    assert [line.detail for line in lines[2:]] == ["1 column, expected path|text", "3 columns, expected path|text"]
     assert read(root / "val.txt")[0].split == "validation"
 
 
@@ -92,7 +92,7 @@ def test_csv_with_a_header(tmp_path):
     ]
     assert [(line.number, line.detail) for line in lines[2:]] == [
         (6, 'split "later", expected one of train, training, validation, valid, val, dev, eval, test'),
-        (7, "1 columns, the header has 4 (text, audio, speaker, split)"),
+        (7, "1 column, the header has 4 (text, audio, speaker, split)"),
     ]
 
 
@@ -296,10 +296,10 @@ def test_a_name_that_no_file_can_have_is_a_malformed_line(tmp_path):
     root = tree(tmp_path, {"metadata.csv": content})
     assert [line.reason for line in read(root)] == ["malformed line"] * 4
     assert [line.detail for line in read(root)] == [
-        "1 columns, expected ID|text or ID|text|normalised text; it is separated by tabs",
+        "1 column, expected ID|text or ID|text|normalised text; it is separated by tabs",
         "the recording's name has 304 bytes, at most 255",
         "the recording's name has 304 bytes, at most 255",
-        "1 columns, expected ID|text or ID|text|normalised text; it is separated by tabs",
+        "1 column, expected ID|text or ID|text|normalised text; it is separated by tabs",
     ]
 
 
@@ -353,7 +353,7 @@ def test_a_line_that_names_another_place_does_not_search_it(tmp_path):
         tmp_path / "ann", {"metadata.csv": f"c|x\n../other/a|x\n{tmp_path}/other/a|x\n", "c.wav": "", "d.wav": ""}
     )
     (one,) = read_inputs([root])
-    assert one.warnings == [f"{root}: 1 recordings are in no line of metadata.csv, e.g. d.wav"]
+    assert one.warnings == [f"{root}: 1 recording is in no line of metadata.csv, e.g. d.wav"]
 
 
 def test_times_of_an_srt_are_times(tmp_path):

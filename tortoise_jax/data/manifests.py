@@ -19,7 +19,7 @@ from tortoise_jax.audio import AUDIO_SUFFIXES, MAX_HOURS
 from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.splits import NAMES
-from tortoise_jax.errors import UserError, did_you_mean, printable
+from tortoise_jax.errors import UserError, count_of, did_you_mean, printable
 from tortoise_jax.files import check_readable, digest_of
 
 # Folders of one speaker's recordings that are not named after the speaker.
@@ -182,7 +182,8 @@ def _ljspeech_clip(file: Path, number: int, row: str) -> Clip:
     clip = _clip(file, number, name.strip(), audio)
     if not 1 <= len(texts) <= 2 or not name.strip():
         tabs = "; it is separated by tabs" if "\t" in row else ""
-        return malformed(clip, f"{len(texts) + 1} columns, expected ID|text or ID|text|normalised text{tabs}")
+        columns = count_of(len(texts) + 1, "column")
+        return malformed(clip, f"{columns}, expected ID|text or ID|text|normalised text{tabs}")
     normalised = texts[-1].strip()
     return dataclasses.replace(clip, text=normalised or texts[0].strip())
 
@@ -195,7 +196,8 @@ def _unlisted(path: Path, clips: Sequence[Clip]) -> list[str]:
     unlisted = sorted({file for folder in folders for file in _recordings(folder)} - listed)
     if not unlisted:
         return []
-    return [f"{path}: {len(unlisted)} recordings are in no line of metadata.csv, e.g. {unlisted[0].name}"]
+    are = f"{count_of(len(unlisted), 'recording')} {'is' if len(unlisted) == 1 else 'are'}"
+    return [f"{path}: {are} in no line of metadata.csv, e.g. {unlisted[0].name}"]
 
 
 def read_list(path: Path) -> Iterator[Clip]:
@@ -207,7 +209,7 @@ def read_list(path: Path) -> Iterator[Clip]:
         audio = find_audio(path.parent / name.strip())
         clip = _clip(path, number, _id(name), audio, texts[0].strip() if texts else "")
         clip = dataclasses.replace(clip, split=NAMES.get(path.stem.lower(), ""))
-        yield clip if len(texts) == 1 else malformed(clip, f"{len(texts) + 1} columns, expected path|text")
+        yield clip if len(texts) == 1 else malformed(clip, f"{count_of(len(texts) + 1, 'column')}, expected path|text")
 
 
 # --- tables and jsonl -------------------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def read_table(path: Path, name: str) -> Iterator[Clip]:
 def _table_clip(path: Path, number: int, columns: Sequence[str], row: Sequence[str], table: Columns) -> Clip:
     if len(row) != len(columns):
         clip = _clip(path, number, f"{path.stem}:{number}", path)
-        return malformed(clip, f"{len(row)} columns, the header has {len(columns)} ({', '.join(columns)})")
+        return malformed(clip, f"{count_of(len(row), 'column')}, the header has {len(columns)} ({', '.join(columns)})")
     return _clip_of_fields(path, number, dict(zip(columns, row, strict=True)), table)
 
 

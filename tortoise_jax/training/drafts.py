@@ -12,7 +12,7 @@ from tortoise_jax import parallel
 from tortoise_jax.audio import crop_conditioning, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, count_of
 from tortoise_jax.synthesis import drafts, sampler, voices
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import trailing_silence
@@ -35,6 +35,12 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     config, dvae = pretrained.ar.config, pretrained.dvae
     text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
     room = max_text_ids(config)
+    for prompt in settings.prompts:
+        unknown = pretrained.tokenizer.unknown_characters(prompt, dataset.header["cleaner"])
+        if unknown:
+            raise UserError(
+                f"config: prompts: {prompt!r} holds characters the tokenizer does not know: {', '.join(unknown)}"
+            )
     for prompt, ids in zip(settings.prompts, text_ids, strict=True):
         if not 0 < len(ids) <= room:
             raise UserError(
@@ -73,8 +79,8 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         silence = float(np.mean([entry["trailing_silence"] for entry in entries]))
         run.writer.scalars(step, {"sample/share_that_stops": share, "sample/trailing_silence": silence})
         run.writer.say(
-            f"step {step}: {len(entries)} drafts in {run.folder / FOLDER}; {share:.0%} stop by themselves, "
-            f"{silence:.1f} s of silence behind"
+            f"step {step}: {count_of(len(entries), 'draft')} in {run.folder / FOLDER}; {share:.0%} stop by themselves, "
+            f"{silence:.1f} s of silence after them"
         )
 
     return draft if parallel.is_main() else None

@@ -38,6 +38,7 @@ CONFIG = "config.json"
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
 FIXED = ("seed", "batch_size", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+DIGESTS = ("data_digest", "text_digest")
 # What a run writes; without CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, AR, DVAE, "summary.json", "report.html")
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
@@ -71,6 +72,9 @@ def begin(
     changed = changes(before, now)
     refused = [line for line in changed if (name := line.split(":")[0]) in FIXED and name in before]
     if refused:
+        refused = [line for line in refused if not line.startswith(DIGESTS)]
+        if len(refused) < sum(name in before and before[name] != now[name] for name in FIXED):
+            refused.append(other_data(str(before.get("data")), str(now["data"])))
         advice = "begin another with --workdir, or put the old settings back"
         raise UserError(f"{run} was begun with what cannot change: {'; '.join(refused)}; {advice}")
     if (run / METADATA).exists():
@@ -91,6 +95,11 @@ def begin(
     if not (run / METADATA).exists():
         raise UserError(f"--workdir {run} is not on storage that all hosts share; a run's directory must be")
     return changed
+
+
+def other_data(before: str, now: str) -> str:
+    """What differs, in words that say more than two digests."""
+    return f"the data set in {now}, which holds other clips since" if before == now else f"data: {before} -> {now}"
 
 
 def check_folder(run: Path) -> None:
