@@ -35,6 +35,7 @@ from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import check_writable
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
+from tortoise_jax.text.cleaners import record, recorded
 from tortoise_jax.training import config, estimate, presets, replay, report, run_directory, schemas, stopping
 from tortoise_jax.training.drafts import fixed_voices, make_drafter
 from tortoise_jax.training.feed import Feed
@@ -181,7 +182,7 @@ def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
     """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
     if dataset.header["own_tokenizer"]:
         say("tokenizer: the data set's own, saved with the run")
-    source = pretrained.source | {"cleaner": dataset.header["cleaner"]}
+    source = pretrained.source | record(recorded(dataset.header))
     return dataclasses.replace(pretrained, tokenizer=dataset.tokenizer(), source=source)
 
 

@@ -127,7 +127,8 @@ WRONG: dict[str, tuple[Callable[[api.Tortoise], object], str]] = {
         r"conditioning has the shape \(1, 32\), expected finite numbers of \(2, 32\)",
     ),
     "a voice of NaN": (lambda m: m.outputs(np.full((1, 32), np.nan), m.batch([([5], [3])])), "expected finite numbers"),
-    "unknown characters": (lambda m: m.text_ids("{a}"), r"the tokenizer does not know '\{', '\}'"),
+    "signs of speech": (lambda m: m.text_ids("R&B"), r'not know & \(U\+0026\); cleaner="english" says them in words$'),
+    "unknown characters": (lambda m: m.text_ids("{a}"), r"the tokenizer does not know \{ \(U\+007B\) \} \(U\+007D\)$"),
 }
 
 

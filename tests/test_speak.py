@@ -152,7 +152,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "seed of more than 32 bits": (["--seed", str(2**32)], r"--seed is 4294967296, expected 0 to 1073741824"),
     "empty text": (["--text", "  "], r'--text "  " has nothing to say'),
     "text of marks": (["--text", '"...!"'], r"has nothing to say: no letter or digit is left"),
-    "unknown characters": (["--text", "a {b} = c"], r"characters the tokenizer does not know: \{ \(U\+007B\), "),
+    "unknown characters": (
+        ["--text", "a {b} = c"],
+        r"characters the tokenizer does not know: \{ \(U\+007B\) \} \(U\+007D\) = \(U\+003D\)$",
+    ),
+    "signs of speech": (["--text", "R&B"], r"does not know: & \(U\+0026\); --cleaner english says them in words$"),
     "sentence too long": (
         ["--text", "word " * 40 + "."],
         r'the sentence "word word .*" has \d+ tokens, .* room for 29',

@@ -25,6 +25,7 @@ from tests.support import runs
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.errors import UserError
 
 STEPS = runs.FIELDS["steps"]
@@ -305,6 +306,19 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
     after = load_pretrained(tmp_path / "run", ("ar",), 2).ar.params
     jax.tree.map(np.testing.assert_array_equal, after["conditioning_encoder"], before["conditioning_encoder"])
     assert not np.array_equal(after["mel_head"]["kernel"], before["mel_head"]["kernel"])
+
+
+def test_a_run_cleans_text_as_its_data_was(project: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    prepare(project / "recordings", project / "checkpoint", data, Options(workers=0, cleaner="english"))
+    prompts = "('Rock & roll.',)"
+    done = runs.train(project, tmp_path / "run", data=data, steps=2, eval_every=2, sample_every=2, prompts=prompts)
+    assert done.returncode == 0, done.stderr
+    assert "2 drafts in" in done.stdout or "1 draft in" in done.stdout
+    model = tj.load(tmp_path / "run")
+    assert model.text_ids("R&B, 50%") == model.text_ids("r and b, fifty percent", "tortoise")
+    with pytest.raises(UserError, match="does not know &"):
+        tj.load(project / "checkpoint").text_ids("R&B")
 
 
 def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) -> None:

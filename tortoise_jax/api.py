@@ -30,6 +30,7 @@ from tortoise_jax.models.dvae import DiscreteVAE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.synthesis import voices
+from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training import losses
 
 
@@ -58,13 +59,16 @@ class Tortoise:
     def dvae(self) -> DiscreteVAE:
         return DiscreteVAE(self.pretrained.dvae.config)
 
-    def text_ids(self, text: str, cleaner: str = "english") -> list[int]:
-        """Text, cleaned, as token ids, without start and stop. Raises UserError for characters that have no token."""
-        tokenizer = self.pretrained.tokenizer
-        unknown = tokenizer.unknown_characters(text, cleaner)
+    def text_ids(self, text: str, cleaner: str | None = None) -> list[int]:
+        """Text, cleaned, as token ids, without start and stop. Raises UserError for characters that have no token.
+
+        cleaner: "tortoise", "english", "basic" or "none"; None: as the run's data was cleaned, else "tortoise".
+        """
+        cleaner = cleaner or recorded(self.pretrained.source)
+        unknown = self.pretrained.tokenizer.unknown_in_words(text, cleaner)
         if unknown:
-            raise UserError(f"the tokenizer does not know {', '.join(map(repr, unknown))}; spell them out")
-        return tokenizer.encode(text, cleaner)
+            raise UserError(f"the tokenizer does not know {unknown}".replace("--cleaner english", 'cleaner="english"'))
+        return self.pretrained.tokenizer.encode(text, cleaner)
 
     def log_mel(self, waveform: np.ndarray | Array) -> Array:
         """Waveform (…, samples) in [-1, 1] at 22050 Hz -> mel (…, 1 + samples // 256, m), mel norms applied."""

@@ -26,7 +26,7 @@ from tortoise_jax.synthesis.drafts import write_wav
 from tortoise_jax.synthesis.prompts import max_codes
 from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
 from tortoise_jax.synthesis.speech import Utterance
-from tortoise_jax.text.cleaners import CLEANERS, clean, letters_changed
+from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, clean, letters_changed, recorded
 
 MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. The text, before anything large is read.
     metadata = load_pretrained(arguments.checkpoint, ())
-    cleaner = arguments.cleaner or metadata.source.get("cleaner", "english")
+    cleaner = arguments.cleaner or recorded(metadata.source)
     check_text(arguments.text, cleaner, metadata)
     texts = speech.split_text(metadata, arguments.text, cleaner)
     options = within_the_model(options, metadata, arguments)
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keep", type=int, default=1, help="how many of the best to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed draws the same (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="candidates drawn at once (default: %(default)s)")
-    add("--cleaner", help=f"how text is cleaned: {', '.join(CLEANERS)} (default: as the run's data, else english)")
+    add("--cleaner", help=f"how text is cleaned: {', '.join(CLEANERS)} (default: as the run's data, else {DEFAULT})")
     add("--codes", type=Path, metavar="NPY", help="also write the codes, int32 (c,)")
     add("--latents", type=Path, metavar="NPZ", help="also write what TorToiSe's own decoder takes (convert/voices.py)")
     add("--save_voice", type=Path, metavar="NPZ", help="also write the voice's vector, to be given as --voice")
@@ -141,10 +141,9 @@ def check_text(text: str, cleaner: str, metadata: Pretrained) -> None:
     """Raises UserError for a text with nothing to say, and for characters the model does not know."""
     if not any(character.isalnum() for character in clean(text, cleaner)):
         raise UserError(f'--text "{text}" has nothing to say: no letter or digit is left of it after cleaning')
-    unknown = metadata.tokenizer.unknown_characters(text, cleaner)
+    unknown = metadata.tokenizer.unknown_in_words(text, cleaner)
     if unknown:
-        named = ", ".join(f"{c} (U+{ord(c):04X})" if c.isprintable() else f"U+{ord(c):04X}" for c in unknown)
-        raise UserError(f"--text holds characters the tokenizer does not know: {named}")
+        raise UserError(f"--text holds characters the tokenizer does not know: {unknown}")
     changed = letters_changed(text, cleaner)
     if changed:
         print("note: the cleaner reads " + ", ".join(f'{a} as "{b}"' for a, b in changed.items()))

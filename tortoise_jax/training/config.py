@@ -60,7 +60,7 @@ class Schema:
         inside = [field for field in self.types() if field.startswith(f"{name}.")]
         if inside:
             return f"{name} is a group of fields: {', '.join(inside)}"
-        # In "optimizer.lr" most letters are the group's, so the names alone are compared; "lr" stands for "learning_rate".
+        # In "optimizer.lr" most letters are the group's: names alone are compared, and "lr" stands for "learning_rate".
         own_names = {field.rpartition(".")[2]: field for field in self.types()}
         own_names |= {"".join(word[0] for word in own.split("_")): own_names[own] for own in own_names if "_" in own}
         meant = did_you_mean(name.rpartition(".")[2], own_names)

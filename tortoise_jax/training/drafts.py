@@ -16,6 +16,7 @@ from tortoise_jax.errors import UserError, count_of
 from tortoise_jax.synthesis import drafts, sampler, voices
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import trailing_silence
+from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training.run_directory import Run
 
 FOLDER = "samples"
@@ -33,14 +34,15 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     if not settings.sample_every or not settings.prompts:
         return None
     config, dvae = pretrained.ar.config, pretrained.dvae
-    text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
+    cleaner = recorded(dataset.header)
+    text_ids = [pretrained.tokenizer.encode(prompt, cleaner) for prompt in settings.prompts]
     room = max_text_ids(config)
     for prompt in settings.prompts:
-        unknown = pretrained.tokenizer.unknown_characters(prompt, dataset.header["cleaner"])
+        unknown = pretrained.tokenizer.unknown_in_words(prompt, cleaner).replace(
+            "--cleaner", "data prepared with --cleaner"
+        )
         if unknown:
-            raise UserError(
-                f"config: prompts: {prompt!r} holds characters the tokenizer does not know: {', '.join(unknown)}"
-            )
+            raise UserError(f"config: prompts: {prompt!r} holds characters the tokenizer does not know: {unknown}")
     for prompt, ids in zip(settings.prompts, text_ids, strict=True):
         if not 0 < len(ids) <= room:
             raise UserError(
