@@ -65,11 +65,13 @@ def test_numbers_without_a_name_are_read_digit_by_digit():
         ("me@x.com", "me at x.com"),
         ("£20, £3.50, £1.01, £0.50", "twenty pounds, three pounds, fifty pence, one pound, one penny, fifty pence"),
         ("€5, 20 €, € 1,000.50", "five euros, twenty euros, one thousand euros, fifty cents"),
-        ("$20, $1, $3.5, US$ 5, 20$", "twenty dollars, one dollar, three dollars, fifty cents, five dollars, twenty dollars"),
+        ("$20, $1, $3.5, US$ 5, 20$", "twenty dollars, one dollar, three dollars, fifty cents, five dollars, "
+         "twenty dollars"),
         ("$5 million, £2bn, $3k, $1.999", "five million dollars, two billion pounds, three thousand dollars, "
          "one point nine hundred ninety-nine dollars"),
         ("$0 and $.5, in $", "zero dollars and fifty cents, in dollars"),
-        ("20°C, 1 °F, 45°, 20 ℃", "twenty degrees celsius, one degree fahrenheit, forty-five degrees, twenty degrees celsius"),
+        ("20°C, 1 °F, 45°, 20 ℃", "twenty degrees celsius, one degree fahrenheit, forty-five degrees, "
+         "twenty degrees celsius"),
         ("① 𝐁𝐨𝐥𝐝 ℝ ５０％", "one bold r fifty percent"),
         (" Mr. Fox’s “naïve”\ttest\n", "mister fox's naive test"),
         ("12,345 in 1999 on the 3rd", "twelve thousand, three hundred forty-five in nineteen ninety-nine on the third"),
