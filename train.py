@@ -27,6 +27,7 @@ from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.files import check_writable
 from tortoise_jax.training import (
     ar_run,
     config,
@@ -65,13 +66,16 @@ def main() -> None:
 
 def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
     # 1. Devices.
-    folder = Path(flags.workdir or Path("runs") / Path(settings.data).name)
+    folder = Path(flags.workdir or Path("runs") / run_data.named(Path(settings.data)).name)
     interrupted = stopping.on_signals()
     if parallel.process_count() > 1:
         print(parallel.describe_this_host(), flush=True)
     parallel.say(f"devices: {parallel.describe()}")
     parallel.check_same_code()
     parallel.check_same_everywhere("the configuration", config.flat(settings))
+
+    if not (flags.plan or flags.replay):
+        check_writable(folder, "--workdir")
 
     # 2. Checkpoint; a plan needs no weights.
     pretrained = kind.load(settings, not flags.plan)
@@ -91,6 +95,7 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
     feed = kind.make_feed(settings, pretrained, dataset)
     run_data.describe_feed(settings, dataset, feed)
     step_config = kind.make_step_config(settings, pretrained, feed.training.rows)
+    drafter = kind.make_drafter(settings, pretrained, dataset)
     if flags.replay:
         show_replay(step_config, Path(flags.replay), dataset)
         return
@@ -109,7 +114,7 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
         # 6. Loop.
         with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
             run = Run(folder, checkpoints, history, writer)
-            loop = Loop(settings, step_config, run, feed, kind.make_drafter(settings, pretrained, dataset))
+            loop = Loop(settings, step_config, run, feed, drafter)
             ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
         checkpoints.finish()
 

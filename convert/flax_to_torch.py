@@ -26,7 +26,7 @@ from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import SUMMARY, Pretrained, load_pretrained, mel_norms_digest, read_metadata
 from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.files import read_json, write_json
+from tortoise_jax.files import check_writable, read_json, write_json
 
 
 def export(
@@ -82,6 +82,7 @@ def check_names(out: Path, source: Path | None) -> None:
         raise UserError(f"--out {out}: expected a name ending in .pth")
     if out.is_dir():
         raise UserError(f"--out {out} is a directory, expected the name of a file")
+    check_writable(out, "--out")
     if source and out.exists() and out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the --source itself; keep the original and choose another name")
     beside = out.with_suffix(".json")

@@ -23,7 +23,7 @@ from tortoise_jax.checkpoints.parts import PART_TYPES
 from tortoise_jax.checkpoints.pretrained import METADATA, load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import parameter_count
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import UserError, escaped, exit_with_one_line
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".state", ".ckpt", ".bin")
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--heads", type=positive, help="attention heads, where a file does not tell")
     args = parser.parse_args()
     for line in inspect(args.path, args.heads):
-        print(line)
+        print(escaped(line))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from convert.tables import MODELS, TorchModel
 from convert.torch_files import ZIP, Progress, load, silent
 from tortoise_jax.checkpoints.parts import PART_TYPES, abstract_tree, abstract_variables
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import check_readable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +100,26 @@ def refuse_other_dtypes(found: Found, planned: mapping.KeyPlan) -> None:
 def metadata_beside(path: Path) -> dict[str, Any]:
     """The .json that `flax_to_torch.py` writes beside a .pth; {} without one, or if another program wrote it.
 
-    Raises UserError for a file that is no JSON.
+    Raises UserError for one of ours that is damaged.
     """
+    check_readable(path.with_suffix(".json"))
     try:
         content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if not wrote(path.with_suffix(".json")):
+            return {}
         raise UserError(f"{path.with_suffix('.json')}, which belongs to {path}, is damaged: {error}") from None
     return content if isinstance(content, dict) and "tortoise_jax" in content else {}
+
+
+def wrote(file: Path) -> bool:
+    """Whether a file that is no JSON was ours; another program's may hold anything."""
+    try:
+        return b'"tortoise_jax"' in file.read_bytes()
+    except OSError:
+        return True
 
 
 def number_beside(path: Path, name: str) -> int | None:

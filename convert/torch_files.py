@@ -21,7 +21,7 @@ import torch
 from convert.mapping import same_bits
 from tortoise_jax.checkpoints.pretrained import METADATA
 from tortoise_jax.errors import UserError, first_line
-from tortoise_jax.files import remove_partials, replaced_whole
+from tortoise_jax.files import check_readable, remove_partials, replaced_whole
 
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch pickle (before 1.6)", "safetensors"
 CHUNK = 1 << 23
@@ -82,6 +82,7 @@ def load(path: Path, checksums: bool = True, progress: Progress = silent) -> Loa
 
 def format_of(path: Path) -> str:
     """The format that a file's first bytes show. Raises UserError for what cannot be a checkpoint."""
+    check_readable(path)
     try:
         if path.is_dir():
             ours = f", converted already (it holds {METADATA})" if (path / METADATA).exists() else ""

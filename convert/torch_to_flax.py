@@ -28,8 +28,8 @@ from convert.tables.dvae import PUBLIC_CODEBOOK_DIM
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line, first_line
-from tortoise_jax.files import check_new
+from tortoise_jax.errors import UserError, bytes_in_words, exit_with_one_line, first_line
+from tortoise_jax.files import check_new, check_readable
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def convert(
             del source
     size = sum(leaf.nbytes for part in parts.values() for leaf in jax.tree.leaves(part.variables))
     save_pretrained(Pretrained(parts, bpe, norms, origin), out)
-    return [*lines, f"written to {out} ({size / 1e9:.2f} GB, float32)"]
+    return [*lines, f"written to {out} ({bytes_in_words(size)}, float32)"]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -88,7 +88,9 @@ def check_room(out: Path, size: int) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"--out {out} will take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB left; make room")
+        raise UserError(
+            f"--out {out} will take {bytes_in_words(size)}, {folder} has {bytes_in_words(free)} left; make room"
+        )
 
 
 def open_with_bar(path: Path, part: str, heads: int | None, checksums: bool) -> Source:
@@ -220,6 +222,7 @@ def choose_mel_norms(sources: dict[str, Source], given: Path | None) -> np.ndarr
 
 
 def read_mel_norms(path: Path) -> np.ndarray:
+    check_readable(path)
     try:
         norms = np.loadtxt(path, dtype=np.float32, ndmin=1)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 import tortoise_jax as tj
 from tests.support import runs
 from tortoise_jax import api
-from tortoise_jax.audio import CONDITIONING_SAMPLES
+from tortoise_jax.audio import CONDITIONING_SAMPLES, int16_from_waveform, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 
 
@@ -70,6 +71,103 @@ def test_what_is_wrong_is_said(model: api.Tortoise, tmp_path: Path) -> None:
         tj.load(tmp_path / "none")
     with pytest.raises(tj.UserError, match=r"holds no tortoise\.json"):
         tj.load(tmp_path)
+
+
+WRONG: dict[str, tuple[Callable[[api.Tortoise], object], str]] = {
+    "stereo": (
+        lambda m: m.conditioning([np.zeros((22050, 2), np.float32)]),
+        r"shape \(22050, 2\), expected \(samples,\)",
+    ),
+    "int32": (
+        lambda m: m.conditioning([np.zeros(22050, np.int32)]),
+        r"a waveform is int32, expected float32 .* or int16",
+    ),
+    "a clip without samples": (lambda m: m.conditioning([clip(1.0), clip(0.0)]), r"no samples \(its shape is \(0,\)\)"),
+    "NaN audio": (lambda m: m.conditioning([with_nan(clip(1.0))]), "NaN or infinite"),
+    "16 bit as floats": (
+        lambda m: m.conditioning([clip(1.0) * 32768]),
+        r"reaches 163.*; divide 16 bit samples by 32768",
+    ),
+    "mel of NaN": (lambda m: m.log_mel(with_nan(clip(1.0))), "NaN or infinite"),
+    "mel of nothing": (lambda m: m.log_mel(clip(0.0)), "no samples"),
+    "clip of stereo": (lambda m: m.encode_clip(np.zeros((2, 22050), np.float32)), r"shape \(2, 22050\)"),
+    "clip of NaN": (lambda m: m.encode_clip(with_nan(clip(1.0))), "NaN or infinite"),
+    "encode NaN": (
+        lambda m: m.encode(with_nan(np.zeros((8, 80), np.float32))),
+        "expected floating-point numbers, all f",
+    ),
+    "encode a waveform": (lambda m: m.encode(clip(1.0)), r"shape \(22050,\), expected \(frames, 80\)"),
+    "encode bands first": (
+        lambda m: m.encode(np.zeros((80, 12), np.float32)),
+        r"shape \(80, 12\), expected \(frames, 80",
+    ),
+    "encode no frames": (lambda m: m.encode(np.zeros((0, 80), np.float32)), r"shape \(0, 80\)"),
+    "encode integers": (lambda m: m.encode(np.zeros((8, 80), np.int32)), "a mel is int32"),
+    "decode beyond 32 bits": (lambda m: m.decode([2**32 + 1]), r"codes must lie in 0\.\.15, found 4294967297"),
+    "decode negative": (lambda m: m.decode(np.array([-1])), r"codes must lie in 0\.\.15, found -1"),
+    "decode floats": (lambda m: m.decode(np.array([1.0])), "codes are float64, expected integers"),
+    "decode nothing": (lambda m: m.decode([]), "codes are empty"),
+    "decode three axes": (lambda m: m.decode(np.ones((1, 1, 1), int)), r"shape \(1, 1, 1\)"),
+    "no rows": (lambda m: m.batch([]), "at least one row"),
+    "text id too large": (
+        lambda m: m.batch([([5], [3]), ([255], [3])]),
+        r"row 1: text ids must lie in 0\.\.254, found 255",
+    ),
+    "text id negative": (lambda m: m.batch([([-1], [3])]), r"text ids must lie in 0\.\.254, found -1\.\.-1"),
+    "text with its stop": (lambda m: m.batch([([5, 0], [3])]), "row 0: text ids hold 0, which is stop"),
+    "text of floats": (lambda m: m.batch([([5.0], [3])]), "text ids are float64, expected integers"),
+    "text too long": (lambda m: m.batch([([5] * 59, [3])]), "text ids are 59, the model has positions for 58"),
+    "code that is stop": (lambda m: m.batch([([5], [17])]), r"row 0: codes must lie in 0\.\.15, found 17\.\.17"),
+    "code too large": (lambda m: m.batch([([5], [2**32])]), r"codes must lie in 0\.\.15"),
+    "codes too long": (lambda m: m.batch([([5], [3] * 69)]), "codes are 69, the model has positions for 68"),
+    "no codes": (lambda m: m.batch([([5], [])]), "row 0: codes are empty"),
+    "codes of two axes": (lambda m: m.batch([([5], [[3]])]), r"codes have the shape \(1, 1\), expected one axis"),
+    "one voice for two rows": (
+        lambda m: m.losses(np.zeros((1, 32), np.float32), m.batch([([5], [3]), ([5], [3])])),
+        r"conditioning has the shape \(1, 32\), expected finite numbers of \(2, 32\)",
+    ),
+    "a voice of NaN": (lambda m: m.outputs(np.full((1, 32), np.nan), m.batch([([5], [3])])), "expected finite numbers"),
+    "signs of speech": (lambda m: m.text_ids("R&B"), r'not know & \(U\+0026\); cleaner="english" says them in words$'),
+    "unknown characters": (lambda m: m.text_ids("{a}"), r"the tokenizer does not know \{ \(U\+007B\) \} \(U\+007D\)$"),
+}
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array[len(array) // 2] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_would_give_wrong_values_is_refused(
+    model: api.Tortoise, call: Callable[[api.Tortoise], object], message: str
+) -> None:
+    with pytest.raises(tj.UserError, match=message):
+        call(model)
+
+
+def test_16_bit_clips_are_scaled(model: api.Tortoise) -> None:
+    waveform = int16_from_waveform(clip(1.0))
+    floats = np.asarray(waveform_from_int16(waveform))
+    np.testing.assert_array_equal(model.conditioning([waveform]), model.conditioning([floats]))
+    np.testing.assert_array_equal(model.encode_clip(waveform), model.encode_clip(floats))
+    np.testing.assert_array_equal(model.log_mel(waveform), model.log_mel(floats))
+
+
+def test_a_clip_has_the_codes_that_prepare_stores(tmp_path: Path) -> None:
+    project = runs.write_project(tmp_path)
+    model, data = tj.load(project / "checkpoint"), tj.Dataset.open(project / "data")
+    differ = 0
+    for i, stored in enumerate(data.clips):
+        name = next((project / "recordings" / "wavs").glob(f"{stored.id}.*"))
+        codes = model.encode_clip(tj.read_audio(name))
+        assert codes.dtype == np.int32
+        np.testing.assert_array_equal(codes, data.codes(i))
+        differ += int((np.asarray(model.encode(model.log_mel(tj.read_audio(name)))) != codes).sum())
+    assert differ > 0, "the other way is another way: its mel reflects the end"
+
+
+def test_log_mel_can_be_compiled_by_its_user(model: api.Tortoise) -> None:
+    np.testing.assert_allclose(jax.jit(model.log_mel)(clip(1.0)), model.log_mel(clip(1.0)), atol=1e-4)
 
 
 def test_every_public_name_is_there() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -201,6 +203,16 @@ def test_the_first_channel_is_kept(tmp_path):
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "stereo.wav"), left)
 
 
+def test_a_voice_on_another_channel_is_pointed_out(tmp_path):
+    silence = np.zeros(22050)
+    soundfile.write(tmp_path / "a.wav", np.stack([silence, silence, _voice(22050)], axis=1), 22050)
+    assert audio.heard_elsewhere(tmp_path / "a.wav") == (
+        "; channel 3 is not, and only the first is read: save it as the first"
+    )
+    soundfile.write(tmp_path / "b.wav", np.stack([silence, silence], axis=1), 22050)
+    assert audio.heard_elsewhere(tmp_path / "b.wav") == ""
+
+
 def test_samples_past_full_scale_are_clipped(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.float32([0.5, 1.5, -3.0]), audio.SAMPLE_RATE, subtype="FLOAT")
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "loud.wav"), np.float32([0.5, 1.0, -1.0]))
@@ -259,6 +271,42 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
         assert str(caught.value).startswith(f"{tmp_path / name}: ")
         assert reason in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rate", [1, 3999, 768_001, 2**31 - 1])
+def test_an_impossible_rate_is_refused_before_anything_is_made_of_it(tmp_path, rate):
+    """130 kB that claim 1 Hz would be 18 hours, 6 GB of samples."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(65_000, np.float32), 22050, subtype="PCM_16")
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a.wav: its header claims {rate} Hz, expected 4000 to 768000"):
+        audio.read_audio(tmp_path / "a.wav")
+
+
+def test_a_recording_is_read_block_by_block(tmp_path, monkeypatch):
+    stereo = 0.4 * np.random.default_rng(0).standard_normal((50_000, 2)).astype(np.float32)
+    for rate in (16_000, 22_050, 44_100, 48_000):
+        soundfile.write(tmp_path / f"{rate}.wav", stereo, rate, subtype="FLOAT")
+        whole = librosa.resample(stereo[:, 0], orig_sr=rate, target_sr=22050, res_type="soxr_hq")
+        monkeypatch.setattr(audio, "BLOCK", 7000)
+        np.testing.assert_array_equal(audio.read_audio(tmp_path / f"{rate}.wav"), np.clip(whole, -1, 1))
+
+
+def test_a_recording_of_more_than_six_hours_is_to_be_cut(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.flac", np.zeros(80_000), 8000)
+    monkeypatch.setattr(audio, "MAX_HOURS", 9 / 3600)
+    monkeypatch.setattr(audio, "BLOCK", 1000)
+    with pytest.raises(UserError, match=r"a.flac: is longer than .* hours; cut it into parts"):
+        audio.read_audio(tmp_path / "a.flac")
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.wav")
+    with pytest.raises(UserError, match=r"a.wav: is a named pipe, expected a file"):
+        audio.read_audio(tmp_path / "a.wav")
+    with pytest.raises(UserError, match="/dev/zero: is a device, expected a file"):
+        audio.read_audio("/dev/zero")
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from tortoise_jax.audio import SAMPLE_RATE, read_audio
-from tortoise_jax.text.cleaners import clean_english
+from tortoise_jax.text.cleaners import clean_tortoise
 from tortoise_jax.text.tokenizer import Tokenizer
 
 VOICE = Path(__file__).parent.parent / "examples" / "voice"
@@ -18,7 +18,7 @@ LINES = [line.split("|") for line in (VOICE / "metadata.csv").read_text(encoding
 
 def test_every_clip_has_one_line_and_every_line_one_clip():
     assert sorted(name for name, _, _ in LINES) == sorted(path.stem for path in (VOICE / "wavs").iterdir())
-    assert len({clean_english(text) for _, text, _ in LINES}) == len(LINES) == 48
+    assert len({clean_tortoise(text) for _, text, _ in LINES}) == len(LINES) == 48
 
 
 def test_it_stays_small():
@@ -40,7 +40,7 @@ def test_clip(name):
 
 def test_the_cleaner_says_what_was_spoken():
     for name, text, spoken in LINES:
-        assert clean_english(text) == clean_english(spoken), name
+        assert clean_tortoise(text) == clean_tortoise(spoken), name
     assert sum(text != spoken for _, text, spoken in LINES) >= 10  # numbers and abbreviations
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tortoise_jax import files
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import LOCK, locked, remove_partials, replaced_whole, written_whole
 
@@ -109,3 +112,36 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with replaced_whole(target) as beside:
         beside.write_text("whole")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
+
+
+# --- what may be read, where may be written ---------------------------------------------------------------------------
+
+
+def test_only_files_and_folders_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    Path("file").write_text("")
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for path in ("file", ".", "missing", "a\0b", "x" * 300):
+            files.check_readable(Path(path))
+        for path, kind in (("pipe", "a named pipe"), ("socket", "a socket"), ("/dev/null", "a device")):
+            with pytest.raises(UserError, match=rf"^{path}: is {kind}, expected a file$"):
+                files.check_readable(Path(path))
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "new" / "folder" / "file")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for path, folder in ((Path("/proc/new/file"), "/proc"), (tmp_path / "file" / "x", f"{tmp_path}/file")):
+        with pytest.raises(
+            UserError, match=rf"^--out {re.escape(str(path))}: cannot be written: {re.escape(folder)}: \w"
+        ):
+            files.check_writable(path, "--out")
+
+
+def test_deeply_nested_json_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"a.json is damaged"):
+        files.read_json(tmp_path / "a.json")

@@ -28,6 +28,7 @@ from tortoise_jax.data.preparation import Options, check, prepare
 from tortoise_jax.data.recordings import Recording
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import locked
+from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.text.tokenizer import Tokenizer
 
 
@@ -164,6 +165,20 @@ def test_check_reports_the_same_and_writes_nothing(faulty, checkpoint, tmp_path,
     assert f"{faulty[0] / 'metadata.csv'}:13: malformed line: 4 columns" in listed
 
 
+def test_check_lists_every_rejected_line_and_prepare_a_voice_on_another_channel(checkpoint, tmp_path, capsys):
+    root = tmp_path / "ann"
+    (root / "wavs").mkdir(parents=True)
+    voice = 0.1 * np.random.default_rng(0).standard_normal(44100)
+    soundfile.write(root / "wavs" / "right.wav", np.stack([np.zeros(44100), voice], axis=1), 22050)
+    lines = [f"n{i}|{TEXT}" for i in range(60)]
+    (root / "metadata.csv").write_text("\n".join([f"right|{TEXT}", *lines]))
+    with pytest.raises(UserError, match=r"61 of 61 lines are rejected .* they are listed above"):
+        check(root, checkpoint, QUICK)
+    listed = capsys.readouterr().out
+    assert all(f"metadata.csv:{i + 2}: missing" in listed for i in range(60))
+    assert "silent: loudness -120 dB, at least -60 dB; channel 2 is not, and only the first is read" in listed
+
+
 def test_too_many_rejected_lines_fail_with_the_commonest_reason(faulty, checkpoint, tmp_path):
     options = Options(workers=0, max_seconds=1.9)
     with pytest.raises(UserError, match=r"of 24 lines are rejected \(\d+%, at most 20% .* reason is too long \("):
@@ -203,7 +218,7 @@ def test_records_are_what_the_parts_make_of_a_line(checkpoint, tmp_path, dvae):
         np.testing.assert_array_equal(record.waveform, waveforms[i])
         np.testing.assert_array_equal(record.codes, codes)
         assert made.text_ids(i).tolist() == tokenizer.encode(rows[i][2])
-    assert made.header["cleaner"] == "english"
+    assert recorded(made.header) == "tortoise"
     assert made.tokenizer().digest == made.header["tokenizer_digest"] == tokenizer.digest
 
 
@@ -324,6 +339,26 @@ def test_letters_of_another_language_are_warned_of(checkpoint, tmp_path, capsys)
     assert warning in capsys.readouterr().out
     with pytest.raises(UserError, match="commonest reason is unknown characters"):
         prepare(root, checkpoint, tmp_path / "basic", Options(workers=0, cleaner="basic"))
+
+
+def test_signs_are_said_by_the_cleaner_that_says_them(checkpoint, tmp_path):
+    root = tmp_path / "ann"
+    (root / "wavs").mkdir(parents=True)
+    for i in range(4):
+        write_speech(root / "wavs" / f"{i}.wav", i)
+    (root / "metadata.csv").write_text(
+        "0|Rock & roll is fun\n1|It is 50% of all\n2|Plain text here\n3|He owes £20 to us\n"
+    )
+    report = prepare(root, checkpoint, tmp_path / "set", QUICK)
+    assert report["reasons"]["unknown characters"]["lines"] == 2
+    rejected = (tmp_path / "set" / "rejected.tsv").read_text()
+    assert "the tokenizer does not know & (U+0026); --cleaner english says them in words" in rejected
+    report = prepare(root, checkpoint, tmp_path / "english", dataclasses.replace(QUICK, cleaner="english"))
+    assert report["kept"]["lines"] == 4
+    made = Dataset.open(tmp_path / "english")
+    assert recorded(made.header) == "english"
+    ids = Tokenizer.default().encode("he owes twenty pounds to us")
+    assert made.text_ids(3).tolist() == ids
 
 
 def test_clips_that_end_in_a_word_and_clips_alone_are_warned_of(checkpoint, tmp_path):
@@ -574,7 +609,7 @@ def test_few_recordings_need_no_workers():
         (Options(max_seconds=1000.0), "--max_seconds 1000: the position table of the checkpoint's AR model holds"),
         (Options(max_text=403), "--max_text 403: the position table .* holds 402"),
         (Options(max_rejected=20), "--max_rejected 20: expected 0 to 1"),
-        (Options(cleaner="german"), "--cleaner german: there is none, choose english, basic, none"),
+        (Options(cleaner="german"), "--cleaner german: there is none, choose tortoise, english, basic, none"),
         (Options(workers=-1), "--workers -1: expected 0 to 1024"),
         (Options(format="wav"), 'unknown format "wav"'),
         (Options(tokenizer=Path("nowhere.json")), "nowhere.json: cannot be read"),
@@ -602,7 +637,7 @@ def test_a_tokenizer_of_ones_own_goes_with_the_data(checkpoint, tmp_path):
     prepare(VOICE, checkpoint, tmp_path / "set", options)
     made = Dataset.open(tmp_path / "set")
     assert made.tokenizer().digest == Tokenizer.from_file(own).digest == made.header["tokenizer_digest"]
-    assert made.header["cleaner"] == "basic"
+    assert recorded(made.header) == "basic"
     with pytest.raises(
         UserError, match=r"larger.txt: 257 tokens, expected 255: the checkpoint's text table has 256 rows"
     ):

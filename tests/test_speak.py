@@ -103,6 +103,21 @@ def test_a_long_text_is_said_in_parts(
     assert not (tmp_path / "codes.npy").exists()
 
 
+def test_parts_are_packed_to_what_the_model_holds(
+    folder: Path, tmp_path: Path, quick_drafts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """29 tokens, not the 150 of the released model: a text of short sentences was refused with "split it"."""
+    run(folder, tmp_path, text="One small thing. Another small thing. The last small thing. And then no more.")
+    assert capsys.readouterr().out.count(": of 3 kept candidate") > 1
+
+
+def test_a_voice_on_another_channel_is_pointed_out(folder: Path, tmp_path: Path) -> None:
+    silence, noise = np.zeros(SAMPLE_RATE), 0.1 * np.random.default_rng(0).standard_normal(SAMPLE_RATE)
+    soundfile.write(tmp_path / "a.wav", np.stack([silence, noise], axis=1), SAMPLE_RATE)
+    with pytest.raises(UserError, match=r"a.wav: the clip is silent \(-120 dB, .*\); channel 2 is not"):
+        run(folder, tmp_path, "--voice", str(tmp_path / "a.wav"))
+
+
 def test_latents_are_those_of_the_kept_codes(
     folder: Path, tmp_path: Path, quick_drafts: None, voice: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,10 +148,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "not a number": (["--n", "many"], r"argument --n: invalid int value: 'many' \(see --help\)"),
     "unknown flag": (["--candidates", "3"], r"unrecognized arguments: --candidates 3"),
     "no batch": (["--batch", "-1"], r"--batch is -1, expected at least 1"),
-    "negative seed": (["--seed", "-1"], r"--seed is -1, expected at least 0"),
+    "negative seed": (["--seed", "-1"], r"--seed is -1, expected 0 to 1073741824"),
+    "seed of more than 32 bits": (["--seed", str(2**32)], r"--seed is 4294967296, expected 0 to 1073741824"),
     "empty text": (["--text", "  "], r'--text "  " has nothing to say'),
     "text of marks": (["--text", '"...!"'], r"has nothing to say: no letter or digit is left"),
-    "unknown characters": (["--text", "a {b} = c"], r"characters the tokenizer does not know: \{ \(U\+007B\), "),
+    "unknown characters": (
+        ["--text", "a {b} = c"],
+        r"characters the tokenizer does not know: \{ \(U\+007B\) \} \(U\+007D\) = \(U\+003D\)$",
+    ),
+    "signs of speech": (["--text", "R&B"], r"does not know: & \(U\+0026\); --cleaner english says them in words$"),
     "sentence too long": (
         ["--text", "word " * 40 + "."],
         r'the sentence "word word .*" has \d+ tokens, .* room for 29',
@@ -149,6 +169,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "out is no wav": (["--out", "draft.mp3"], r"--out draft.mp3: expected a name ending in .wav"),
     "codes are no npy": (["--codes", "codes.txt"], r"--codes codes.txt: expected a name ending in .npy"),
     "latents of a small model": (["--latents", "x.npz"], r"this model has 64 codes, but TorToiSe's decoder"),
+    "out that cannot be written": (["--out", "/proc/x/a.wav"], r"--out /proc/x/a.wav: cannot be written: /proc: "),
+    "codes that cannot be written": (["--codes", "/proc/a.npy"], r"--codes /proc/a.npy: cannot be written"),
     "no such voice": (["--voice", "nowhere"], r"voice nowhere does not exist"),
 }
 

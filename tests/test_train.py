@@ -207,7 +207,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
         text=True,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    # tensorstore's threads may print tracebacks beside it, some without an end of line.
+    assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"
     assert [line for line in done.stderr.splitlines() if "error: " in line and "run the same command again" in line]
     again = runs.train(project, run)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -401,7 +401,8 @@ def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path
 def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
     recordings = runs.write_recordings(tmp_path / "recordings", clips=8)
     done = runs.train(project, undisturbed, data=recordings)
-    assert_one_line(done, "data_digest", "--workdir")
+    assert_one_line(done, f"data: {project / 'data'} -> {recordings}", "--workdir")
+    assert "digest" not in done.stderr
     assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
 
 
@@ -440,6 +441,19 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
     assert not np.array_equal(after["mel_head"]["kernel"], before["mel_head"]["kernel"])
 
 
+def test_a_run_cleans_text_as_its_data_was(project: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    prepare(project / "recordings", project / "checkpoint", data, Options(workers=0, cleaner="english"))
+    prompts = "('Rock & roll.',)"
+    done = runs.train(project, tmp_path / "run", data=data, steps=2, eval_every=2, sample_every=2, prompts=prompts)
+    assert done.returncode == 0, done.stderr
+    assert "2 drafts in" in done.stdout or "1 draft in" in done.stdout
+    model = tj.load(tmp_path / "run")
+    assert model.text_ids("R&B, 50%") == model.text_ids("r and b, fifty percent", "tortoise")
+    with pytest.raises(UserError, match="does not know &"):
+        tj.load(project / "checkpoint").text_ids("R&B")
+
+
 def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) -> None:
     done = runs.train(project, tmp_path / "run", steps=20, eval_every=1, patience=2, optimizer__learning_rate=1e-12)
     assert done.returncode == 0, done.stderr
@@ -476,8 +490,16 @@ def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     assert_one_line(runs.train(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
     assert_one_line(runs.train(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
+    assert_one_line(runs.train(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it")
+    assert_one_line(runs.train(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
+    assert_one_line(runs.train(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
     assert_one_line(runs.train(project, run, "--config.stepps=3"), "stepps")
     assert_one_line(runs.train(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
+    assert_one_line(
+        runs.train(project, run, optimizer__freeze=".*"), "matches every parameter: nothing would be trained"
+    )
+    unknown = runs.train(project, run, sample_every=3, prompts="('Rock & roll.',)")
+    assert_one_line(unknown, "prompts: 'Rock & roll.' holds characters the tokenizer does not know: &")
     (tmp_path / "file").write_text("")
     assert_one_line(runs.train(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
     assert not run.exists()

@@ -11,22 +11,26 @@ trees and functions for those who want to build on them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tortoise_jax import audio
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from tortoise_jax.data import batches
+from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.dvae import DiscreteVAE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.synthesis import voices
+from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training import losses
 
 
@@ -36,7 +40,8 @@ class Tortoise:
 
     Axis letters: b rows, s positions, t frames, m = 80 bands, c codes, d width; samples are spelled out.
 
-    Where a checkpoint holds one of them only, what needs the other raises UserError.
+    Where a checkpoint holds one of them only, what needs the other raises UserError. So does every array that would
+    give a plausible but wrong result: of another shape, out of range, not finite.
     """
 
     pretrained: Pretrained
@@ -54,24 +59,46 @@ class Tortoise:
     def dvae(self) -> DiscreteVAE:
         return DiscreteVAE(self.pretrained.dvae.config)
 
-    def text_ids(self, text: str, cleaner: str = "english") -> list[int]:
-        """Text, cleaned, as token ids, without start and stop."""
+    def text_ids(self, text: str, cleaner: str | None = None) -> list[int]:
+        """Text, cleaned, as token ids, without start and stop. Raises UserError for characters that have no token.
+
+        cleaner: "tortoise", "english", "basic" or "none"; None: as the run's data was cleaned, else "tortoise".
+        """
+        cleaner = cleaner or recorded(self.pretrained.source)
+        unknown = self.pretrained.tokenizer.unknown_in_words(text, cleaner)
+        if unknown:
+            raise UserError(f"the tokenizer does not know {unknown}".replace("--cleaner english", 'cleaner="english"'))
         return self.pretrained.tokenizer.encode(text, cleaner)
 
     def log_mel(self, waveform: np.ndarray | Array) -> Array:
         """Waveform (…, samples) in [-1, 1] at 22050 Hz -> mel (…, 1 + samples // 256, m), mel norms applied."""
+        check_waveform(waveform)
         return audio.log_mel(waveform, self.pretrained.mel_norms)
 
     def encode(self, mel: np.ndarray | Array) -> Array:
         """mel (t, m) or (b, t, m) -> codes (ceil(t / 4),) or (b, ceil(t / 4)) int32."""
+        check_mel(mel, self.dvae.config.channels)
         return self._dvae("encode", mel, rank=3)
+
+    def encode_clip(self, waveform: np.ndarray) -> Array:
+        """Waveform (samples,) -> the codes (samples // 1024 + 1,) int32 that `prepare` stores for this clip.
+
+        The last of them differ from those of `encode(log_mel(waveform))`: zeros follow the clip here, as in DLAS's
+        trainer, where the other way reflects its end.
+        """
+        (codes,) = self._clip_encoder.encode([audio.int16_from_waveform(clip_of(waveform))])
+        return jnp.asarray(codes, jnp.int32)
+
+    @functools.cached_property
+    def _clip_encoder(self) -> CodeEncoder:
+        return CodeEncoder(self.dvae.config, self.pretrained.dvae.variables, self.pretrained.mel_norms, rows=1)
 
     def decode(self, codes: np.ndarray | Array) -> Array:
         """codes (c,) or (b, c), each below the codebook's size -> mel (4 c, m) or (b, 4 c, m)."""
-        codes = jnp.asarray(codes)
-        if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < self.dvae.config.codes:
-            raise UserError(f"codes must lie in 0..{self.dvae.config.codes - 1}, found {codes.min()}..{codes.max()}")
-        return self._dvae("decode", codes, rank=2)
+        whole = whole_numbers(codes, "codes", self.dvae.config.codes)
+        if whole.ndim not in (1, 2):
+            raise UserError(f"codes have the shape {whole.shape}, expected (codes,) or (rows, codes)")
+        return self._dvae("decode", whole.astype(np.int32), rank=2)
 
     def _dvae(self, method: str, x: np.ndarray | Array, rank: int) -> Array:
         batch = jnp.asarray(x)[None] if np.ndim(x) == rank - 1 else jnp.asarray(x)
@@ -79,13 +106,13 @@ class Tortoise:
         return out[0] if np.ndim(x) == rank - 1 else out
 
     def conditioning(self, waveforms: Sequence[np.ndarray]) -> Array:
-        """Clips of one voice, each (samples,) -> conditioning (d,): the mean over their vectors.
+        """Clips of one voice, each (samples,) in [-1, 1] or int16 -> conditioning (d,): the mean over their vectors.
 
         Each clip is cut or zero-padded to 132,300 samples, what synthesis gives the encoder: the vector depends on it.
         """
-        if not waveforms:
+        if not len(waveforms):
             raise UserError("conditioning needs at least one clip")
-        clips = [audio.crop_conditioning(np.asarray(clip, np.float32)) for clip in waveforms]
+        clips = [audio.crop_conditioning(clip_of(waveform)) for waveform in waveforms]
         return jnp.asarray(voices.condition(self.params, self.model.config, self.pretrained.mel_norms, clips))
 
     def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:
@@ -93,14 +120,31 @@ class Tortoise:
 
         tokens, token_types, positions, targets int32, weights float32.
 
-        A row is [conditioning | start text stop | start codes stop | padding]; see batches.py.
+        A row is [conditioning | start text stop | start codes stop | padding]; see batches.py. Raises UserError for
+        rows that the model has no embedding or position for.
         """
-        length = max(batches.row_length(len(text_ids), len(codes)) for text_ids, codes in rows)
-        made = [batches.row(np.asarray(text), np.asarray(codes), length, self.model.config) for text, codes in rows]
+        if not len(rows):
+            raise UserError("a batch needs at least one row: (text ids, codes)")
+        config = self.model.config
+        checked = [
+            (
+                stream(text, f"row {i}: text ids", config.text_tokens - 1, config.text_positions, config.stop_text),
+                stream(codes, f"row {i}: codes", config.codes, config.mel_positions),
+            )
+            for i, (text, codes) in enumerate(rows)
+        ]
+        length = max(batches.row_length(len(text), len(codes)) for text, codes in checked)
+        made = [batches.row(text, codes, length, config) for text, codes in checked]
         return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
     def outputs(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """conditioning (b, d), a batch's tokens, token_types, positions (b, s) -> the model's dict (text_logits, …)."""
+        b, d = len(batch["tokens"]), self.model.config.width
+        if np.shape(conditioning) != (b, d) or not is_finite(conditioning):
+            raise UserError(
+                f"conditioning has the shape {np.shape(conditioning)}, expected finite numbers of ({b}, {d}): "
+                "one voice per row of the batch"
+            )
         rows = (batch[name] for name in ("tokens", "token_types", "positions"))
         return apply(self.model, "from_conditioning", {"params": self.params}, conditioning[:, None], *rows)
 
@@ -110,6 +154,78 @@ class Tortoise:
         sums = losses.loss_sums(self.outputs(conditioning, batch), batch, stop)
         means = losses.means(sums, losses.counts(batch, stop))
         return {name: float(means[name]) for name in losses.STREAMS}
+
+
+# --- what is given ----------------------------------------------------------------------------------------------------
+
+LOUDEST = 8.0  # a float waveform beyond this is not scaled to [-1, 1]; resampling and mixing overshoot by less
+
+
+def check_waveform(waveform: np.ndarray | Array) -> None:
+    """Raises UserError for a waveform (..., samples) that is not sound in [-1, 1] or int16."""
+    dtype = dtype_of(waveform)
+    if dtype != np.int16 and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"a waveform is {dtype}, expected float32 in [-1, 1] or int16")
+    if not np.size(waveform):
+        raise UserError(f"a waveform has no samples (its shape is {np.shape(waveform)})")
+    if not is_finite(waveform):
+        raise UserError("a waveform has samples that are NaN or infinite")
+    if dtype != np.int16 and not is_tracer(waveform) and (peak := float(np.abs(waveform).max())) > LOUDEST:
+        raise UserError(f"a waveform of floats reaches {peak:g}, expected [-1, 1]; divide 16 bit samples by 32768")
+
+
+def clip_of(waveform: np.ndarray | Array) -> np.ndarray:
+    """A waveform (samples,) as float32 in [-1, 1]; int16 is scaled. Raises UserError."""
+    check_waveform(waveform)
+    if np.ndim(waveform) != 1:
+        raise UserError(f"a clip has the shape {np.shape(waveform)}, expected (samples,); take one of its channels")
+    clip = np.asarray(waveform)
+    return np.asarray(audio.waveform_from_int16(clip) if clip.dtype == np.int16 else clip.astype(np.float32))
+
+
+def check_mel(mel: np.ndarray | Array, bands: int) -> None:
+    """Raises UserError for what is no mel (t, m) or (b, t, m) of at least one frame."""
+    if np.ndim(mel) not in (2, 3) or np.shape(mel)[-1] != bands or not np.size(mel):
+        raise UserError(f"a mel has the shape {np.shape(mel)}, expected (frames, {bands}) or (rows, frames, {bands})")
+    if not jnp.issubdtype(dtype_of(mel), jnp.floating) or not is_finite(mel):
+        raise UserError(f"a mel is {dtype_of(mel)}, expected floating-point numbers, all finite")
+
+
+def whole_numbers(values: Any, what: str, end: int) -> np.ndarray:
+    """Integers, each 0 to end - 1, of any shape but an empty one. Raises UserError."""
+    numbers = np.asarray(values)
+    if not numbers.size:
+        raise UserError(f"{what} are empty")
+    if numbers.dtype.kind not in "iu":
+        raise UserError(f"{what} are {numbers.dtype}, expected integers")
+    if not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
+        raise UserError(f"{what} must lie in 0..{end - 1}, found {numbers.min()}..{numbers.max()}")
+    return numbers
+
+
+def stream(values: Any, what: str, end: int, positions: int, stop: int | None = None) -> np.ndarray:
+    """The ids of a row's text or codes, (n,), without the start and stop that its positions hold too."""
+    ids = whole_numbers(values, what, end)
+    if ids.ndim != 1:
+        raise UserError(f"{what} have the shape {ids.shape}, expected one axis")
+    if len(ids) > positions - 2:
+        raise UserError(f"{what} are {len(ids)}, the model has positions for {positions - 2}")
+    if stop is not None and (ids == stop).any():
+        raise UserError(f"{what} hold {stop}, which is stop; start and stop are added here")
+    return ids.astype(np.int32)
+
+
+def dtype_of(values: Any) -> np.dtype:
+    return np.dtype(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
+
+
+def is_tracer(values: Any) -> bool:
+    """Whether these are the arguments of a function that is being compiled, which have no values yet."""
+    return isinstance(values, jax.core.Tracer)
+
+
+def is_finite(values: Any) -> bool:
+    return is_tracer(values) or bool(np.isfinite(values).all())
 
 
 def load(path: str | Path, step: int | None = None) -> Tortoise:

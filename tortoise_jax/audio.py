@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import librosa
 import numpy as np
 import soundfile
+import soxr
 
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import check_readable
 
 SAMPLE_RATE = 22050
 N_FFT = 1024
@@ -85,41 +87,89 @@ def trim_silence(waveform: np.ndarray) -> np.ndarray:
     return waveform[max(0, start - kept) : end + kept]
 
 
+MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; what claims another rate is damaged
+MAX_HOURS = 6  # of one recording: 1.9 GB of samples
+BLOCK = 1 << 20  # samples of all channels that are read at once
+
+
 def read_audio(path: str | Path) -> np.ndarray:
     """The first channel of a recording, float32 (samples,) at 22050 Hz, clipped to [-1, 1].
 
-    wav, flac, ogg and mp3 at any rate; the first channel, not the mean, is what TorToiSe trains on.
-    Raises UserError naming the file when it is missing, unreadable, truncated, empty or not finite
-    (a cut ogg file has no length to be checked against and is read as far as it goes).
+    wav, flac, ogg and mp3 at any rate; the first channel, not the mean, is what TorToiSe trains on. Memory is needed
+    for the result alone, whatever the file or its header claims.
+    Raises UserError naming the file when it is missing, unreadable, truncated, empty, longer than six hours or not
+    finite (a cut ogg file has no length to be checked against and is read as far as it goes).
     """
+    path = Path(path)
+    check_readable(path)
     try:
         with soundfile.SoundFile(path) as file:
-            rate, promised, log = file.samplerate, file.frames, file.extra_info
-            waveform = file.read(dtype="float32", always_2d=True)[:, 0]
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: {_unreadable_because(Path(path), error)}") from error
-    if waveform.size == 0:
+            _check_header(path, file)
+            log = file.extra_info
+            waveform, read = _decode(path, file)
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: {_unreadable_because(path, error)}") from error
+    if read == 0:
         raise UserError(f"{path}: the recording is empty (no samples); remove it or record it again")
-    if waveform.size < promised or _wav_is_cut_short(log):
+    if read < file.frames or _wav_is_cut_short(log):
         raise UserError(
-            f"{path}: the recording is truncated: {waveform.size} samples could be read, its header promises more; "
+            f"{path}: the recording is truncated: {read} samples could be read, its header promises more; "
             "copy or encode it again"
         )
-    if not np.isfinite(waveform).all():
-        bad = int(np.flatnonzero(~np.isfinite(waveform))[0])
-        raise UserError(f"{path}: sample {bad} is {waveform[bad]}, expected finite numbers; encode it again")
-    if rate != SAMPLE_RATE:
-        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
-    return np.clip(waveform, -1.0, 1.0).astype(np.float32)
+    return waveform
+
+
+def heard_elsewhere(path: Path) -> str:
+    """Says so where the first channel of a recording is silent and another one is not; else ""."""
+    with soundfile.SoundFile(path) as file:
+        power, read = np.zeros(file.channels), 0
+        for block in file.blocks(max(1, BLOCK // file.channels), dtype="float32", always_2d=True):
+            power, read = power + np.square(block, dtype=np.float64).sum(axis=0), read + len(block)
+    loud = np.flatnonzero(power > max(read, 1) * 10 ** (SILENT_DB / 10))
+    return f"; channel {loud[0] + 1} is not, and only the first is read: save it as the first" if len(loud) else ""
+
+
+def _check_header(path: Path, file: soundfile.SoundFile) -> None:
+    if not MIN_RATE <= file.samplerate <= MAX_RATE:
+        raise UserError(
+            f"{path}: its header claims {file.samplerate} Hz, expected {MIN_RATE} to {MAX_RATE}; encode it again"
+        )
+
+
+def _decode(path: Path, file: soundfile.SoundFile) -> tuple[np.ndarray, int]:
+    """The first channel at 22050 Hz, block by block, and how many samples of it the file had."""
+    rate, size = file.samplerate, max(1, BLOCK // file.channels)
+    stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if rate != SAMPLE_RATE else None
+    samples, read, last = bytearray(), 0, False
+    while not last:
+        block = np.ascontiguousarray(file.read(size, dtype="float32", always_2d=True)[:, 0])
+        last = len(block) < size
+        if not np.isfinite(block).all():
+            bad = int(np.flatnonzero(~np.isfinite(block))[0])
+            raise UserError(f"{path}: sample {read + bad} is {block[bad]}, expected finite numbers; encode it again")
+        read += len(block)
+        if read > MAX_HOURS * 3600 * rate:
+            raise UserError(f"{path}: is longer than {MAX_HOURS} hours; cut it into parts")
+        samples += (stream.resample_chunk(block, last=last) if stream else block).tobytes()
+    length = math.ceil(read * SAMPLE_RATE / rate)
+    samples += bytes(4 * max(0, length - len(samples) // 4))
+    waveform = np.frombuffer(samples, np.float32)[:length]
+    return np.clip(waveform, -1.0, 1.0, out=waveform), read
 
 
 def _unreadable_because(path: Path, error: Exception) -> str:
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                return "the file is empty (0 bytes)"
+    except FileNotFoundError:
         return "there is no such file"
-    if path.is_dir():
+    except IsADirectoryError:
         return "is a folder, expected a wav, flac, ogg or mp3 file"
-    if path.stat().st_size == 0:
-        return "the file is empty (0 bytes)"
+    except OSError as refused:
+        return f"cannot be read ({refused.strerror})"
+    except ValueError:
+        return "no file can have this name"
     reason = getattr(error, "error_string", str(error)).rstrip(".")
     return f"not readable as audio ({reason}), expected wav, flac, ogg or mp3"
 

@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -142,6 +144,7 @@ def check_new(target: Path, flag: str = "") -> Path:
     ours = (partial / LOCK).is_file() or (partial.is_dir() and not any(partial.iterdir()))
     if partial.exists() and not ours:
         raise UserError(f"{named}: {partial} is needed to write it and holds something else; move that away")
+    check_writable(target, flag)
     return partial
 
 
@@ -188,6 +191,32 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_readable(path: Path) -> None:
+    """Raises UserError for what is there but neither file nor folder: a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # missing, not allowed, no possible name: whoever opens it says so
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise UserError(f"{path}: is {kind}, expected a file")
+
+
+def check_writable(path: Path, flag: str = "") -> None:
+    """Raises UserError if `path` cannot be made, before the work whose result it is to hold.
+
+    Nothing is left behind, folders that are still missing included. flag: how the user named it, "--out".
+    """
+    path = path.absolute()
+    folder = path
+    try:
+        folder = next(place for place in (path, *path.parents) if place.is_dir() or (place != path and place.exists()))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written: {folder}: {error.strerror}".strip()) from None
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
@@ -196,11 +225,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    check_readable(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 

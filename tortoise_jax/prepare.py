@@ -55,7 +55,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "help": f"fail if more is rejected (default {MAX_REJECTED})",
         },
         "trim_silence": {"action": "store_true", "help": "cut silence off both ends of clips, but for 0.1 s"},
-        "cleaner": {"metavar": "NAME", "help": "english (default; spells numbers, drops accents), basic or none"},
+        "cleaner": {
+            "metavar": "NAME",
+            "help": "tortoise (default; as the released models), english (says & % £ too), basic or none",
+        },
         "tokenizer": {"type": Path, "metavar": "FILE", "help": "a BPE of one's own, as large as the checkpoint's"},
         "validation": {"type": float, "metavar": "PART", "help": f"held out if no split is given ({VALIDATION_PART})"},
         "seed": {"type": int, "metavar": "N", "help": "decides what is held out (default 0)"},

@@ -18,15 +18,17 @@ import numpy as np
 
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line
-from tortoise_jax.files import write_atomically
+from tortoise_jax.errors import UserError, count_of, exit_with_one_line
+from tortoise_jax.files import check_writable, write_atomically
 from tortoise_jax.synthesis import speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
 from tortoise_jax.synthesis.drafts import write_wav
 from tortoise_jax.synthesis.prompts import max_codes
 from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
 from tortoise_jax.synthesis.speech import Utterance
-from tortoise_jax.text.cleaners import CLEANERS, clean, letters_changed
+from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, clean, letters_changed, recorded
+
+MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. The text, before anything large is read.
     metadata = load_pretrained(arguments.checkpoint, ())
-    cleaner = arguments.cleaner or metadata.source.get("cleaner", "english")
+    cleaner = arguments.cleaner or recorded(metadata.source)
     check_text(arguments.text, cleaner, metadata)
     texts = speech.split_text(metadata, arguments.text, cleaner)
     options = within_the_model(options, metadata, arguments)
@@ -96,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keep", type=int, default=1, help="how many of the best to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed draws the same (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="candidates drawn at once (default: %(default)s)")
-    add("--cleaner", help=f"how text is cleaned: {', '.join(CLEANERS)} (default: as the run's data, else english)")
+    add("--cleaner", help=f"how text is cleaned: {', '.join(CLEANERS)} (default: as the run's data, else {DEFAULT})")
     add("--codes", type=Path, metavar="NPY", help="also write the codes, int32 (c,)")
     add("--latents", type=Path, metavar="NPZ", help="also write what TorToiSe's own decoder takes (convert/voices.py)")
     add("--save_voice", type=Path, metavar="NPZ", help="also write the voice's vector, to be given as --voice")
@@ -118,14 +120,16 @@ def check(arguments: argparse.Namespace) -> SamplingOptions:
             raise UserError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     if arguments.keep > arguments.n:
         raise UserError(f"--keep {arguments.keep} of --n {arguments.n} candidates: there are not so many")
-    if arguments.seed < 0:
-        raise UserError(f"--seed is {arguments.seed}, expected at least 0")
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to {MAX_SEED}")
     for name, suffix in (("out", ".wav"), ("codes", ".npy"), ("latents", ".npz"), ("save_voice", ".npz")):
         path = getattr(arguments, name)
         if path is not None and path.suffix != suffix:
             raise UserError(f"--{name} {path}: expected a name ending in {suffix}")
         if path is not None and path.is_dir():
             raise UserError(f"--{name} {path} is a folder, expected a file to write")
+        if path is not None:
+            check_writable(path, f"--{name}")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "dtype")
     given = {name: getattr(arguments, name) for name in names}
     if arguments.max_codes is not None:
@@ -137,10 +141,9 @@ def check_text(text: str, cleaner: str, metadata: Pretrained) -> None:
     """Raises UserError for a text with nothing to say, and for characters the model does not know."""
     if not any(character.isalnum() for character in clean(text, cleaner)):
         raise UserError(f'--text "{text}" has nothing to say: no letter or digit is left of it after cleaning')
-    unknown = metadata.tokenizer.unknown_characters(text, cleaner)
+    unknown = metadata.tokenizer.unknown_in_words(text, cleaner)
     if unknown:
-        named = ", ".join(f"{c} (U+{ord(c):04X})" if c.isprintable() else f"U+{ord(c):04X}" for c in unknown)
-        raise UserError(f"--text holds characters the tokenizer does not know: {named}")
+        raise UserError(f"--text holds characters the tokenizer does not know: {unknown}")
     changed = letters_changed(text, cleaner)
     if changed:
         print("note: the cleaner reads " + ", ".join(f'{a} as "{b}"' for a, b in changed.items()))
@@ -171,7 +174,7 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, codes.astype(np.int32))
     write_atomically(path, content.getvalue())
-    print(f"{path}: {len(codes)} codes")
+    print(f"{path}: {count_of(len(codes), 'code')}")
 
 
 def save_latents(path: Path, pretrained: Pretrained, voice: np.ndarray, part: Utterance, index: int) -> None:

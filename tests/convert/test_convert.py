@@ -375,7 +375,10 @@ def test_heads_come_from_the_json_beside_an_exported_file(converted, tmp_path) -
     files.write_json(tmp_path / "voice.json", {"heads": 2})  # not ours
     with pytest.raises(UserError, match="--heads N"):
         open_source(tmp_path / "voice.pth", AR)
-    (tmp_path / "voice.json").write_text("{")
+    (tmp_path / "voice.json").write_text("{ another program's")
+    with pytest.raises(UserError, match="--heads N"):
+        open_source(tmp_path / "voice.pth", AR)
+    (tmp_path / "voice.json").write_text('{"tortoise_jax": "0.1.0", ')
     with pytest.raises(UserError, match=r"voice.json, which belongs to .*voice.pth, is damaged"):
         open_source(tmp_path / "voice.pth", AR)
 
@@ -710,7 +713,7 @@ def test_a_flipped_bit_in_a_converted_checkpoint(converted, tmp_path) -> None:
 def test_a_disk_without_room_is_noticed_before_writing(voice, tmp_path, monkeypatch) -> None:
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6))
-    with pytest.raises(UserError, match=r"out will take 0.00 GB, .* has 0.00 GB left; make room"):
+    with pytest.raises(UserError, match=r"out will take 1.21 MB, .* has 1 MB left; make room"):
         convert({AR: path}, tmp_path / "deep" / "out", HEADS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 10**6))
@@ -756,5 +759,5 @@ def test_progress_bars_end_where_they_should(voice, tmp_path, monkeypatch) -> No
 
 def test_a_folder_that_cannot_be_written(voice, tmp_path) -> None:
     path = files.save(tmp_path / "a.pth", files.state_of(voice))
-    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot be written: .*: Not a directory"):
         convert({AR: path}, path / "out", HEADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import defaultdict
@@ -67,6 +68,11 @@ def directory(path: Path, state: files.State) -> Path:
     return path
 
 
+def named_pipe(path: Path, state: files.State) -> Path:
+    os.mkfifo(path)
+    return path
+
+
 def other_zip(path: Path, state: files.State) -> Path:
     import zipfile
 
@@ -85,6 +91,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "truncated safetensors": (truncated_safetensors, "is damaged or not a checkpoint"),
     "an empty file": (written(b""), "is empty (0 bytes)"),
     "a directory": (directory, "is a directory"),
+    "a named pipe": (named_pipe, "is a named pipe, expected a file"),
     "a text file": (written(b"these are my weights\n"), "is not a checkpoint: it is text"),
     "a web page": (written(b"<!DOCTYPE html><html>"), "it is a web page"),
     "a git lfs pointer": (written(b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),

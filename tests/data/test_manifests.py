@@ -50,7 +50,7 @@ def test_ljspeech_takes_the_normalised_column_where_there_is_one(tmp_path):
     ]
     assert [line.detail for line in lines][3:] == [
         "4 columns, expected ID|text or ID|text|normalised text",
-        "1 columns, expected ID|text or ID|text|normalised text",
+        "1 column, expected ID|text or ID|text|normalised text",
     ]
     assert [line.id for line in lines][:2] == ["a", "b"]
 
@@ -76,7 +76,7 @@ def test_lists_of_path_and_text(tmp_path):
         (1, "audio/a.wav", "One", "ann", "train"),
         (2, "audio/b.ogg", "Two", "ann", "train"),
     ]
-    assert [line.detail for line in lines[2:]] == ["1 columns, expected path|text", "3 columns, expected path|text"]
+    assert [line.detail for line in lines[2:]] == ["1 column, expected path|text", "3 columns, expected path|text"]
     assert read(root / "val.txt")[0].split == "validation"
 
 
@@ -92,7 +92,7 @@ def test_csv_with_a_header(tmp_path):
     ]
     assert [(line.number, line.detail) for line in lines[2:]] == [
         (6, 'split "later", expected one of train, training, validation, valid, val, dev, eval, test'),
-        (7, "1 columns, the header has 4 (text, audio, speaker, split)"),
+        (7, "1 column, the header has 4 (text, audio, speaker, split)"),
     ]
 
 
@@ -324,6 +324,104 @@ def test_other_encodings_are_refused_with_the_line(tmp_path):
     (tmp_path / "train.txt").write_bytes(b"a.wav|One\nb.wav|caf\xe9\n")
     with pytest.raises(UserError, match=r"train.txt:2: not UTF-8 text"):
         read_inputs([tmp_path / "train.txt"])
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"RIFF\x24\x00\x00\x00WAVE", "is a recording, not its transcripts"),
+        (b"fLaC\x00", "is a recording"),
+        (b"PK\x03\x04\x14\x00", "is a zip archive or a spreadsheet; save the sheet as csv"),
+        ("a.wav|One\n".encode("utf-16-le"), r"data.csv:1: not UTF-8 text: it holds zero bytes, as UTF-16 does"),
+        ("a.wav|One\n".encode("utf-16"), r"data.csv:1: not UTF-8 text; save the file as UTF-8"),
+        ("a.wav|One\n".encode("utf-32-be"), "zero bytes"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path, start, what):
+    (tmp_path / "data.csv").write_bytes(start)
+    for format in (None, "list", "table", "jsonl"):
+        with pytest.raises(UserError, match=what):
+            read_inputs([tmp_path / "data.csv"], format)
+
+
+def test_pipes_and_devices_are_no_manifests(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    for path in (tmp_path / "list.txt", Path("/dev/null"), Path("/dev/zero")):
+        for format in (None, "list"):
+            with pytest.raises(UserError, match=r"is a (named pipe|device), expected a file"):
+                read_inputs([path], format)
+
+
+def test_a_name_that_no_file_can_have_is_a_malformed_line(tmp_path):
+    long = "x" * 300
+    content = f"{long}\tText\n{long}|Text\n{long}.wav|Text\nb\tText\n"
+    root = tree(tmp_path, {"metadata.csv": content})
+    assert [line.reason for line in read(root)] == ["malformed line"] * 4
+    assert [line.detail for line in read(root)] == [
+        "1 column, expected ID|text or ID|text|normalised text; it is separated by tabs",
+        "the recording's name has 304 bytes, at most 255",
+        "the recording's name has 304 bytes, at most 255",
+        "1 column, expected ID|text or ID|text|normalised text; it is separated by tabs",
+    ]
+
+
+def test_what_json_can_say_and_no_clip_can_be(tmp_path):
+    rows = [
+        '{"audio": "a.wav", "text": "x", "start": 0, "end": 1e400}',
+        '{"audio": "a.wav", "text": "x", "start": 0, "end": 1%s}' % ("0" * 400),
+        '{"audio": "a.wav", "text": "x", "start": -Infinity, "end": NaN}',
+        '{"audio": "a\\u0000.wav", "text": "x"}',
+        '{"audio": "a.wav", "text": "x \\ud800"}',
+        '{"audio": "a.wav", "text": "x", "speaker": "\\udc80"}',
+        '{"audio": "a\\ud83d.wav", "text": "x"}',
+        "[" * 100_000,
+        '{"audio": "%s.wav", "text": "x"}' % ("é" * 200),
+    ]
+    root = tree(tmp_path, {"data.jsonl": "\n".join(rows)})
+    lines = read(root / "data.jsonl")
+    assert [line.reason for line in lines] == ["malformed line"] * len(rows)
+    assert [line.detail[:34] for line in lines] == [
+        "from 0 to inf: expected seconds, t",
+        "from 0 to 100000000000000000000000",
+        "from -inf to nan: expected seconds",
+        "the recording's name holds a zero ",
+        *["its name or text is no Unicode (ot"] * 3,
+        "not JSON (maximum recursion depth ",
+        "the recording's name has 404 bytes",
+    ]
+    for line in lines:
+        json.dumps([line.id, line.text, line.speaker, str(line.audio)], ensure_ascii=False).encode()
+
+
+def test_one_bad_transcript_is_one_rejected_clip(tmp_path):
+    files = dict.fromkeys(("a.wav", "b.wav", "w/c.wav", "w/d.wav"), "")
+    root = tree(tmp_path, files | {"b.txt": "Fine"})
+    (root / "a.txt").write_bytes(b"caf\xe9")
+    assert [(line.text, line.reason, line.detail) for line in read(root)[:2]] == [
+        ("", "malformed line", "1: not UTF-8 text; save the file as UTF-8"),
+        ("Fine", "", ""),
+    ]
+    segments = {"segments": [{"start": 0, "end": 1, "text": "One"}]}
+    tree(root / "w", {"c.json": '{"segments": oops', "d.json": json.dumps(segments)})
+    broken, good = read(root / "w")
+    assert (broken.reason, good.reason, good.text) == ("malformed line", "", "One")
+    assert broken.detail.startswith("not Whisper's json")
+
+
+def test_a_line_that_names_another_place_does_not_search_it(tmp_path):
+    """With a line "/" the whole disk was looked through."""
+    tree(tmp_path / "other", {"a.wav": "", "b.wav": ""})
+    root = tree(
+        tmp_path / "ann", {"metadata.csv": f"c|x\n../other/a|x\n{tmp_path}/other/a|x\n", "c.wav": "", "d.wav": ""}
+    )
+    (one,) = read_inputs([root])
+    assert one.warnings == [f"{root}: 1 recording is in no line of metadata.csv, e.g. d.wav"]
+
+
+def test_times_of_an_srt_are_times(tmp_path):
+    times = "9" * 400 + ":00:00,000 --> " + "9" * 5000 + ":00:01,000"
+    root = tree(tmp_path, {"a.wav": "", "a.srt": f"1\n{times}\nOne\n"})
+    assert [line.reason for line in read(root)] == ["malformed line"]
 
 
 def test_every_format_is_tested_here():

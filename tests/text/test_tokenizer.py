@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tortoise_jax.errors import UserError
-from tortoise_jax.text.cleaners import CLEANERS, clean, clean_english
+from tortoise_jax.text.cleaners import CLEANERS, clean, clean_tortoise
 from tortoise_jax.text.tokenizer import STOP_ID, Tokenizer
 
 REFERENCE = json.loads((Path(__file__).parent / "tokenizer.json").read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def test_any_text_can_be_encoded(text, cleaner):
 
 @given(text=english_text)
 def test_english_text_survives_encoding(text):
-    known = clean_english(text).replace("$", "")
+    known = clean_tortoise(text).replace("$", "")
     assert TOKENIZER.decode(TOKENIZER.encode_cleaned(known)) == known
 
 
@@ -74,7 +74,7 @@ def test_decoding_shows_unknown_characters_and_hides_stops():
 def test_json_is_what_tortoise_reads():
     upstream = tokenizers.Tokenizer.from_str(TOKENIZER.to_json())
     for row in REFERENCE:
-        assert upstream.encode(clean_english(row["text"]).replace(" ", "[SPACE]")).ids == row["ids"]
+        assert upstream.encode(clean_tortoise(row["text"]).replace(" ", "[SPACE]")).ids == row["ids"]
 
 
 def test_saved_copied_and_shipped_to_a_worker(tmp_path):

@@ -64,9 +64,14 @@ def test_reviving_is_off_where_a_checkpoint_is_fine_tuned() -> None:
         ("optimizer.milestones", (5, 3), "rising step numbers"),
         ("optimizer.milestones", ("5",), "rising step numbers"),
         ("seed", None, "expected int"),
+        ("seed", 2**31, "0 to 2147483647"),
+        ("steps", 2**40, "1 to 2147483647"),
+        ("text_weight", float("inf"), "0 to 2147483647"),
         ("stepps", 3, 'did you mean "steps"'),
         ("accumulation", 4, "is called gradient_accumulation_steps now"),
         ("optimizer.lerning_rate", 1e-5, 'did you mean "optimizer.learning_rate"'),
+        ("optimizer.lr", 1e-5, 'did you mean "optimizer.learning_rate"'),
+        ("learning_rate", 1e-5, 'did you mean "optimizer.learning_rate"'),
     ],
 )
 def test_wrong_fields_are_named(field: str, value: object, said: str) -> None:
@@ -104,6 +109,12 @@ def test_missing_fields_and_impossible_pairs_are_named() -> None:
         (["--config", "configs/ar.py", "--wokdir=x"], "wokdir"),
         (["--config", "configs/ar.py", "--config.accumulation=2"], "is called gradient_accumulation_steps now"),
         (["--config", "configs/ar.py", "stray"], "stray"),
+        (["--config", "configs/ar.py", "--config.optimizer=3"], "optimizer is a group of fields: optimizer.beta1, "),
+        (["--config", "configs/ar.py", "--config.remat=5"], "--config.remat: '5' is neither true nor false"),
+        (["--config", "configs/ar.py", "--plan=5"], "--plan: '5' is no truth value (true or false)"),
+        (["--config", "configs/ar.py", "--num_processes=x"], "--num_processes: 'x' is no whole number"),
+        (["--config", "configs/ar.py", "--config.seed=None"], "--config.seed: 'None' is not a number"),
+        (["--config", "configs/ar.py", "--config.steps"], "--config.steps: a value is missing"),
         (["--config", "README.md"], "README.md"),
     ],
 )
@@ -114,6 +125,19 @@ def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypa
     with pytest.raises(UserError) as raised:
         config.parse(["train.py", *arguments], SCHEMA)
     assert said in str(raised.value)
+
+
+def test_what_help_shows_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--help shows None for the fields that the size of the data set decides."""
+    monkeypatch.chdir(ROOT)
+    config.FLAGS.unparse_flags()
+    shown = [f"--config.{name}=None" for name, value in config.flat(ar.get_config()).items() if value is None]
+    assert "--config.optimizer.learning_rate=None" in shown
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "configs/ar_demo.py", *shown])
+    settings = config.parse(sys.argv, SCHEMA)
+    assert {name for name, value in config.flat(settings).items() if value is None} == {
+        name.removeprefix("--config.").removesuffix("=None") for name in shown
+    }
 
 
 def test_train_ends_in_one_line() -> None:

@@ -299,6 +299,7 @@ def test_cosine_schedule_ends_at_zero() -> None:
             "schedule is 'linear'; expected one of stepped, cosine, constant",
         ),
         (OptimizerConfig(freeze="gpt("), r"optimizer.freeze: 'gpt\(' is not a regular expression"),
+        (OptimizerConfig(freeze=".*"), r"optimizer.freeze: '\.\*' matches every parameter: nothing would be trained"),
         (OptimizerConfig(freeze="gpt"), "optimizer.freeze: 'gpt' matches no parameter; their paths look like"),
     ],
 )

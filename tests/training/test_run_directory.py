@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,7 @@ exit_with_one_line(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    # tensorstore's threads may print tracebacks beside it, some without an end of line.
+    assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"
     line = next(line for line in done.stderr.splitlines() if "error: " in line and "could not be written" in line)
     assert "the checkpoints of steps [1] are whole" in line
     assert sorted(RunCheckpoints(tmp_path).manager.all_steps()) == [1]
@@ -165,6 +166,22 @@ def test_history_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
     silent = History(tmp_path, 1, writes=False)
     silent.add("train", 2, {"mel": 0.0})
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "line", [b"not json}", b"[1]", b'{"step": 1}', b'{"kind": "train", "step": "1"}', b"\xff}", b"", b"[" * 100_000]
+)
+def test_a_damaged_line_of_the_history_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "history.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"history.jsonl:2: the line is damaged, .*; remove it or put it right"):
+        History(tmp_path, 3, writes=False)
+
+
+def test_a_run_whose_folder_is_removed_says_so(tmp_path: Path) -> None:
+    history = History(tmp_path / "run", 0, writes=True)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"history.jsonl: cannot be written: No such file .* the run's folder gone"):
+        history.add("train", 1, {})
 
 
 @pytest.mark.parametrize(("losses", "waited"), [([], 0), ([1.0], 0), ([3, 2, 1], 0), ([1, 2, 3], 2), ([2, 1, 1], 1)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def filter_clips(
         ids = tuple(tokenizer.encode_cleaned(cleaned))
         reason, detail = (
             _rejected_before(clip)
-            or _rejected_for_text(cleaned, ids, tokenizer, max_text)
+            or _rejected_for_text(clip.text, cleaned, ids, tokenizer, cleaner, max_text)
             or _rejected_for_pace(cleaned, clip.seconds)
             or _rejected_as_duplicate(clip, first_with.get(clip.sound.key))
             or ACCEPTED
@@ -92,22 +92,17 @@ def _rejected_before(clip: Clip) -> Rejection | None:
     return (clip.sound.reason, clip.sound.detail) if clip.sound.reason else None
 
 
-def _rejected_for_text(cleaned: str, ids: Sequence[int], tokenizer: Tokenizer, max_text: int) -> Rejection | None:
+def _rejected_for_text(
+    text: str, cleaned: str, ids: Sequence[int], tokenizer: Tokenizer, cleaner: str, max_text: int
+) -> Rejection | None:
     if not any(character.isalnum() for character in cleaned):
         return Reason.EMPTY_TEXT, f'no letter or digit in "{cleaned}"'
-    unknown = tokenizer.unknown_characters(cleaned, "none")
+    unknown = tokenizer.unknown_in_words(text, cleaner)
     if unknown or tokenizer.unknown_id in ids or STOP_ID in ids:
-        return Reason.UNKNOWN_CHARACTERS, f"the tokenizer does not know {_listed(unknown)}"
+        return Reason.UNKNOWN_CHARACTERS, f"the tokenizer does not know {unknown or 'a token of it'}"
     if len(ids) > max_text:
         return Reason.TEXT_TOO_LONG, f"{len(ids)} tokens, at most {max_text}"
     return None
-
-
-def _listed(characters: Iterable[str]) -> str:
-    return (
-        " ".join(f"{c} (U+{ord(c):04X})" if c.isprintable() else f"U+{ord(c):04X}" for c in characters)
-        or "a token of it"
-    )
 
 
 def _rejected_for_pace(cleaned: str, seconds: float) -> Rejection | None:

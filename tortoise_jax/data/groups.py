@@ -23,6 +23,7 @@ from tortoise_jax.errors import UserError
 from tortoise_jax.files import digest_of
 
 GROUP = 512  # sounds per shard: the most that a killed run loses, an hour of audio
+SECONDS_PER_LINE = 60  # of progress, where it goes into a file
 FEW = 64  # so few files are decoded before worker processes would have started
 
 
@@ -167,14 +168,21 @@ class Progress:
     """A bar of clips that says how many hours of audio are done per minute; on the main host only."""
 
     def __init__(self, clips: int, what: str) -> None:
-        self._bar = tqdm(total=clips, unit="clip", desc=what, disable=not parallel.is_main())
-        self._start, self._seconds = time.monotonic(), 0.0
+        self._what, self._clips, self._done = what, clips, 0
+        # disable=None: no bar where the output is no terminal, but a line per minute.
+        self._bar = tqdm(total=clips, unit="clip", desc=what, disable=None if parallel.is_main() else True)
+        self._start = self._said = time.monotonic()
+        self._seconds = 0.0
 
     def add(self, sounds: Sequence[Sound]) -> None:
         self._seconds += sum(sound.seconds for sound in sounds)
         minutes = (time.monotonic() - self._start) / 60
         self._bar.set_postfix_str(f"{self._seconds / 3600 / max(minutes, 1e-9):.2f} h of audio a minute", refresh=False)
         self._bar.update(len(sounds))
+        self._done += len(sounds)
+        if self._bar.disable and parallel.is_main() and time.monotonic() - self._said >= SECONDS_PER_LINE:
+            self._said = time.monotonic()
+            print(f"{self._what}: {self._done} of {self._clips} clips", flush=True)
 
     def __enter__(self) -> Progress:
         return self

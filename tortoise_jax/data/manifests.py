@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tortoise_jax.audio import AUDIO_SUFFIXES
+from tortoise_jax.audio import AUDIO_SUFFIXES, MAX_HOURS
 from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.splits import NAMES
-from tortoise_jax.errors import UserError, did_you_mean
-from tortoise_jax.files import digest_of
+from tortoise_jax.errors import UserError, count_of, did_you_mean, printable
+from tortoise_jax.files import check_readable, digest_of
 
 # Folders of one speaker's recordings that are not named after the speaker.
 CONTAINERS = ("wavs", "wav", "clips", "audio", "audios", "segments")
@@ -32,6 +32,8 @@ OTHER_SUFFIXES = (
 # Whisper ends segments early and so cuts the last syllable: a segment is prolonged by so many seconds, at most up to
 # the next one.
 SEGMENT_TAIL = 0.2
+LONGEST_SECONDS = MAX_HOURS * 3600  # of a recording, so that no segment ends later
+LONGEST_NAME = 255  # bytes of one part of a path, on every usual file system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +69,18 @@ def _stat(path: Path) -> tuple[int, int] | tuple[()]:
 def read_inputs(paths: Sequence[Path], format: str | None = None) -> list[Input]:
     """Reads every input in the format that `recognise` finds, or in `format`, one of `FORMATS`.
 
-    Raises UserError for an input that does not exist, is in no known format, is not UTF-8, or has no line.
+    Raises UserError for an input that does not exist, is in no known format, is not UTF-8, may not be read, or has no
+    line.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f'unknown format "{format}"{did_you_mean(format, FORMATS)}, choose {", ".join(FORMATS)}')
-    return [_read_input(path, format or recognise(path)) for path in paths]
+    for path in paths:
+        if not _is_unicode(str(path)):
+            raise UserError(f"{path}: the name is not UTF-8; rename it")
+    try:
+        return [_read_input(path, format or recognise(path)) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def _read_input(path: Path, format: str) -> Input:
@@ -79,7 +88,8 @@ def _read_input(path: Path, format: str) -> Input:
         raise UserError(f"{path}: there is no such file or folder")
     if path.is_dir() and not FORMATS[format].of_folders:
         raise UserError(f"{path}: is a folder; the format {format} is {FORMATS[format].description}")
-    clips = list(FORMATS[format].read(path))
+    check_readable(path)
+    clips = [_with_possible_names(clip) for clip in FORMATS[format].read(path)]
     if not clips:
         raise UserError(f"{path}: empty, no line found in it; expected {FORMATS[format].description}")
     return Input(path, format, clips, _unlisted(path, clips) if format == "ljspeech" else [])
@@ -93,6 +103,7 @@ def recognise(path: Path) -> str:
     if not path.exists():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: there is no such file or folder{did_you_mean(path.name, near)}")
+    check_readable(path)
     format = _of_folder(path) if path.is_dir() else _of_file(path)
     if format is None:
         known = ", ".join(FORMATS)
@@ -103,7 +114,8 @@ def recognise(path: Path) -> str:
 def _what_is_there(path: Path) -> str:
     if path.is_file():
         return f'a file that begins "{_first_text(path)[:60]}"'
-    lists = sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".txt", ".jsonl") and _of_file(p))
+    texts = [p for p in path.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".txt", ".jsonl") and p.is_file()]
+    lists = sorted(p for p in texts if _of_file(p))
     if lists:
         return f"a folder with {', '.join(p.name for p in lists)}: give the files themselves (--data {lists[0]} …)"
     names = sorted(entry.name for entry in path.iterdir())
@@ -114,7 +126,7 @@ def _of_folder(folder: Path) -> str | None:
     metadata = folder / "metadata.csv"
     if metadata.is_file() and _of_file(metadata) in ("ljspeech", None):
         return "ljspeech"
-    if any(folder.glob("*/metadata.csv")):
+    if _speaker_tables(folder):
         return "ljspeech"
     recordings = _recordings(folder)
     # Whisper writes a .txt too: its times are what long recordings need.
@@ -152,7 +164,7 @@ def read_ljspeech(path: Path) -> Iterator[Clip]:
     A folder of such folders is several speakers.
     """
     metadata = _metadata(path)
-    for file in [metadata] if metadata else sorted(path.glob("*/metadata.csv")):
+    for file in [metadata] if metadata else _speaker_tables(path):
         for number, text in _text_lines(file):
             if text.strip():
                 yield _ljspeech_clip(file, number, text)
@@ -162,24 +174,36 @@ def _metadata(path: Path) -> Path | None:
     return path if path.is_file() else path / "metadata.csv" if (path / "metadata.csv").is_file() else None
 
 
+def _speaker_tables(folder: Path) -> list[Path]:
+    """metadata.csv of each folder inside. Raises PermissionError for a folder that may not be read."""
+    tables = (inner / "metadata.csv" for inner in sorted(folder.iterdir()) if inner.is_dir())
+    return [table for table in tables if table.is_file()]
+
+
 def _ljspeech_clip(file: Path, number: int, row: str) -> Clip:
     name, *texts = row.split("|")
     folder = file.parent / "wavs"
     audio = find_audio((folder if folder.is_dir() else file.parent) / name.strip())
     clip = _clip(file, number, name.strip(), audio)
     if not 1 <= len(texts) <= 2 or not name.strip():
-        return malformed(clip, f"{len(texts) + 1} columns, expected ID|text or ID|text|normalised text")
+        tabs = "; it is separated by tabs" if "\t" in row else ""
+        columns = count_of(len(texts) + 1, "column")
+        return malformed(clip, f"{columns}, expected ID|text or ID|text|normalised text{tabs}")
     normalised = texts[-1].strip()
     return dataclasses.replace(clip, text=normalised or texts[0].strip())
 
 
 def _unlisted(path: Path, clips: Sequence[Clip]) -> list[str]:
     listed = {clip.audio for clip in clips}
-    folders = {audio.parent for audio in listed} | ({path} if path.is_dir() else set())
+    root = path if path.is_dir() else path.parent
+    # A line may name any place, "/" too: only what is inside the data is looked through.
+    folders = {a.parent for a in listed if a.is_relative_to(root) and ".." not in a.parts and a.parent.is_dir()}
+    folders |= {path} if path.is_dir() else set()
     unlisted = sorted({file for folder in folders for file in _recordings(folder)} - listed)
     if not unlisted:
         return []
-    return [f"{path}: {len(unlisted)} recordings are in no line of metadata.csv, e.g. {unlisted[0].name}"]
+    are = f"{count_of(len(unlisted), 'recording')} {'is' if len(unlisted) == 1 else 'are'}"
+    return [f"{path}: {are} in no line of metadata.csv, e.g. {unlisted[0].name}"]
 
 
 def read_list(path: Path) -> Iterator[Clip]:
@@ -191,7 +215,7 @@ def read_list(path: Path) -> Iterator[Clip]:
         audio = find_audio(path.parent / name.strip())
         clip = _clip(path, number, _id(name), audio, texts[0].strip() if texts else "")
         clip = dataclasses.replace(clip, split=NAMES.get(path.stem.lower(), ""))
-        yield clip if len(texts) == 1 else malformed(clip, f"{len(texts) + 1} columns, expected path|text")
+        yield clip if len(texts) == 1 else malformed(clip, f"{count_of(len(texts) + 1, 'column')}, expected path|text")
 
 
 # --- tables and jsonl -------------------------------------------------------------------------------------------------
@@ -269,7 +293,7 @@ def read_table(path: Path, name: str) -> Iterator[Clip]:
 def _table_clip(path: Path, number: int, columns: Sequence[str], row: Sequence[str], table: Columns) -> Clip:
     if len(row) != len(columns):
         clip = _clip(path, number, f"{path.stem}:{number}", path)
-        return malformed(clip, f"{len(row)} columns, the header has {len(columns)} ({', '.join(columns)})")
+        return malformed(clip, f"{count_of(len(row), 'column')}, the header has {len(columns)} ({', '.join(columns)})")
     return _clip_of_fields(path, number, dict(zip(columns, row, strict=True)), table)
 
 
@@ -294,7 +318,7 @@ def _jsonl_clip(path: Path, number: int, text: str) -> Clip:
     nothing = _clip(path, number, f"{path.stem}:{number}", path)
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return malformed(nothing, f"not JSON ({error})")
     if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("audio", "text")):
         return malformed(nothing, 'expected an object with strings "audio" and "text"')
@@ -307,8 +331,9 @@ def _jsonl_clip(path: Path, number: int, text: str) -> Clip:
 
 def _with_span(clip: Clip, start: Any, end: Any) -> Clip:
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (start, end))
-    if not numbers or not 0 <= start < end:
-        return malformed(clip, f"from {start!r} to {end!r}: expected seconds, the second larger than the first")
+    if not numbers or not 0 <= start < end <= LONGEST_SECONDS:
+        given = f"from {repr(start)[:40]} to {repr(end)[:40]}"
+        return malformed(clip, f"{given}: expected seconds, the second larger than the first")
     return dataclasses.replace(clip, id=f"{clip.id}@{start:.2f}", start=float(start), end=float(end))
 
 
@@ -331,8 +356,7 @@ def read_folder(folder: Path) -> Iterator[Clip]:
         if transcript is None:
             yield _without_transcript(audio, folder, f"there is no {audio.stem}.txt beside it")
         else:
-            text = " ".join(text.strip() for _, text in _text_lines(transcript)).strip()
-            yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio, text)
+            yield _folder_clip(transcript, audio, folder)
     for transcript in _without_recording(folder, recordings, ".txt"):
         audio = transcript.with_suffix(".wav")
         yield _clip(transcript, 1, _id(str(audio.relative_to(folder))), audio)
@@ -346,6 +370,15 @@ def _without_recording(folder: Path, recordings: Sequence[Path], *suffixes: str)
         if transcript.with_suffix("") not in stems:
             stems.add(transcript.with_suffix(""))
             yield transcript
+
+
+def _folder_clip(transcript: Path, audio: Path, root: Path) -> Clip:
+    clip = _clip(transcript, 1, _id(str(audio.relative_to(root))), audio)
+    try:
+        lines = list(_text_lines(transcript))
+    except UserError as error:  # of one clip: the others are not at fault
+        return malformed(clip, str(error).removeprefix(f"{transcript}:").strip())
+    return dataclasses.replace(clip, text=" ".join(text.strip() for _, text in lines).strip())
 
 
 def _without_transcript(audio: Path, root: Path, detail: str) -> Clip:
@@ -367,16 +400,25 @@ def read_whisper(path: Path) -> Iterator[Clip]:
         if transcript is None:
             yield _without_transcript(audio, path, f"there is no {audio.stem}.json or {audio.stem}.srt beside it")
         else:
-            yield from _segment_clips(transcript, audio, path)
+            yield from _segment_clips_or_why(transcript, audio, path)
     for transcript in _without_recording(path, recordings, *WHISPER_SUFFIXES):
         if transcript.suffix == ".srt" or _has_segments(transcript):
-            yield from _segment_clips(transcript, transcript.with_suffix(".wav"), path)
+            yield from _segment_clips_or_why(transcript, transcript.with_suffix(".wav"), path)
+
+
+def _segment_clips_or_why(transcript: Path, audio: Path, root: Path) -> Iterator[Clip]:
+    """The clips of one recording, or one that says why its transcript cannot be read: the others are not at fault."""
+    try:
+        yield from _segment_clips(transcript, audio, root)
+    except UserError as error:
+        clip = _clip(transcript, 1, _id(str(audio.relative_to(root))), audio)
+        yield malformed(clip, str(error).removeprefix(f"{transcript}:").strip())
 
 
 def _segments_of(audio: Path) -> Path | None:
     """Whisper's file beside a recording; a .json without segments is something else."""
     json_file = _transcript_of(audio, ".json")
-    return json_file if json_file and '"segments"' in _text_of(json_file) else _transcript_of(audio, ".srt")
+    return json_file if json_file and b'"segments"' in json_file.read_bytes() else _transcript_of(audio, ".srt")
 
 
 def _has_segments(file: Path) -> bool:
@@ -410,13 +452,14 @@ def _json_segments(path: Path) -> Iterator[Segment]:
         segments = json.loads(_text_of(path))["segments"]
         for number, segment in enumerate(segments, start=1):
             yield number, segment.get("start"), segment.get("end"), str(segment.get("text", ""))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f'{path}: not Whisper\'s json: expected {{"segments": [{{"start", "end", "text"}} …]}}'
         ) from None
 
 
-_SRT_TIMES = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{3})\s*-->\s*(\d+):(\d\d):(\d\d)[,.](\d{3})")
+_SRT_TIME = r"(\d{1,4}):(\d\d):(\d\d)[,.](\d{3})"
+_SRT_TIMES = re.compile(rf"{_SRT_TIME}\s*-->\s*{_SRT_TIME}")
 
 
 def _srt_segments(path: Path) -> Iterator[Segment]:
@@ -475,13 +518,45 @@ def malformed(clip: Clip, detail: str) -> Clip:
     return dataclasses.replace(clip, reason=Reason.MALFORMED, detail=detail)
 
 
+def _with_possible_names(clip: Clip) -> Clip:
+    """The clip, malformed if no file can have its recording's name or no UTF-8 file can hold its text."""
+    if not all(map(_is_unicode, (clip.id, clip.text, clip.speaker, str(clip.audio)))):
+        clip = dataclasses.replace(
+            clip,
+            id=printable(clip.id),
+            text=printable(clip.text),
+            speaker=printable(clip.speaker),
+            audio=Path(printable(str(clip.audio))),
+        )
+        return malformed(clip, "its name or text is no Unicode (other bytes than UTF-8, or half a surrogate pair)")
+    if clip.reason:
+        return clip
+    if "\0" in str(clip.audio):
+        return malformed(dataclasses.replace(clip, audio=Path(clip.file)), "the recording's name holds a zero byte")
+    longest = max((len(os.fsencode(part)) for part in clip.audio.parts), default=0)
+    if longest > LONGEST_NAME:
+        return malformed(clip, f"the recording's name has {longest} bytes, at most {LONGEST_NAME}")
+    return clip
+
+
+def _is_unicode(text: str) -> bool:
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def find_audio(stem: Path) -> Path:
     """The recording of this name, or with any suffix; the .wav it should have been if there is none."""
     suffixes = (*AUDIO_SUFFIXES, *OTHER_SUFFIXES)
     if stem.suffix.lower() in suffixes:
         return stem
     candidates = [stem.with_name(stem.name + suffix) for suffix in suffixes] if stem.name else [stem]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    return next((path for path in candidates if _is_file(path)), candidates[0])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, for one
+        return False
 
 
 def speaker_of(audio: Path) -> str:
@@ -531,11 +606,29 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _text_of(path: Path) -> str:
+    check_readable(path)
     try:
         content = path.read_bytes()
-        return content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for start, kind in _NO_TEXT.items():
+        if content.startswith(start):
+            raise UserError(f"{path}: is {kind}, expected text (UTF-8); --help lists the formats")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from error
+    if "\0" in text:
+        number = content[: content.index(b"\0")].count(b"\n") + 1
+        raise UserError(f"{path}:{number}: not UTF-8 text: it holds zero bytes, as UTF-16 does; save the file as UTF-8")
+    return text
+
+
+_NO_TEXT = {
+    **dict.fromkeys((b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3"), "a recording, not its transcripts"),
+    b"PK\x03\x04": "a zip archive or a spreadsheet; save the sheet as csv",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet or document; save it as csv",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "compressed (gzip)",
+}

@@ -21,7 +21,7 @@ from tortoise_jax.data.splits import TRAIN, VALIDATION, VALIDATION_PART, assign_
 from tortoise_jax.errors import UserError, did_you_mean
 from tortoise_jax.files import LOCK, is_partial
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
-from tortoise_jax.text.cleaners import CLEANERS
+from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, record
 from tortoise_jax.text.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
@@ -40,7 +40,7 @@ class Options:
     max_text: int | None = None
     max_rejected: float = MAX_REJECTED
     trim_silence: bool = False
-    cleaner: str = "english"
+    cleaner: str = DEFAULT
     tokenizer: Path | None = None
     validation: float = VALIDATION_PART
     seed: int = 0
@@ -55,7 +55,7 @@ class Options:
             "max_seconds": (MIN_SECONDS, 3600),
             "max_text": (1, 10_000),
             "workers": (0, 1024),
-            "seed": (0, 2**31),
+            "seed": (0, 2**31 - 1),
             "group": (1, 2**20),
         }
         if self.cleaner not in CLEANERS:
@@ -282,6 +282,6 @@ def write_dataset(
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
     }
     own = options.tokenizer is not None
-    about = digests | {"cleaner": options.cleaner, "seed": options.seed, "own_tokenizer": own}
+    about: dict[str, Any] = digests | record(options.cleaner) | {"seed": options.seed, "own_tokenizer": own}
     about["inputs"] = [{"path": str(i.path.resolve()), "format": i.format, "digest": i.digest} for i in inputs]
     dataset.write_index(out, clips, tokenizer, about)

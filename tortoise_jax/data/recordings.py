@@ -15,7 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB, int16_from_waveform, loudness_db, read_audio, trim_silence
+from tortoise_jax.audio import (
+    SAMPLE_RATE,
+    SILENT_DB,
+    heard_elsewhere,
+    int16_from_waveform,
+    loudness_db,
+    read_audio,
+    trim_silence,
+)
 from tortoise_jax.data.clips import Sound
 from tortoise_jax.data.filters import (
     MIN_SECONDS,
@@ -57,10 +65,18 @@ def load_clips(recording: Recording, limits: ClipLimits, known: frozenset[str] =
         return _all_rejected(keys, reason, str(error).removeprefix(f"{recording.path}: "))
     except Exception as error:  # decoders have failures of their own; one file must not end the work on all others
         return _all_rejected(keys, Reason.UNREADABLE, f"{type(error).__name__}: {error}")
-    return [
+    loaded = [
         (Sound(key), None) if key in known else measure(waveform, key, span, limits)
         for key, span in zip(keys, recording.spans, strict=True)
     ]
+    if any(sound.reason == Reason.SILENT for sound, _ in loaded):
+        note = heard_elsewhere(recording.path)
+        loaded = [(_noted(sound, note) if sound.reason == Reason.SILENT else sound, wave) for sound, wave in loaded]
+    return loaded
+
+
+def _noted(sound: Sound, note: str) -> Sound:
+    return dataclasses.replace(sound, detail=sound.detail + note)
 
 
 def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Loaded]:
@@ -68,8 +84,10 @@ def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Loaded]:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, "" where they cannot be read."""
+    """Digest of a file's bytes, "" where they cannot be read; a pipe or a device may never end."""
     try:
+        if not path.is_file():
+            return ""
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError:
@@ -94,10 +112,10 @@ def measure(recording: np.ndarray, key: str, span: Span, limits: ClipLimits) -> 
     if limits.trim_silence and len(whole) >= MIN_SECONDS * SAMPLE_RATE:
         waveform = trim_silence(whole)
     sound = Sound(key, len(waveform), len(whole) - len(waveform))
-    rejection = rejected_for_span(span, recording) or rejected_as_short(sound)
+    rejection = rejected_for_span(span, recording) or rejected_as_short(sound) or rejected_as_long(sound, limits)
     if rejection is None:
         sound = dataclasses.replace(sound, loudness_db=loudness_db(waveform), ends_abruptly=ends_abruptly(waveform))
-        rejection = rejected_as_long(sound, limits) or rejected_as_silent(sound)
+        rejection = rejected_as_silent(sound)
     if rejection is None:
         return sound, int16_from_waveform(waveform)
     reason, detail = rejection

@@ -16,6 +16,7 @@ from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.manifests import Input
 from tortoise_jax.data.splits import SPLITS, VALIDATION
+from tortoise_jax.errors import count_of, escaped
 from tortoise_jax.files import write_atomically
 from tortoise_jax.text.cleaners import letters_changed
 
@@ -23,7 +24,6 @@ REPORT, REJECTED, PICTURE = "report.json", "rejected.tsv", "report.png"
 EXAMPLES = 3
 KEPT, GONE = "#4878a8", "#c44e52"
 MUCH_MORE = 1.5  # held out than asked for: so many times
-LISTED = 20  # rejected lines shown where no file is written
 
 
 Changed = list[tuple[Clip, dict[str, str]]]  # clips, each with the letters of its text that the cleaner changed
@@ -116,7 +116,7 @@ def _short(text: str) -> str:
 
 
 def _clips(count: int) -> str:
-    return f"{count} clip{'' if count == 1 else 's'}"
+    return count_of(count, "clip")
 
 
 def _amount(clips: Sequence[Clip]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def table(report: dict[str, Any]) -> str:
     if report["seconds"]:
         lines.append(_spreads(report))
     lines += [f"warning: {warning}" for warning in report["warnings"]]
-    return "\n".join(lines)
+    return "\n".join(escaped(line) for text in lines for line in text.split("\n"))
 
 
 def _cells(amount: dict[str, Any]) -> tuple[str, str]:
@@ -195,15 +195,12 @@ def _spreads(report: dict[str, Any]) -> str:
     names = {"seconds": "seconds", "text_tokens": "text tokens", "loudness_db": "loudness (dB)"}
     spreads = [f"{label} {report[key]['min']:g} to {report[key]['max']:g}" for key, label in names.items()]
     count = len(report["speakers"])
-    return f"{'; '.join(spreads)}; {count} speaker{'' if count == 1 else 's'}"
+    return f"{'; '.join(spreads)}; {count_of(count, 'speaker')}"
 
 
-def listing(rejected: Sequence[Clip], limit: int = LISTED) -> str:
-    """The first rejected clips, one per line."""
-    lines = [f"{clip.where}: {clip.reason}: {clip.detail}" for clip in rejected[:limit]]
-    if len(rejected) > limit:
-        lines.append(f"… and {len(rejected) - limit} more")
-    return "\n".join(lines)
+def listing(rejected: Sequence[Clip]) -> str:
+    """Every rejected clip, one per line."""
+    return "\n".join(escaped(f"{clip.where}: {clip.reason}: {clip.detail}") for clip in rejected)
 
 
 # --- to keep ----------------------------------------------------------------------------------------------------------

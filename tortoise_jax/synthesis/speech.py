@@ -34,7 +34,8 @@ class Utterance:
 def split_text(pretrained: Pretrained, text: str, cleaner: str) -> list[str]:
     """A text in parts that a prompt has room for. Raises UserError for a sentence that is too long."""
     encode = lambda part: pretrained.tokenizer.encode(part, cleaner)
-    return sentences.split(text, encode, COMFORTABLE_TOKENS, max_text_ids(pretrained.ar.config))
+    room = max_text_ids(pretrained.ar.config)
+    return sentences.split(text, encode, min(COMFORTABLE_TOKENS, room), room)
 
 
 def say(
@@ -70,7 +71,7 @@ def say(
 
 def with_bar(draw: Callable[..., Samples], total: int, title: str) -> Samples:
     """A draw under a progress bar that counts the codes of a candidate."""
-    with tqdm(total=total, unit="code", desc=title, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="code", desc=title, leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def show(done: int) -> None:
             bar.update(done - bar.n)

@@ -10,9 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from tortoise_jax.audio import AUDIO_SUFFIXES, SILENT_DB, crop_conditioning, log_mel, loudness_db, read_audio
+from tortoise_jax.audio import (
+    AUDIO_SUFFIXES,
+    SILENT_DB,
+    crop_conditioning,
+    heard_elsewhere,
+    log_mel,
+    loudness_db,
+    read_audio,
+)
 from tortoise_jax.errors import UserError
-from tortoise_jax.files import write_atomically
+from tortoise_jax.files import check_readable, write_atomically
 from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
@@ -45,7 +53,8 @@ def crop(clip: Path, seed: int, index: int) -> np.ndarray:
     """Six seconds of a clip, (132300,) float32, as tortoise takes them: the start is drawn by (seed, index)."""
     waveform = read_audio(clip)
     if loudness_db(waveform) < SILENT_DB:
-        raise UserError(f"{clip}: the clip is silent ({loudness_db(waveform):.0f} dB, at least {SILENT_DB:.0f} dB)")
+        level = f"{loudness_db(waveform):.0f} dB, at least {SILENT_DB:.0f} dB"
+        raise UserError(f"{clip}: the clip is silent ({level}){heard_elsewhere(clip)}")
     return crop_conditioning(waveform, np.random.default_rng([seed, index]))
 
 
@@ -81,6 +90,7 @@ def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a .npz; nothing in it is executed."""
+    check_readable(path)
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not hasattr(file, "files"):

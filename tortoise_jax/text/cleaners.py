@@ -1,7 +1,7 @@
-"""Transcripts to cleaned text, as TorToiSe does it.
+"""Transcripts to cleaned text, as TorToiSe does it, or with signs and amounts said in words.
 
-The released models were trained on text that was cleaned first (`clean_english`), so text must be cleaned the same way,
-quirks included.
+The released models were trained on text that was cleaned first (`clean_tortoise`), so text must be cleaned the same
+way, quirks included. What their tokenizer does not know ("&", "%") may be said in words nevertheless (`clean_english`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import text_unidecode
@@ -17,7 +17,7 @@ import text_unidecode
 from tortoise_jax.errors import UserError, did_you_mean
 
 
-def clean_english(text: str) -> str:
+def clean_tortoise(text: str) -> str:
     """The cleaner the released models were trained with: plain lower-case ASCII, numbers and titles spelled out.
 
     The order and the quirks are upstream's: "£20" is "pstwenty" (the sign is transliterated before amounts are
@@ -25,11 +25,25 @@ def clean_english(text: str) -> str:
     error: commas that separate no thousands ("$,5") are ignored, and numbers of more than 36 digits are read digit by
     digit.
     """
-    text = _to_ascii(text).lower()
-    text = _spell_numbers(text)
+    return _spelled(_to_ascii(text))
+
+
+def _spelled(ascii_text: str) -> str:
+    text = _spell_numbers(ascii_text.lower())
     text = _spell_abbreviations(text)
     text = _fold_white_space(text)
     return text.replace('"', "")
+
+
+def clean_english(text: str) -> str:
+    """The same, but what an English speaker says of signs and amounts is spelled out first.
+
+    "R&B" is "r and b", "50%" "fifty percent", "£3.50" "three pounds, fifty pence", "$5 million" "five million dollars",
+    "20°C" "twenty degrees celsius"; characters that only look different (①, 𝐁) are the usual ones; no white space stays
+    at the ends.
+    """
+    text = "".join(_usual(c) for c in text)
+    return _spelled(_to_ascii(_say_signs(_say_degrees(_say_amounts(text))))).strip()
 
 
 def clean_basic(text: str) -> str:
@@ -42,7 +56,26 @@ def clean_none(text: str) -> str:
     return text
 
 
-CLEANERS: dict[str, Callable[[str], str]] = {"english": clean_english, "basic": clean_basic, "none": clean_none}
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "tortoise": clean_tortoise,
+    "english": clean_english,
+    "basic": clean_basic,
+    "none": clean_none,
+}
+DEFAULT = "tortoise"
+RECORDED = "text_cleaner"
+
+
+def record(cleaner: str) -> dict[str, str]:
+    """How a data set and a checkpoint say which cleaner their texts need."""
+    return {RECORDED: cleaner}
+
+
+def recorded(about: Mapping[str, Any]) -> str:
+    """The cleaner that a data set's header, or what a checkpoint came from, says; else the released models'."""
+    before = {"english": "tortoise"}  # in files of before there was a second cleaner for English
+    stated = str(about.get("cleaner", DEFAULT))
+    return str(about.get(RECORDED, before.get(stated, stated)))
 
 
 def clean(text: str, cleaner: str) -> str:
@@ -52,19 +85,101 @@ def clean(text: str, cleaner: str) -> str:
     return CLEANERS[cleaner](text)
 
 
-def letters_changed(text: str, cleaner: str = "english") -> dict[str, str]:
-    """The letters and accents outside ASCII that the cleaner replaces, each with its replacement ("" if dropped).
+def letters_changed(text: str, cleaner: str = DEFAULT) -> dict[str, str]:
+    """The letters and accents outside ASCII that the cleaner replaces, each with its replacement ("" if dropped), and
+    the signs that stand for a letter or number (①, 🅰) and are dropped.
 
     Empty for plain English. A few entries come from loan words ("café": {"é": "e"}); many mean another language, which
-    the English cleaner damages silently, so callers should warn.
+    the English cleaners damage silently, so callers should warn.
     """
-    letters = dict.fromkeys(c for c in unicodedata.normalize("NFC", text) if not c.isascii() and _is_letter(c))
-    cleaned = {letter: clean(letter, cleaner) for letter in letters}
-    return {before: after for before, after in cleaned.items() if after != before.lower()}
+    foreign = dict.fromkeys(c for c in unicodedata.normalize("NFC", text) if not c.isascii())
+    cleaned = {c: clean(c, cleaner) for c in foreign if _is_letter(c) or _stands_for_text(c)}
+    usual = lambda c: unicodedata.normalize("NFKC", c).lower()
+    return {c: after for c, after in cleaned.items() if (after != usual(c) if _is_letter(c) else not after)}
 
 
 def _is_letter(character: str) -> bool:
     return unicodedata.category(character)[0] in "LM"
+
+
+def _stands_for_text(character: str) -> bool:
+    name = unicodedata.name(character, "")
+    return unicodedata.category(character)[0] in "NS" and any(word in name for word in ("LETTER", "DIGIT", "NUMBER"))
+
+
+# --- what an English speaker says of signs ----------------------------------------------------------------------------
+
+_SIGNS = [
+    (re.compile(pattern), words)
+    for pattern, words in {
+        r"&": " and ",
+        r"%": " percent ",
+        r"‰": " per mille ",
+        r"\+": " plus ",
+        r"=+": " equals ",
+        r"@": " at ",
+        r"(?:#|№)\s*(?=\d)": " number ",
+        r"(?<=\w)#(?!\w)": " sharp ",
+        r"#": " hash ",
+    }.items()
+]
+_CURRENCIES = {
+    "$": ("dollar", "dollars", "cent", "cents"),
+    "£": ("pound", "pounds", "penny", "pence"),
+    "€": ("euro", "euros", "cent", "cents"),
+}
+_MAGNITUDES = {"k": "thousand", "m": "million", "bn": "billion"}
+_AMOUNT = r"(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:\s?(thousand|million|billion|trillion|bn|[km])\b)?"
+_AMOUNT_AFTER = re.compile(rf"(?:\bUS)?([$£€])\s?{_AMOUNT}", re.IGNORECASE)
+_AMOUNT_BEFORE = re.compile(rf"{_AMOUNT}\s?([$£€])(?!\w)", re.IGNORECASE)
+_CURRENCY = re.compile(r"[$£€]")
+_DEGREES = re.compile(r"(?:(\d[\d,.]*)\s?)?(?:[°º]\s?([CF])\b|°|([℃℉]))", re.IGNORECASE)
+
+
+def _usual(character: str) -> str:
+    """The usual form of a character that has none in ASCII: A of the full-width, bold or circled one."""
+    if character.isascii() or _ascii_of(character):
+        return unicodedata.normalize("NFKC", character) if "\uff01" <= character <= "\uffe6" else character
+    return unicodedata.normalize("NFKC", character)
+
+
+def _say_amounts(text: str) -> str:
+    text = _AMOUNT_AFTER.sub(lambda match: _amount_in_words(match[1], match[2], match[3]), text)
+    text = _AMOUNT_BEFORE.sub(lambda match: _amount_in_words(match[3], match[1], match[2]), text)
+    return _CURRENCY.sub(lambda match: f" {_CURRENCIES[match[0]][1]} ", text)
+
+
+def _amount_in_words(sign: str, number: str, magnitude: str | None) -> str:
+    """("£", "3.5", None) to " 3 pounds, 50 pence "; the numbers themselves are spelled out later."""
+    one, many, small_one, small_many = _CURRENCIES[sign]
+    if magnitude:
+        return f" {number} {_MAGNITUDES.get(magnitude.lower(), magnitude)} {many} "
+    whole, _, part = number.replace(",", "").partition(".")
+    if len(part) > 2:
+        return f" {number} {many} "
+    counted = [(whole.lstrip("0"), one, many), (part.ljust(2, "0").lstrip("0"), small_one, small_many)]
+    said = [f"{count} {single if count == '1' else plural}" for count, single, plural in counted if count]
+    return f" {', '.join(said) or f'0 {many}'} "
+
+
+def _say_degrees(text: str) -> str:
+    def words(match: re.Match[str]) -> str:
+        number = f"{match[1]} " if match[1] else " "
+        scale = (match[2] or {"℃": "C", "℉": "F"}.get(match[3] or "", "")).upper()
+        unit = "degree" if match[1] == "1" else "degrees"
+        return f"{number}{unit}{ {'C': ' celsius', 'F': ' fahrenheit'}.get(scale, '') } "
+
+    return _DEGREES.sub(words, text)
+
+
+def _say_signs(text: str) -> str:
+    for sign, words in _SIGNS:
+        text = sign.sub(words, text)
+    # "50%." was given a space before its full stop.
+    return re.sub(r" +(?=[.,;:!?)])", "", text)
+
+
+# --- transliteration --------------------------------------------------------------------------------------------------
 
 
 # Upstream transliterates with Unidecode, which is GPL. text-unidecode (Artistic License) is a port of the same tables,

@@ -16,7 +16,8 @@ from pathlib import Path
 import tokenizers
 
 from tortoise_jax.errors import UserError
-from tortoise_jax.text.cleaners import clean
+from tortoise_jax.files import check_readable
+from tortoise_jax.text.cleaners import DEFAULT, clean
 
 STOP, UNKNOWN, SPACE = SPECIAL_TOKENS = ("[STOP]", "[UNK]", "[SPACE]")
 _NEEDED = ", ".join(SPECIAL_TOKENS)
@@ -56,6 +57,7 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """A tokenizer file: JSON of the `tokenizers` library, or characters and merges as text (`from_merges`)."""
+        check_readable(Path(path))
         try:
             content = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -110,7 +112,7 @@ class Tokenizer:
         """The id of [UNK], which must not occur in a training text."""
         return self._unknown_id
 
-    def encode(self, text: str, cleaner: str = "english") -> list[int]:
+    def encode(self, text: str, cleaner: str = DEFAULT) -> list[int]:
         """The ids of the cleaned text, without the stop token that the models append."""
         return self.encode_cleaned(clean(text, cleaner))
 
@@ -131,12 +133,21 @@ class Tokenizer:
             raise UserError(f"text id {id_} is not in the tokenizer, which has ids 0 to {self.vocab_size - 1}")
         return {STOP: "", SPACE: " "}.get(token, token)
 
-    def unknown_characters(self, text: str, cleaner: str = "english") -> list[str]:
+    def unknown_characters(self, text: str, cleaner: str = DEFAULT) -> list[str]:
         """The characters of the cleaned text that no token contains, in order, each once.
 
         `encode` turns them into [UNK], and drops white space that is not a space.
         """
         return [c for c in dict.fromkeys(clean(text, cleaner)) if c != " " and not self._knows(c)]
+
+    def unknown_in_words(self, text: str, cleaner: str = DEFAULT) -> str:
+        """The unknown characters for a message, "& (U+0026)", with the cleaner that would say them; "" for none."""
+        unknown = self.unknown_characters(text, cleaner)
+        if not unknown:
+            return ""
+        shown = " ".join(f"{c} (U+{ord(c):04X})" if c.isprintable() else f"U+{ord(c):04X}" for c in unknown)
+        helps = cleaner == DEFAULT and not self.unknown_characters(text, "english")
+        return shown + ("; --cleaner english says them in words" if helps else "")
 
     def _knows(self, character: str) -> bool:
         ids = self.encode_cleaned(character)

@@ -19,6 +19,7 @@ from tortoise_jax.data.plan import BatchPlan
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
+from tortoise_jax.text.cleaners import record, recorded
 from tortoise_jax.training import estimate, presets, report, schemas
 from tortoise_jax.training.drafts import fixed_voices, make_drafter
 from tortoise_jax.training.feed import Feed
@@ -77,7 +78,7 @@ def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
     """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
     if dataset.header["own_tokenizer"]:
         parallel.say("tokenizer: the data set's own, saved with the run")
-    source = pretrained.source | {"cleaner": dataset.header["cleaner"]}
+    source = pretrained.source | record(recorded(dataset.header))
     return dataclasses.replace(pretrained, tokenizer=dataset.tokenizer(), source=source)
 
 

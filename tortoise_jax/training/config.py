@@ -6,6 +6,7 @@ What fields there are and what they may hold is a `Schema`, one per kind of run,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import runpy
@@ -19,9 +20,11 @@ from ml_collections import ConfigDict, config_flags
 
 from tortoise_jax.errors import UserError, did_you_mean
 
-ONE_OR_MORE = (1, math.inf)
-ZERO_OR_MORE = (0, math.inf)
+LARGEST = 2**31 - 1  # of 32 bits: a larger step overflows, a larger seed wraps
+ONE_OR_MORE = (1, LARGEST)
+ZERO_OR_MORE = (0, LARGEST)
 
+KINDS = {"bool": "truth value (true or false)", "int": "whole number", "string": "text"}
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
 flags.DEFINE_string("workdir", "", "the run's directory (default: runs/NAME, the data's name)")
@@ -56,15 +59,25 @@ class Schema:
         """Why a name is no field, and what it may be meant for."""
         if name in self.renamed:
             return f"the field {name} is called {self.renamed[name]} now"
-        return f"unknown field {name}{did_you_mean(name, self.types())}"
+        inside = [field for field in self.types() if field.startswith(f"{name}.")]
+        if inside:
+            return f"{name} is a group of fields: {', '.join(inside)}"
+        # In "optimizer.lr" most letters are the group's: names alone are compared, and "lr" stands for "learning_rate".
+        own_names = {field.rpartition(".")[2]: field for field in self.types()}
+        own_names |= {"".join(word[0] for word in own.split("_")): own_names[own] for own in own_names if "_" in own}
+        meant = did_you_mean(name.rpartition(".")[2], own_names)
+        for own, field in own_names.items():
+            meant = meant.replace(f'"{own}"', f'"{field}"')
+        return f"unknown field {name}{meant}"
 
 
 def parse(argv: list[str], schema: Schema) -> ConfigDict:
     """The command line's configuration. Raises UserError for anything unknown or of a wrong type."""
     argv = with_packaged_file(argv, schema)
     check_overrides(argv, schema)
+    unset = [field for argument in argv if (field := left_open(argument, schema))]
     try:
-        rest = FLAGS(argv)
+        rest = FLAGS([argument for argument in argv if not left_open(argument, schema)])
         if FLAGS.config is not None:
             getattr(FLAGS.config, "checkpoint", None)  # a file that could not be loaded says so on first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
@@ -75,8 +88,20 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
         raise UserError("which configuration? e.g. --config configs/ar.py")
     if not isinstance(FLAGS.config, ConfigDict):
         raise UserError(f"--config: get_config() must return an ml_collections ConfigDict, as {schema.file} does")
+    for field in unset:
+        *groups, name = field.split(".")
+        node = functools.reduce(lambda inner, group: inner[group], groups, FLAGS.config)
+        with node.ignore_type():
+            node[name] = None
     check(FLAGS.config, schema)
     return FLAGS.config
+
+
+def left_open(argument: str, schema: Schema) -> str:
+    """The field of "--config.field=None", where it is one that is chosen by the size of the data set; else ""."""
+    name, _, value = argument.lstrip("-").partition("=")
+    field = name.removeprefix("config.")
+    return field if value == "None" and flat(schema.defaults()).get(field, value) is None else ""
 
 
 def with_packaged_file(argv: list[str], schema: Schema) -> list[str]:
@@ -119,12 +144,21 @@ def check_overrides(argv: list[str], schema: Schema) -> None:
             file = value if given else next(iter(argv[index + 1 :]), "")
             if not Path(file.partition(":")[0]).is_file():
                 raise UserError(f"--config {file}: there is no such file; {schema.file} is the one to start from")
+        if given and name != "config" and name in FLAGS:
+            try:
+                FLAGS[name].parser.parse(value)
+            except (ValueError, TypeError):
+                raise UserError(f"--{name}: {value!r} is no {KINDS[FLAGS[name].flag_type()]}") from None
         if not name.startswith("config."):
             continue
         field = name.removeprefix("config.")
         if field not in known:
             raise UserError(f"--{name}: {schema.unknown(field)}; --help lists all")
-        if given and known[field] in (int, float):
+        if not given and known[field] is not bool and not argv[index + 1 :]:
+            raise UserError(f"--{name}: a value is missing; --{name}=VALUE")
+        if given and known[field] is bool and value.lower() not in ("true", "t", "1", "false", "f", "0"):
+            raise UserError(f"--{name}: {value!r} is neither true nor false")
+        if given and known[field] in (int, float) and not left_open(argument, schema):
             try:
                 known[field](value)
             except ValueError:
@@ -189,6 +223,8 @@ def check(config: ConfigDict, schema: Schema) -> None:
             raise UserError(f"config: {name} is {given[name]!r}, expected one of {', '.join(allowed)}")
     for name, (low, high) in schema.ranges.items():
         if given[name] is not None and not low <= given[name] <= high:
-            expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-            raise UserError(f"config: {name} is {given[name]}, expected {expected}")
+            above = given[name] < low and high in (LARGEST, math.inf)
+            raise UserError(
+                f"config: {name} is {given[name]}, expected {f'at least {low:g}' if above else f'{low:g} to {high}'}"
+            )
     schema.rule(given)

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import soundfile
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, crop_conditioning, waveform_from_int16
+from tortoise_jax.audio import crop_conditioning, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, count_of
 from tortoise_jax.synthesis import drafts, sampler, voices
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import trailing_silence
+from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training.run_directory import Run
 
 FOLDER = "samples"
@@ -34,8 +34,15 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     if not settings.sample_every or not settings.prompts:
         return None
     config, dvae = pretrained.ar.config, pretrained.dvae
-    text_ids = [pretrained.tokenizer.encode(prompt, dataset.header["cleaner"]) for prompt in settings.prompts]
+    cleaner = recorded(dataset.header)
+    text_ids = [pretrained.tokenizer.encode(prompt, cleaner) for prompt in settings.prompts]
     room = max_text_ids(config)
+    for prompt in settings.prompts:
+        unknown = pretrained.tokenizer.unknown_in_words(prompt, cleaner).replace(
+            "--cleaner", "data prepared with --cleaner"
+        )
+        if unknown:
+            raise UserError(f"config: prompts: {prompt!r} holds characters the tokenizer does not know: {unknown}")
     for prompt, ids in zip(settings.prompts, text_ids, strict=True):
         if not 0 < len(ids) <= room:
             raise UserError(
@@ -47,7 +54,6 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     def draft(step: int, params: Any, run: Run) -> None:
         if run.history.has("sample", step):
             return
-        (run.folder / FOLDER).mkdir(exist_ok=True)
         weights = sampler.SamplerWeights.of(params, config, options.dtype)
         entries: list[dict[str, Any]] = []
         for voice, clips in speakers.items():
@@ -58,7 +64,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
                 mel = drafts.draft_mel(dvae.variables, dvae.config, drawn.row(i))
                 waveform = drafts.draft_waveform(mel, pretrained.mel_norms)
-                soundfile.write(run.folder / FOLDER / name, waveform, SAMPLE_RATE, subtype="PCM_16")
+                drafts.write_wav(run.folder / FOLDER / name, waveform)
                 run.writer.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(
                     {
@@ -75,8 +81,8 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         silence = float(np.mean([entry["trailing_silence"] for entry in entries]))
         run.writer.scalars(step, {"sample/share_that_stops": share, "sample/trailing_silence": silence})
         run.writer.say(
-            f"step {step}: {len(entries)} drafts in {run.folder / FOLDER}; {share:.0%} stop by themselves, "
-            f"{silence:.1f} s of silence after"
+            f"step {step}: {count_of(len(entries), 'draft')} in {run.folder / FOLDER}; {share:.0%} stop by themselves, "
+            f"{silence:.1f} s of silence after them"
         )
 
     return draft if parallel.is_main() else None

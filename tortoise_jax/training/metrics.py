@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tortoise_jax.audio import SAMPLE_RATE
 
 SMOOTHING = 0.9
+SECONDS_PER_LINE = 60  # where the progress goes into a file
 
 
 class MetricWriter:
@@ -25,8 +26,15 @@ class MetricWriter:
         self.active = active
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None) if active else None
         self.bar = tqdm(
-            total=steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not active, desc="training"
+            total=steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if active else True,  # None: where the output is no terminal, too
+            desc="training",
         )
+        self.started = False
+        self.said = time.perf_counter()
         self.smoothed: float | None = None
         self.clock = time.perf_counter()
 
@@ -53,10 +61,17 @@ class MetricWriter:
         seconds, self.clock = now - self.clock, now
         loss = metrics[f"loss/{headline}"]
         self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
-        self.bar.set_postfix_str(
-            f"{headline} loss {loss:.3f} (trend {self.smoothed:.3f}), {clips / seconds:.1f} clips/s"
-        )
-        self.bar.update(1)
+        line = f"{headline} loss {loss:.3f} (trend {self.smoothed:.3f}), {clips / seconds:.1f} clips/s"
+        self.bar.set_postfix_str(line, refresh=False)
+        if self.started:
+            self.bar.update(1)
+        else:  # the first step compiled: the time that is left is reckoned from here
+            self.started = True
+            self.bar.reset()
+            self.bar.initial = self.bar.n = step
+        if self.bar.disable and now - self.said >= SECONDS_PER_LINE:
+            self.said = now
+            self.say(f"step {step} of {self.bar.total}: {line}")
         if log and self.writer:
             rates = {"rate/clips_per_second": clips / seconds, "rate/speech_per_second": speech / seconds}
             self.scalars(step, dict(metrics) | rates)

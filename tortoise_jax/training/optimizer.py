@@ -50,7 +50,7 @@ def paths(tree: Tree) -> Tree:
 
 
 def frozen_marks(params: Tree, freeze: str) -> Tree:
-    """For each parameter whether `freeze` matches its whole path; an expression must match at least one."""
+    """For each parameter whether `freeze` matches its whole path; an expression must match some, not all."""
     if not freeze:
         return jax.tree.map(lambda _: False, params)
     try:
@@ -61,6 +61,8 @@ def frozen_marks(params: Tree, freeze: str) -> Tree:
     if not any(jax.tree.leaves(marks)):
         examples = ", ".join(sorted(jax.tree.leaves(paths(params)))[:3])
         raise UserError(f"optimizer.freeze: {freeze!r} matches no parameter; their paths look like {examples}")
+    if all(jax.tree.leaves(marks)):
+        raise UserError(f"optimizer.freeze: {freeze!r} matches every parameter: nothing would be trained")
     return marks
 
 

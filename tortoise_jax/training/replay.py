@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tortoise_jax import parallel
 from tortoise_jax.data.batches import Batch
 from tortoise_jax.errors import UserError, first_line
-from tortoise_jax.files import write_atomically
+from tortoise_jax.files import check_readable, write_atomically
 from tortoise_jax.training.optimizer import paths
 from tortoise_jax.training.step import Objective, eval_step, evaluation, gradients
 
@@ -37,6 +37,7 @@ def save(run: Path, step: int, batch: Batch, params: Any) -> Path:
 
 def load(path: Path) -> tuple[int, Batch, Any]:
     """(step, batch, params) of a file that `save` wrote."""
+    check_readable(path)
     try:
         with path.open("rb") as opened, np.load(opened) as file:
             arrays = {name: file[name] for name in file.files}

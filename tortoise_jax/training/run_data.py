@@ -23,7 +23,7 @@ def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     if not source.exists():
         raise UserError(f"config.data={source} does not exist; give recordings (metadata.csv, wavs/) or a data set")
     if not is_dataset(source):
-        prepared = source.with_name(f"{source.name}-prepared")
+        prepared = named(source).with_name(f"{named(source).name}-prepared")
         if not is_dataset(prepared):
             parallel.say(f"preparing {source}, once, into {prepared}")
             prepare([source], settings.checkpoint or pretrained, prepared)
@@ -37,6 +37,14 @@ def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
             "val or test, or a column split, says so; rename it, or add recordings to train on, and prepare again"
         )
     return dataset
+
+
+def named(path: Path) -> Path:
+    """A path that ends in a name: "." and ".." are folders with a name too."""
+    found = path if path.name not in ("", "..") else path.resolve()
+    if not found.name:
+        raise UserError(f"config.data={path} is no data set, and none can be made beside it; give one folder")
+    return found
 
 
 def check_current(source: Path, prepared: Path, checkpoint: str) -> None:

@@ -41,6 +41,7 @@ CONFIG = "config.json"
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
 FIXED = ("seed", "batch_size", "save_to", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+DIGESTS = ("data_digest", "text_digest")
 # What a run writes; without CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
@@ -84,6 +85,9 @@ def begin(
     changed = changes(before, now)
     refused = [line for line in changed if (name := line.split(":")[0]) in FIXED and name in before]
     if refused:
+        refused = [line for line in refused if not line.startswith(DIGESTS)]
+        if len(refused) < sum(name in before and before[name] != now[name] for name in FIXED):
+            refused.append(other_data(str(before.get("data")), str(now["data"])))
         advice = "begin another with --workdir, or put the old settings back"
         raise UserError(f"{run} was begun with what cannot change: {'; '.join(refused)}; {advice}")
     if (run / METADATA).exists():
@@ -121,6 +125,11 @@ def save_elsewhere(run: Path, folder: str) -> None:
     except UserError:
         (run / ELSEWHERE).unlink()
         raise
+
+
+def other_data(before: str, now: str) -> str:
+    """What differs, in words that say more than two digests."""
+    return f"the data set in {now}, which holds other clips since" if before == now else f"data: {before} -> {now}"
 
 
 def check_folder(run: Path) -> None:
@@ -178,10 +187,7 @@ class History:
 
     def __init__(self, run: Path, step: int, writes: bool) -> None:
         self.file, self.writes = run / HISTORY, writes
-        self.lines: list[dict[str, Any]] = []
-        if self.file.exists():
-            whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            self.lines = [entry for entry in map(json.loads, whole) if entry["step"] <= step]
+        self.lines = [entry for entry in read_history(self.file) if entry["step"] <= step]
         if writes:
             write_atomically(self.file, "".join(json.dumps(entry) + "\n" for entry in self.lines))
 
@@ -190,8 +196,13 @@ class History:
         entry = {"kind": kind, "step": step, **values}
         self.lines.append(entry)
         if self.writes:
-            with self.file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with self.file.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self.file}: cannot be written: {error.strerror}; is the run's folder gone?"
+                ) from None
 
     def curve(self, kind: str, name: str) -> Curve:
         """(step, value) of one quantity."""
@@ -208,6 +219,24 @@ def best_evaluation(validation: Curve) -> tuple[int, float] | None:
     """Step and loss of the best evaluation, of equals the later one, as `RunCheckpoints.best`; None: none is finite."""
     finite = [(step, loss) for step, loss in validation if math.isfinite(loss)]
     return min(finite, key=lambda point: (point[1], -point[0]), default=None)
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The lines of a history, without one that a killed run left half. Raises UserError for a line that is damaged."""
+    if not file.exists():
+        return []
+    entries = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["step"], int) or not isinstance(entry["kind"], str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{file}:{number}: the line is damaged, and early stopping counts on it; remove it or put it right"
+            ) from None
+        entries.append(entry)
+    return entries
 
 
 def evaluations_without_gain(losses: list[float]) -> int:
