@@ -420,7 +420,7 @@ def test_a_data_set_without_a_clip_to_train_on_is_refused(project: Path, tmp_pat
 
 def test_a_data_set_of_another_dvae_is_refused(project: Path, tmp_path: Path) -> None:
     other = runs.write_checkpoint(tmp_path / "other", seed=5)
-    assert_one_line(runs.train(project, tmp_path / "run", checkpoint=other), "another dvae", "prepare it again")
+    assert_one_line(runs.train(project, tmp_path / "run", checkpoint=other), "another dVAE", "prepare it again")
 
 
 def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
