@@ -179,7 +179,7 @@ def test_good_files_are_kept() -> None:
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_any_manifest_ends_in_a_report_or_one_line(cases: int) -> None:
-    @settings(max_examples=cases, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
     @given(manifests(), st.booleans())
     @example(("data.jsonl", b'{"audio": "a.wav", "text": "x", "start": 0, "end": 1e400}'), True)
     @example(("data.jsonl", b'{"audio": "a.wav", "text": "x\\ud800"}'), True)
@@ -196,7 +196,7 @@ def test_any_manifest_ends_in_a_report_or_one_line(cases: int) -> None:
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_any_recording_ends_in_a_report_or_one_line(cases: int) -> None:
-    @settings(max_examples=cases, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
     @given(recordings())
     @example(("wav", SOUNDS["wav"][:24] + (1).to_bytes(4, "little") + SOUNDS["wav"][28:]))
     def case(recording: tuple[str, bytes]) -> None:

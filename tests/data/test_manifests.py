@@ -365,6 +365,13 @@ def test_a_name_that_no_file_can_have_is_a_malformed_line(tmp_path):
     ]
 
 
+def test_a_line_without_end_makes_no_line_without_end(tmp_path):
+    root = tree(tmp_path, {"metadata.csv": "[" * 20_000})
+    (line,) = read(root, "ljspeech")
+    assert len(line.id) == 60
+    assert len(str(line.audio)) < len(str(root)) + 70
+
+
 def test_what_json_can_say_and_no_clip_can_be(tmp_path):
     rows = [
         '{"audio": "a.wav", "text": "x", "start": 0, "end": 1e400}',

@@ -529,13 +529,14 @@ def _with_possible_names(clip: Clip) -> Clip:
             audio=Path(printable(str(clip.audio))),
         )
         return malformed(clip, "its name or text is no Unicode (other bytes than UTF-8, or half a surrogate pair)")
-    if clip.reason:
-        return clip
-    if "\0" in str(clip.audio):
-        return malformed(dataclasses.replace(clip, audio=Path(clip.file)), "the recording's name holds a zero byte")
     longest = max((len(os.fsencode(part)) for part in clip.audio.parts), default=0)
     if longest > LONGEST_NAME:
-        return malformed(clip, f"the recording's name has {longest} bytes, at most {LONGEST_NAME}")
+        shown = Path(*(part if len(part) <= 60 else f"{part[:60]}…" for part in clip.audio.parts))
+        clip = dataclasses.replace(clip, id=clip.id[:60], audio=shown)
+        detail = f"the recording's name has {longest} bytes, at most {LONGEST_NAME}"
+        return clip if clip.reason else malformed(clip, detail)
+    if "\0" in str(clip.audio) and not clip.reason:
+        return malformed(dataclasses.replace(clip, audio=Path(clip.file)), "the recording's name holds a zero byte")
     return clip
 
 

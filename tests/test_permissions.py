@@ -1,0 +1,91 @@
+"""Files and folders of somebody else: one line, or one rejected clip; nothing is left out without a word."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.recordings import RECORDINGS
+
+# Root may read everything, so it becomes somebody else; after a first run, for Python's own files may be root's alone.
+PROGRAM = """
+import contextlib, importlib, io, os, sys
+from tortoise_jax.errors import exit_with_one_line
+module, warm, *arguments = sys.argv[1:]
+main = importlib.import_module(module).main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.suppress(BaseException):
+        sys.argv = [module, "--data", warm, "--check", "--workers", "0"]
+        main()
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+sys.argv = [module, *arguments]
+exit_with_one_line(main)
+"""
+
+
+def run(voices: Path, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command line of the package, by a user who is not root."""
+    command = [sys.executable, "-c", PROGRAM, module, str(voices), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def voices() -> Iterator[Path]:
+    """Two speakers' folders, which the other user may read."""
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path, which only its owner may enter
+        for speaker, first in (("ann", 0), ("bob", 4)):
+            folder = Path(name) / "voices" / speaker
+            folder.mkdir(parents=True)
+            for recording in RECORDINGS[first : first + 4]:
+                (folder / recording.name).write_bytes(recording.read_bytes())
+                (folder / f"{recording.stem}.txt").write_text(f"Some words of {recording.stem.replace('-', ' ')}")
+        for path in [Path(name), *Path(name).rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        yield Path(name) / "voices"
+
+
+def check(voices: Path) -> subprocess.CompletedProcess[str]:
+    return run(voices, "tortoise_jax.prepare", "--data", voices, "--check", "--workers", 0)
+
+
+@pytest.fixture
+def closed(request: pytest.FixtureRequest, voices: Path) -> Iterator[Path]:
+    path: Path = voices / request.param
+    mode = path.stat().st_mode
+    path.chmod(0)
+    yield path
+    path.chmod(mode)
+
+
+@pytest.mark.parametrize("closed", ["bob", "."], indirect=True)
+def test_a_folder_that_may_not_be_read_is_named(voices: Path, closed: Path) -> None:
+    """The clips of a speaker's folder vanished without a word."""
+    done = check(voices)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {closed}")
+    assert done.stderr.endswith(": cannot be read (Permission denied)\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["bob/voice-05.flac", "bob/voice-05.txt"], indirect=True)
+def test_a_file_that_may_not_be_read_is_one_rejected_clip(voices: Path, closed: Path) -> None:
+    done = check(voices)
+    assert done.returncode == 0, done.stderr
+    assert f"{voices}/bob/voice-05.txt:1: " in done.stdout
+    assert "cannot be read (Permission denied)" in done.stdout
+    assert "kept                                    7" in done.stdout
+
+
+def test_a_place_that_may_not_be_written_is_named_before_the_work(voices: Path) -> None:
+    what = ("--checkpoint", "x", "--text", "Hi", "--voice", voices)
+    done = run(voices, "tortoise_jax.speak", *what, "--out", voices / "bob" / "a.wav")
+    assert done.returncode == 2
+    assert done.stderr == f"error: --out {voices}/bob/a.wav: cannot be written: {voices}/bob: Permission denied\n"
