@@ -19,6 +19,7 @@ from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore
 from tortoise_jax.errors import UserError, first_line
 
 STEPS = "steps"
+TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"
 ELSEWHERE = "steps.txt"  # in a run's directory: where its steps are, if not in STEPS
 PARAMS_CRC32 = "params_crc32"
 REMOVAL_SECONDS = 1  # longer than a run takes to remove an old checkpoint
@@ -52,6 +53,11 @@ class RunCheckpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
         self.folder = steps_folder(run)
+        if not alone and parallel.is_main():
+            # Saves that were killed, each as large as a checkpoint. Orbax would remove them in the background, where
+            # nothing keeps it from taking a save that has begun since for one of them.
+            for left in self.folder.glob(f"*{TMP_DIR_SUFFIX}*"):
+                left.rmtree()
         loss = lambda metrics: metrics["loss"]
         best = keep.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -59,7 +65,6 @@ class RunCheckpoints:
             best_fn=loss,
             best_mode="min",
             create=not alone,
-            cleanup_tmp_directories=not alone,  # of saves that were killed, each as large as a checkpoint
             read_only=alone,
             multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
