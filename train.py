@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from configs import ar, dvae
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.parts import AR, DVAE
-from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError, exit_with_one_line
@@ -134,7 +133,7 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
             raise UserError(f"{folder}: {loop.failure}; nothing was exported{best}")
         if parallel.is_main():
             kind.leave(folder, dataset)
-            export(kind.part, folder, settings.export)
+            export(folder, settings.export, checkpoints.best())
 
 
 def show_replay(step_config: Objective, file: Path, dataset: Dataset) -> None:
@@ -157,9 +156,9 @@ def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params:
     return parallel.replicate(TrainState(step, restored, opt_state, skipped))
 
 
-def export(part: str, folder: Path, name: str) -> None:
-    """Writes the best checkpoint as a torch file where torch is installed, else says how."""
-    if load_pretrained(folder, (part,)).step == 0:
+def export(folder: Path, name: str, best: int | None) -> None:
+    """Writes the best checkpoint as a torch file where torch is installed, else says how. best: its step."""
+    if best == 0:
         parallel.say(
             "no step was better than the start on held-out clips, so nothing is exported; flax_to_torch.py has --step"
         )

@@ -280,6 +280,18 @@ def test_a_diverged_run_says_so_and_offers_its_start(project: Path, tmp_path: Pa
     assert_one_line(runs.train(project, run, **fields), "diverged", "nothing was exported")  # as often as it is run
 
 
+def test_what_is_no_better_than_the_start_is_not_exported(project: Path, tmp_path: Path) -> None:
+    """One step, too few to call it divergence."""
+    run = tmp_path / "run"
+    done = runs.train(project, run, steps=1, export="voice.pth", optimizer__learning_rate=1.0)
+    assert done.returncode == 0, done.stderr
+    assert "no step was better than the start on held-out clips, so nothing is exported" in done.stdout
+    assert not (run / "voice.pth").exists()
+    lines = flax_to_torch.export(run, tmp_path / "start.pth")
+    assert "of step 0" in lines[0]
+    assert "the start of the run, before any training" in lines[1]
+
+
 def test_a_diverged_run_without_held_out_clips_offers_nothing(project: Path, tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     prepare(project / "recordings", project / "checkpoint", data, Options(workers=1, validation=0))
