@@ -12,7 +12,8 @@ import pytest
 from tortoise_jax.training import metrics
 from tortoise_jax.training.metrics import MetricWriter
 
-METRICS = {"loss/mel": 2.5, "mel_count": 100.0}
+METRICS = {"loss/mel": 2.5}
+STEP = {"headline": "mel", "clips": 4, "speech": 20.0, "log": False}
 
 
 class Terminal(io.StringIO):
@@ -24,9 +25,9 @@ def test_the_time_left_is_reckoned_without_compiling(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "stderr", Terminal())
     with MetricWriter(tmp_path, 2, 10, active=True) as writer:
         time.sleep(0.5)  # the first step compiles
-        writer.step(3, METRICS, clips=4, log=False)
+        writer.step(3, METRICS, **STEP)
         first = writer.bar.format_dict
-        writer.step(4, METRICS, clips=4, log=False)
+        writer.step(4, METRICS, **STEP)
         second = writer.bar.format_dict
     assert first["elapsed"] < 0.4
     assert (first["n"], first["initial"]) == (3, 3)
@@ -38,9 +39,9 @@ def test_a_file_gets_a_line_a_minute_not_one_a_step(
 ) -> None:
     with MetricWriter(tmp_path, 0, 5, active=True) as writer:
         for step in (1, 2, 3):
-            writer.step(step, METRICS, clips=4, log=False)
+            writer.step(step, METRICS, **STEP)
         monkeypatch.setattr(metrics, "SECONDS_PER_LINE", 0)
-        writer.step(4, METRICS, clips=4, log=False)
+        writer.step(4, METRICS, **STEP)
     printed = capsys.readouterr()
     assert printed.err == ""
     (line,) = printed.out.splitlines()

@@ -180,7 +180,7 @@ def test_a_damaged_line_of_the_history_is_named(tmp_path: Path, line: bytes) -> 
 def test_a_run_whose_folder_is_removed_says_so(tmp_path: Path) -> None:
     history = History(tmp_path / "run", 0, writes=True)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match=r"history.jsonl: cannot be written: No such file .* the run's folder gone"):
+    with pytest.raises(UserError, match=r"history.jsonl: cannot be written: No such file .*: the run's folder is gone"):
         history.add("train", 1, {})
 
 

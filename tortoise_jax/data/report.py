@@ -188,7 +188,7 @@ def _cells(amount: dict[str, Any]) -> tuple[str, str]:
 
 
 def _inputs(report: dict[str, Any]) -> str:
-    return "\n".join(f"{i['path']}: {i['lines']} lines, read as {i['format']}" for i in report["inputs"])
+    return "\n".join(f"{i['path']}: {count_of(i['lines'], 'line')}, read as {i['format']}" for i in report["inputs"])
 
 
 def _spreads(report: dict[str, Any]) -> str:

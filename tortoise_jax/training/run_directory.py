@@ -83,10 +83,10 @@ def begin(
     before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
     before = {"save_to": ""} | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
-    refused = [line for line in changed if (name := line.split(":")[0]) in FIXED and name in before]
-    if refused:
-        refused = [line for line in refused if not line.startswith(DIGESTS)]
-        if len(refused) < sum(name in before and before[name] != now[name] for name in FIXED):
+    differ = {name for name in FIXED if name in before and before[name] != now[name]}
+    if differ:
+        refused = [line for line in changed if line.split(":")[0] in differ - set(DIGESTS)]
+        if differ & set(DIGESTS):
             refused.append(other_data(str(before.get("data")), str(now["data"])))
         advice = "begin another with --workdir, or put the old settings back"
         raise UserError(f"{run} was begun with what cannot change: {'; '.join(refused)}; {advice}")
@@ -200,9 +200,8 @@ class History:
                 with self.file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
             except OSError as error:
-                raise UserError(
-                    f"{self.file}: cannot be written: {error.strerror}; is the run's folder gone?"
-                ) from None
+                gone = "" if self.file.parent.exists() else ": the run's folder is gone"
+                raise UserError(f"{self.file}: cannot be written: {error.strerror}{gone}") from None
 
     def curve(self, kind: str, name: str) -> Curve:
         """(step, value) of one quantity."""
