@@ -32,6 +32,7 @@ from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import locked
+from tortoise_jax.training import run_data
 
 STEPS = runs.FIELDS["steps"]
 
@@ -464,6 +465,15 @@ def test_a_run_cleans_text_as_its_data_was(project: Path, tmp_path: Path) -> Non
     assert model.text_ids("R&B, 50%") == model.text_ids("r and b, fifty percent", "tortoise")
     with pytest.raises(UserError, match="does not know &"):
         tj.load(project / "checkpoint").text_ids("R&B")
+
+
+def test_dot_is_a_folder_with_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--config.data=.` is prepared beside the folder it stands for."""
+    (tmp_path / "voice" / "wavs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "voice" / "wavs")
+    assert run_data.named(Path("..")) == tmp_path / "voice"
+    assert run_data.named(Path(".")) == tmp_path / "voice" / "wavs"
+    assert run_data.named(Path("here")) == Path("here")
 
 
 def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) -> None:
