@@ -32,7 +32,8 @@ from tortoise_jax.synthesis.speech import candidate_mels
 
 PITCHED = 10  # clips are enough to know a voice's pitch
 LOWEST_HZ, HIGHEST_HZ = 60, 450
-OPTIONS = sampler.SamplingOptions()
+# TorToiSe's repetition penalty is meant for 8192 codes; of 256, speech repeats many.
+OPTIONS = sampler.SamplingOptions(temperature=0.5, repetition_penalty=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
