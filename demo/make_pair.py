@@ -51,7 +51,7 @@ SPEECH = {
     "sample_every": 0,
     "patience": 0,
 }
-LONGER = SPEECH | {"steps": 900, "optimizer.warmup": 0}  # from the first run's end: words come out right only here
+LONGER = SPEECH | {"steps": 900}  # from the first run's end: words come out right only here
 MODEL = UnifiedVoiceConfig(
     layers=8, width=128, heads=2, text_tokens=256, mel_tokens=258, text_positions=62, mel_positions=134
 )
