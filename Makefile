@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint, each from a machine that has only Python (3.11 or newer) and make.
+# make demo | pair | test | test-slow | lint, each from a machine that has only Python (3.11 or newer) and make.
 # PIP_OPTIONS is handed to pip. On Linux, torch's CPU build saves gigabytes:
 #   make demo PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -8,10 +8,15 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo pair test test-slow lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tests.demo
+
+# Trains demo/*.pth anew, an hour or two (demo/README.md).
+pair: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pair]'
+	$(BIN)/python demo/make_pair.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
@@ -31,4 +36,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo-output

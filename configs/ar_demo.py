@@ -1,8 +1,8 @@
-"""The demo: a tiny model with random weights learns the bundled voice's code statistics on two CPU cores.
+"""The demo: a tiny trained model learns a voice it has never heard, on two CPU cores, in a minute or two.
 
   make demo
 
-Expected: under five minutes, the held-out mel loss falls by more than a tenth.
+Expected: the held-out mel loss falls by more than 60 %.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from configs import ar
 
 def get_config() -> ConfigDict:
     config = ar.get_config()
-    config.steps = 50
+    config.steps = 160
     config.batch_size = 8
-    config.conditioning_clips = 1  # encoding six seconds of conditioning is most of a tiny model's work
+    config.conditioning_clips = 1
     config.gradient_accumulation_steps = 1
-    config.optimizer.learning_rate = 5e-3  # random weights, not fine-tuning
-    config.optimizer.milestones = (40,)
+    config.embed_dropout = 0.0
+    config.residual_dropout = 0.1
+    config.optimizer.learning_rate = 1e-3  # of a tiny model; the released one asks for a hundredth
+    config.optimizer.schedule = "cosine"
+    config.optimizer.milestones = ()
+    config.optimizer.freeze = "conditioning_encoder/.*"  # six seconds of conditioning are most of a tiny model's work
     config.remat = False
-    config.eval_every = 25
-    config.log_every = 5
-    config.sample_every = 50
-    config.prompts = ("Yes.",)
+    config.eval_every = 40
+    config.log_every = 10
+    config.sample_every = 160  # at the start and at the end: before and after
+    config.patience = 0
+    config.prompts = ("white one eight london", "green nine yellow blue", "london four nine")  # no clip says them
     return config
