@@ -472,7 +472,7 @@ def test_dot_is_a_folder_with_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "voice" / "wavs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "voice" / "wavs")
     assert run_data.named(Path("..")) == tmp_path / "voice"
-    assert run_data.named(Path(".")) == tmp_path / "voice" / "wavs"
+    assert run_data.named(Path()) == tmp_path / "voice" / "wavs"
     assert run_data.named(Path("here")) == Path("here")
 
 
