@@ -141,7 +141,8 @@ def check_folder(run: Path) -> None:
         ours = False
     taken = [name for name in WRITTEN if (run / name).exists()]
     if taken and not ours:
-        raise UserError(f"--workdir {run} holds a {taken[0]} that is no run's; choose a new or empty folder")
+        what = "is a converted checkpoint" if METADATA in taken else f"holds a {taken[0]} that is no run's"
+        raise UserError(f"--workdir {run} {what}; give the run another folder, new or empty")
 
 
 def check_checkpoint(run: Path, pretrained: Pretrained, before: str, now: str) -> None:
