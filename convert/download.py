@@ -10,18 +10,24 @@ from convert.tables import MODELS, Location
 from tortoise_jax.errors import UserError, first_line
 
 LOCATIONS: dict[str, tuple[Location, ...]] = {model.file: model.locations for model in MODELS.values()}
+SIZES = {model.file: model.size for model in MODELS.values()}
 CHECKSUMS = {model.file: model.sha256 for model in MODELS.values() if model.sha256}
 
 
 def fetch(names: list[str], folder: Path, hub: str | None = None) -> list[str]:
     """Puts the named files into `folder`, unless they exist there already. Returns one line per file.
 
-    hub: another address than huggingface.co. Raises UserError if no location gives the file or its checksum is wrong.
+    hub: another address than huggingface.co. Says the sizes of what is missing before it begins. Raises UserError if no
+    location gives the file or its checksum is wrong.
     """
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        total = sum(SIZES[name] for name in missing)
+        print(f"fetching {total / 1e9:.2f} GB: " + ", ".join(f"{name} {SIZES[name] / 1e6:,.0f} MB" for name in missing))
     lines = []
     for name in names:
         target = folder / name
-        if target.exists():
+        if name not in missing:
             lines.append(f"{target} exists already and is kept")
             continue
         location = fetch_one(name, target, hub)

@@ -24,13 +24,13 @@ class Family:
     """A kind of checkpoint, with plain names.
 
     marks: each of these patterns matches the beginning of one of its keys. advice: why it is refused, and what to do;
-    "" if it is converted. part: what it becomes in a checkpoint; "" if it is refused.
+    "" if it is converted. parts: what it can become in a checkpoint; none if it is refused.
     """
 
     name: str
     marks: tuple[str, ...]
     advice: str = ""
-    part: str = ""
+    parts: tuple[str, ...] = ()
 
 
 NOT_FINE_TUNED = "TorToiSe uses it unchanged beside a fine-tuned AR model; give autoregressive.pth or dvae.pth"
@@ -50,18 +50,19 @@ REFUSED: list[Family] = [
         (r"mel_embedding\.encoder\.",),
         "it reads mel frames through an encoder instead of codes, another architecture than TorToiSe speaks with",
     ),
-    Family(
-        "TorToiSe's diffusion decoder", (r"latent_conditioner\.", r"conditioning_timestep_integrator\."), NOT_FINE_TUNED
-    ),
-    Family("TorToiSe's CLVP", (r"to_text_latent\.", r"to_speech_latent\."), NOT_FINE_TUNED),
     Family("TorToiSe's CVVP", (r"to_conditioning_latent\.", r"to_speech_latent\."), NOT_FINE_TUNED),
-    Family("a vocoder (UnivNet)", (r"res_stack\.", r"conv_pre\."), NOT_FINE_TUNED),
-    Family("a vocoder (HiFi-GAN or BigVGAN)", (r"ups\.", r"conv_pre\."), NOT_FINE_TUNED),
-    Family("TorToiSe's random latent generator", (r"layers\.0\.weight$", r"layers\.5\.weight$"), NOT_FINE_TUNED),
     Family("TorToiSe's classifier", (r"enc\.", r"head\."), NOT_FINE_TUNED),
 ]
 # The refused ones first: an XTTS file has keys of our models too.
-FAMILIES = [*REFUSED, *(Family(model.title, model.marks, part=model.part) for model in MODELS.values())]
+FAMILIES = [
+    *REFUSED,
+    *(
+        Family(
+            model.title, model.marks, parts=tuple(part for part, other in MODELS.items() if other.marks == model.marks)
+        )
+        for model in MODELS.values()
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def family_of(keys: Iterable[str], path: Path) -> Family:
     return Family(
         "a checkpoint of no known model",
         (),
-        f"none of its {len(keys)} keys is one of TorToiSe's AR model or dVAE; its first keys are {shown}",
+        f"none of its {len(keys)} keys is one of TorToiSe's models; its first keys are {shown}",
     )
 
 
@@ -142,5 +143,12 @@ def require(found: Found, part: str) -> None:
     option = f"--{part}"
     if found.family.advice:
         raise UserError(f"{option} {found.path} is {found.family.name}: {found.family.advice}")
-    if found.family.part != part:
-        raise UserError(f"{option} {found.path} is a {found.family.name}: give it as --{found.family.part}")
+    if part not in found.family.parts:
+        options = " or ".join(f"--{other}" for other in found.family.parts)
+        raise UserError(f"{option} {found.path} is a {found.family.name}: give it as {options}")
+
+
+def likely_part(found: Found) -> str:
+    """Which part a file that can be converted becomes: where its names fit several, that of its published name."""
+    named = [part for part in found.family.parts if MODELS[part].file == found.path.name]
+    return (named or list(found.family.parts))[0]

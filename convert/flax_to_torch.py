@@ -22,8 +22,15 @@ from convert.source import metadata_beside
 from convert.tables import MODELS, TorchModel
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
-from tortoise_jax.checkpoints.parts import AR, DVAE
-from tortoise_jax.checkpoints.pretrained import SUMMARY, Pretrained, load_pretrained, mel_norms_digest, read_metadata
+from tortoise_jax.checkpoints.parts import AR, PART_TYPES
+from tortoise_jax.checkpoints.pretrained import (
+    SUMMARY,
+    Pretrained,
+    load_pretrained,
+    mel_norms_digest,
+    read_metadata,
+    trained_part,
+)
 from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import check_writable, read_json, write_json
@@ -40,12 +47,13 @@ def export(
 ) -> list[str]:
     """Writes one model of a checkpoint as `out` with its metadata in a .json beside it; returns the lines to print.
 
-    part: "ar" or "dvae"; None takes the AR model if the checkpoint has one. step: of a run; None takes the best.
+    part: "ar", "dvae", …; None takes the first that the checkpoint has, the AR model before any other. step: of a run;
+    None takes the best.
     source: a torch file; its tensors that conversion dropped are added. dtype: a key of OUT_DTYPES. attn_masks: with
     the constant masks that transformers up to 4.29 saved; None: if `source` has them. Raises UserError.
     """
     check_names(out, source)
-    part = part or (AR if read_metadata(checkpoint).get(AR) else DVAE)
+    part = part or first_part(read_metadata(checkpoint))
     model = MODELS[part]
     check_step(checkpoint, part, step)
     pretrained = load_pretrained(checkpoint, (part,), step)
@@ -55,7 +63,7 @@ def export(
     own = len(state)
     masks = model.masks(config) if model.masks else {}
     if attn_masks and not masks:
-        raise UserError("--attn_masks is about the AR model; a dVAE has no attention")
+        raise UserError(f"--attn_masks is about the AR model; a {PART_TYPES[part].title} has no causal masks")
     added = dropped_tensors(state, source, model) if source else {}
     if attn_masks is not None:
         added = {key: value for key, value in added.items() if key not in masks}
@@ -63,7 +71,7 @@ def export(
         added |= masks
     state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(checkpoint))
 
-    write_state_dict(out, state)
+    write_state_dict(out, state, model.wrapper)
     facts = facts_of(pretrained, model)
     write_json(out.with_suffix(".json"), export_metadata(pretrained, model, facts, checkpoint, step, dtype))
     at = f" of step {step}" if step is not None else ""
@@ -94,12 +102,19 @@ def check_names(out: Path, source: Path | None) -> None:
         )
 
 
+def first_part(metadata: dict[str, Any]) -> str:
+    """The AR model if the checkpoint has one, else the first model that it has."""
+    return next((part for part in PART_TYPES if metadata.get(part)), AR)
+
+
 def check_step(checkpoint: Path, part: str, step: int | None) -> None:
-    """Raises UserError for a step of a converted checkpoint, or of a dVAE, which is not trained."""
+    """Raises UserError for a step of a converted checkpoint, or of a model that the run does not train."""
     of_run = is_run(checkpoint)
-    if step is not None and (not of_run or part == DVAE):
-        what = "the dVAE is the same at every step" if of_run else f"{checkpoint} is a converted checkpoint, not a run"
-        raise UserError(f"--step {step}: {what}")
+    if step is not None and (not of_run or part != trained_part(read_metadata(checkpoint))):
+        unchanged = f"the {PART_TYPES[part].title} is the same at every step"
+        raise UserError(
+            f"--step {step}: {unchanged if of_run else f'{checkpoint} is a converted checkpoint, not a run'}"
+        )
 
 
 def dropped_tensors(state: dict[str, np.ndarray], source: Path, model: TorchModel) -> dict[str, np.ndarray]:

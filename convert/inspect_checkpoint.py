@@ -57,7 +57,7 @@ def inspect_file(path: Path, heads: int | None) -> list[str]:
     if found.family.advice:
         return [*lines, f"  conversion: refused, {found.family.advice}"]
     try:
-        source = decide(found, found.family.part, heads)
+        source = decide(found, families.likely_part(found), heads)
         mapping.check_copies(source.plan, found.state)
         check_finite(source)
     except UserError as error:

@@ -41,17 +41,28 @@ SAME = Operation(lambda w: w, lambda w: w, None)
 LINEAR = Operation(lambda w: w.T, lambda w: w.T, 2)  # (out, in) <-> (in, out)
 POINTWISE = Operation(lambda w: w[:, :, 0].T, lambda w: w.T[:, :, None], 3)  # (out, in, 1) <-> (in, out)
 CONV = Operation(lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0), 3)  # (out, in, k) <-> (k, in, out)
+# A transposed convolution: (in, out, k) <-> (k, in, out)
+CONV_TRANSPOSE = Operation(lambda w: w.transpose(2, 0, 1), lambda w: w.transpose(1, 2, 0), 3)
+GAIN = Operation(lambda w: w[:, 0, 0], lambda w: w[:, None, None], 3)  # (c, 1, 1) <-> (c,), weight norm's
+
+
+FROM_0 = (0, 1)  # all numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """torch: a key, with `{i}` for the number of a layer or a `*` at its end for any ending. flax: "": dropped."""
+    """torch: a key, with `{i}` for the number of a layer or a `*` at its end for any ending. flax: "": dropped.
+
+    numbers: where a module list holds layers of several kinds, which numbers are this row's: the first, and the step to
+    the next.
+    """
 
     torch: str
     flax: str = ""
     operation: Operation = SAME
     reason: str = ""  # why it is dropped
     copy_of: str = ""  # the key that it must equal to be dropped; `*` stands for the same ending
+    numbers: tuple[int, int] = FROM_0
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -65,25 +76,71 @@ class Row:
     def stacked(self) -> bool:
         return "{i}" in self.torch and "{i}" not in self.flax
 
-    def key(self, layer: int) -> str:
-        return self.torch.replace("{i}", str(layer))
+    def has(self, number: int) -> bool:
+        """Whether the layer of this number is one of this row's."""
+        first, step = self.numbers
+        return number >= first and (number - first) % step == 0
+
+    def index(self, number: int) -> int:
+        """Where the layer of this number is on the stacked axis."""
+        first, step = self.numbers
+        return (number - first) // step
+
+    def number(self, index: int) -> int:
+        """The inverse of `index`."""
+        first, step = self.numbers
+        return first + step * index
+
+    def key(self, number: int) -> str:
+        return self.torch.replace("{i}", str(number))
 
 
-def norm(torch: str, flax: str) -> list[Row]:
+def norm(torch: str, flax: str, numbers: tuple[int, int] = FROM_0) -> list[Row]:
     """The two rows of a LayerNorm or GroupNorm."""
-    return [Row(f"{torch}.weight", f"{flax}/scale"), Row(f"{torch}.bias", f"{flax}/bias")]
+    return [
+        Row(f"{torch}.weight", f"{flax}/scale", numbers=numbers),
+        Row(f"{torch}.bias", f"{flax}/bias", numbers=numbers),
+    ]
 
 
-def weights(torch: str, flax: str, operation: Operation) -> list[Row]:
+def weights(torch: str, flax: str, operation: Operation, numbers: tuple[int, int] = FROM_0) -> list[Row]:
     """The two rows of a linear layer or a convolution."""
-    return [Row(f"{torch}.weight", f"{flax}/kernel", operation), Row(f"{torch}.bias", f"{flax}/bias")]
+    return [
+        Row(f"{torch}.weight", f"{flax}/kernel", operation, numbers=numbers),
+        Row(f"{torch}.bias", f"{flax}/bias", numbers=numbers),
+    ]
+
+
+def weight_normed(torch: str, flax: str, operation: Operation) -> list[Row]:
+    """The rows of a convolution with weight norm, in torch's older naming and its newer one, or folded already.
+
+    Gain and direction are kept as they are: folding them would not be undone bit for bit. A file has one form; written
+    is the older one, which TorToiSe loads.
+    """
+    return [
+        Row(f"{torch}.weight", f"{flax}/kernel", operation),
+        Row(f"{torch}.bias", f"{flax}/bias"),
+        Row(f"{torch}.weight_g", f"{flax}/kernel_g", GAIN),
+        Row(f"{torch}.weight_v", f"{flax}/kernel_v", operation),
+        Row(f"{torch}.parametrizations.weight.original0", f"{flax}/kernel_g", GAIN),
+        Row(f"{torch}.parametrizations.weight.original1", f"{flax}/kernel_v", operation),
+    ]
+
+
+WEIGHT_NORMED = ("weight_v", "parametrizations.weight.original1", "weight")  # the direction, or the kernel itself
+
+
+def normed_shape(shapes: Shapes, torch: str, where: str) -> Shape:
+    """The shape of the kernel of such a convolution, whichever form it has. Raises UserError."""
+    forms = [f"{torch}.{name}" for name in WEIGHT_NORMED]
+    return shape_of(shapes, next((key for key in forms if key in shapes), forms[0]), 3, where)
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
     row: Row
     row_index: int  # in the table
-    layer: int  # the number in the key, 0 if it has none
+    layer: int  # the number in the key, the row's first if it has none
     original: str  # of a copy: the key that it repeats; "" for any other key
 
 
@@ -122,9 +179,10 @@ def match(table: Iterable[Row], key: str) -> Match:
     """The first row whose pattern is the whole key. Raises UserError if no row matches."""
     for row_index, row in enumerate(table):
         found = row.pattern.fullmatch(key)
-        if found:
-            groups = found.groupdict()
-            return Match(row, row_index, int(groups.get("i", 0)), row.copy_of.replace("*", groups.get("rest", "*")))
+        groups = found.groupdict() if found else {}
+        number = int(groups.get("i", row.numbers[0]))
+        if found and row.has(number):
+            return Match(row, row_index, number, row.copy_of.replace("*", groups.get("rest", "*")))
     raise UserError(f'key "{key}" belongs to no known part of the model{did_you_mean(key, (r.torch for r in table))}')
 
 
@@ -134,6 +192,7 @@ def plan(table: list[Row], shapes: Shapes, expected: Shapes, where: str) -> KeyP
     shapes: of the torch tensors. expected: every Flax path with its shape, the stacked axis included.
     """
     keys_of: dict[str, dict[int, str]] = {}  # Flax path -> layer -> torch key; layer 0 where nothing is stacked
+    rows: dict[str, Row] = {}  # Flax path -> the row that fills it, of several that could
     dropped: dict[str, Match] = {}
     for key, shape in shapes.items():
         try:
@@ -147,14 +206,14 @@ def plan(table: list[Row], shapes: Shapes, expected: Shapes, where: str) -> KeyP
             dropped[key] = found
             continue
         path = row.flax.replace("{i}", str(found.layer))
-        if path not in expected or (row.stacked and found.layer >= expected[path][0]):
+        if path not in expected or (row.stacked and row.index(found.layer) >= expected[path][0]):
             raise UserError(f"{where}: {key} is one more than the other keys of this model leave room for")
         _check_shape(key, shape, row, expected[path][1:] if row.stacked else expected[path], where)
         layers = keys_of.setdefault(path, {})
-        layer = found.layer if row.stacked else 0
+        layer = row.index(found.layer) if row.stacked else 0
         if layer in layers:
             raise UserError(f"{where}: {key} and {layers[layer]} are the same parameter")
-        layers[layer] = key
+        layers[layer], rows[path] = key, row
     filled: dict[str, Assignment] = {}
     for path, shape in expected.items():
         row, number = _row_of(table, path)
@@ -162,9 +221,10 @@ def plan(table: list[Row], shapes: Shapes, expected: Shapes, where: str) -> KeyP
         missing = next((layer for layer in range(shape[0] if row.stacked else 1) if layer not in layers), None)
         if missing is not None:
             raise UserError(
-                f"{where}: key {row.key(missing if row.stacked else number)} is missing; nothing was converted"
+                f"{where}: key {row.key(row.number(missing) if row.stacked else number)} is missing; "
+                "nothing was converted"
             )
-        filled[path] = Assignment(row, tuple(layers[layer] for layer in sorted(layers)), shape)
+        filled[path] = Assignment(rows[path], tuple(layers[layer] for layer in sorted(layers)), shape)
     return KeyPlan(filled, dropped, where)
 
 
@@ -228,8 +288,9 @@ def to_torch(table: list[Row], params: Tree) -> dict[str, np.ndarray]:
     state: dict[str, np.ndarray] = {}
     for path, value in flatten_dict(params, sep="/").items():
         row, number = _row_of(table, path)
-        for layer, array in enumerate(value) if row.stacked else [(number, value)]:
-            state[row.key(layer)] = np.ascontiguousarray(row.operation.to_torch(array))
+        for index, array in enumerate(value) if row.stacked else [(0, value)]:
+            key = row.key(row.number(index) if row.stacked else number)
+            state[key] = np.asarray(row.operation.to_torch(array), order="C")  # ascontiguousarray gives () an axis
     return in_upstream_order(table, state)
 
 

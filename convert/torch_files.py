@@ -195,8 +195,10 @@ def as_numpy(tensor: torch.Tensor, where: str) -> np.ndarray:
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file that holds one flat dictionary, by its keys. Raises UserError."""
+    """The arrays of a file that holds one flat dictionary, wrapped or not, by its keys. Raises UserError."""
     content = load(path).content
+    while isinstance(content, dict) and len(content) == 1 and isinstance(next(iter(content.values())), dict):
+        content = next(iter(content.values()))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
     return tensors(content, path)
@@ -218,16 +220,17 @@ def cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.n
     return done
 
 
-def write_state_dict(path: Path, state: dict[str, np.ndarray]) -> None:
+def write_state_dict(path: Path, state: dict[str, np.ndarray], wrapper: str = "") -> None:
     """Writes a flat .pth. It appears whole or not at all, after it was read back and compared bit for bit.
 
-    Raises UserError.
+    wrapper: a key under which the whole is put. Raises UserError.
     """
     try:
         remove_partials(path.parent, path.name)
         with replaced_whole(path) as partial:
             with partial.open("wb") as file:
-                torch.save({key: as_torch(value) for key, value in state.items()}, file)
+                content = {key: as_torch(value) for key, value in state.items()}
+                torch.save({wrapper: content} if wrapper else content, file)
             check_written(partial, path, state)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         reason = error.strerror if isinstance(error, OSError) else first_line(error)

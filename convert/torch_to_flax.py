@@ -1,7 +1,8 @@
-"""Converts TorToiSe's torch checkpoints (dvae.pth, autoregressive.pth) into a Flax checkpoint directory.
+"""Converts TorToiSe's torch checkpoints (dvae.pth, autoregressive.pth, clvp2.pth, …) into a Flax checkpoint directory.
 
   python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out checkpoints/tortoise
-  python convert/torch_to_flax.py --download          fetches both files first
+  python convert/torch_to_flax.py --models DIR        takes every file in DIR that has its published name
+  python convert/torch_to_flax.py --download          fetches all these files into checkpoints/ first
   python convert/torch_to_flax.py                     takes the files in checkpoints/
 
 Dimensions are read from the tensors, never from a configuration. Files are only read, never run.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
 
 LOOK_IN = Path("checkpoints")
+TRAINED_WITH = (DVAE, AR)  # the parts that training needs
 
 
 def convert(
@@ -50,14 +52,14 @@ def convert(
 ) -> list[str]:
     """Converts the given files into the directory `out`, whole or not at all; returns the lines of the summary.
 
-    files: torch files by part ("ar", "dvae"). heads: of the AR model, where its .json or width / 64 is wrong.
+    files: torch files by part ("ar", "dvae", …). heads: of the AR model, where its .json or width / 64 is wrong.
     codebook_dim: only compared with the dVAE's. tokenizer, mel_norms: files, where they are not the released ones.
     allow_nonfinite: convert NaN and infinite values too. checksums: verify those of .pth files. Raises UserError.
     """
     check_new(out, "--out")
     sources = {part: open_with_bar(files[part], part, heads, checksums) for part in MODELS if part in files}
     if not sources:
-        raise UserError("nothing to convert: give --dvae, --ar, or both")
+        raise UserError(f"nothing to convert: give a file, as {options(TRAINED_WITH)}")
     check_codebook_dim(sources.get(DVAE), codebook_dim)
     check_fit(sources)
     check_room(out, 4 * sum(source.parameters for source in sources.values()))
@@ -236,25 +238,33 @@ def read_mel_norms(path: Path) -> np.ndarray:
 
 
 def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files by part: those that were named, else those in checkpoints/, which --download fetches first."""
+    """The files by part: those that were named, and those of a folder that have their published names.
+
+    The folder is that of --models, else checkpoints/ where nothing was named or --download filled it.
+    """
     named: dict[str, Path] = {part: getattr(args, part) for part in MODELS if getattr(args, part)}
-    if args.download:
-        for line in download.fetch([model.file for part, model in MODELS.items() if part not in named], LOOK_IN):
-            print(line, flush=True)
-    elif named:
+    if named and not args.models and not args.download:
         return named
-    files = named | {part: LOOK_IN / model.file for part, model in MODELS.items() if part not in named}
+    folder = args.models or LOOK_IN
+    if args.download:
+        for line in download.fetch([model.file for part, model in MODELS.items() if part not in named], folder):
+            print(line, flush=True)
+    files = {part: folder / model.file for part, model in MODELS.items()} | named
     existing = {part: path for part, path in files.items() if part in named or path.exists()}
     if not existing:
-        options = " ".join(f"--{part} {model.file}" for part, model in MODELS.items())
-        raise UserError(f"which files? {options}; or put them into {LOOK_IN}/, or use --download")
-    for part, path in files.items():
+        raise UserError(f"which files? {options(TRAINED_WITH)}; or put them into {folder}/, or use --download")
+    for part in TRAINED_WITH:
         if part not in existing:
             others = ", ".join(str(other) for other in existing.values())
             print(
-                f"{path} does not exist: only {others} is converted; training needs both (--{part} FILE, or --download)"
+                f"{files[part]} does not exist: only {others} is converted; training needs both (--{part} FILE, or "
+                "--download)"
             )
     return existing
+
+
+def options(parts: Iterable[str]) -> str:
+    return " ".join(f"--{part} {MODELS[part].file}" for part in parts)
 
 
 def main() -> None:
@@ -279,7 +289,15 @@ def main() -> None:
     )
     parser.add_argument("--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite")
     parser.add_argument("--ignore_checksums", action="store_true", help="for .pth files that were saved without them")
-    parser.add_argument("--download", action="store_true", help=f"fetch what is missing into {LOOK_IN}/ (1.9 GB)")
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR", help="take every file in it that has its published name (see above)"
+    )
+    size = sum(model.size for model in MODELS.values())
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help=f"fetch what is missing into {LOOK_IN}/ or --models ({size / 1e9:.1f} GB)",
+    )
     args = parser.parse_args()
     check_new(args.out, "--out")
     lines = convert(

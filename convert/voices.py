@@ -4,9 +4,8 @@
   python convert/voices.py voice.npz --out voice.pth --diffusion old.pth   ours -> TorToiSe's
   python convert/voices.py latents.npz --out latents.pth                   of speak --latents -> for its decoder
 
-A voice of TorToiSe is a pair: a vector for the autoregressive model, which this project makes, and one for the
-diffusion model, which it cannot make: that comes from TorToiSe's own get_conditioning_latents.py, run on the same
-clips.
+A voice of TorToiSe is a pair: a vector for the autoregressive model and one for the diffusion model. A draft needs and
+saves the first alone; `speak --save_voice` with a preset saves both. After fine-tuning only the first is stale.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def from_torch(source: Path, out: Path) -> list[str]:
     save_voice(out, vector, diffusion)
     return [
         f"{out}: a voice of width {len(vector)}; speak with it: --voice {out}",
-        "  the diffusion model's half is kept for the way back; nothing here uses it",
+        "  with the diffusion model's half, which presets speak with",
     ]
 
 
@@ -63,8 +62,8 @@ def to_torch(source: Path, out: Path, diffusion: Path | None) -> list[str]:
     half = read_pair(diffusion)[1] if diffusion else arrays.get(DIFFUSION)
     if half is None:
         raise UserError(
-            f"{source} has no vector for the diffusion model, and it cannot be made here; make one with TorToiSe's "
-            "get_conditioning_latents.py from the same clips and give it: --diffusion FILE.pth"
+            f"{source} has no vector for the diffusion model; save the voice from its clips with a preset (speak "
+            "--preset fast --save_voice), or give TorToiSe's own of the same voice: --diffusion FILE.pth"
         )
     save(out, (torch.from_numpy(arrays[VECTOR][None]), torch.from_numpy(np.asarray(half, np.float32)[None])))
     origin = diffusion or "the file this voice was converted from"

@@ -252,6 +252,68 @@ def mel_filters() -> np.ndarray:
     return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MEL_BANDS, fmax=MEL_MAX_HZ, htk=True, norm="slaney")
 
 
+# --- the second front end: what the diffusion decoder and the vocoder hear --------------------------------------------
+
+DIFFUSION_RATE = 24000
+DIFFUSION_BANDS = 100
+DIFFUSION_MAX_HZ = 12000.0
+DIFFUSION_CLIP_SAMPLES = 102_400  # what the decoder is conditioned on: 4.27 s from a clip's start, zeros after
+RESAMPLING_ZEROS, RESAMPLING_ROLLOFF = 6, 0.99  # of the windowed sinc, torchaudio's defaults
+
+
+def to_24k(waveform: np.ndarray) -> np.ndarray:
+    """A waveform (samples,) at 22050 Hz -> (ceil(160 samples / 147),) float32 at 24 kHz, by a Hann-windowed sinc."""
+    divisor = math.gcd(SAMPLE_RATE, DIFFUSION_RATE)
+    old, new = SAMPLE_RATE // divisor, DIFFUSION_RATE // divisor
+    kernels, reach = resampling_kernels(old, new)
+    padded = np.pad(np.asarray(waveform, np.float32), (reach, reach + old))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1])[::old]
+    return (windows @ kernels.T).reshape(-1)[: math.ceil(new * len(waveform) / old)]
+
+
+@functools.cache
+def resampling_kernels(old: int, new: int) -> tuple[np.ndarray, int]:
+    """One low-pass kernel for each of the `new` phases, float32 (new, taps), and how far they reach back.
+
+    In float32 at every step, as torchaudio computes it: the rounding is 6e-6 of the waveform, and 5e-3 in the logarithm
+    of what is nearly silent.
+    """
+    cutoff = min(old, new) * RESAMPLING_ROLLOFF
+    reach = math.ceil(RESAMPLING_ZEROS * old / cutoff)
+    f32 = np.float32
+    places = np.arange(-reach, reach + old, dtype=f32) / f32(old)
+    time = (places - np.arange(new, dtype=f32)[:, None] / f32(new)) * f32(cutoff)
+    time = np.clip(time, f32(-RESAMPLING_ZEROS), f32(RESAMPLING_ZEROS))
+    window = np.cos(time * f32(np.pi) / f32(RESAMPLING_ZEROS) / f32(2)) ** 2
+    angle = time * f32(np.pi)
+    sinc = np.where(angle == 0, f32(1), np.sin(angle) / np.where(angle == 0, f32(1), angle))
+    return sinc * (window * f32(cutoff / old)), reach
+
+
+def diffusion_clip(waveform: np.ndarray) -> np.ndarray:
+    """A clip (samples,) at 22050 Hz -> what the diffusion decoder is conditioned on, (102400,) float32 at 24 kHz."""
+    start = to_24k(waveform)[:DIFFUSION_CLIP_SAMPLES]
+    return np.pad(start, (0, DIFFUSION_CLIP_SAMPLES - len(start)))
+
+
+def log_mel_24k(waveform: np.ndarray) -> np.ndarray:
+    """The mel of a waveform (samples,) at 24 kHz: float32 (1 + samples // 256, 100), natural logarithms.
+
+    Magnitudes, not powers, of 100 bands to 12 kHz on Slaney's mel scale, and no mel norms; else as `log_mel`. In
+    float64 on the host: it is taken of a few clips only, and quiet bands show the rounding of a float32 FFT.
+    """
+    padded = np.pad(np.clip(waveform, -1, 1).astype(np.float64), N_FFT // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP]
+    mel = np.abs(np.fft.rfft(frames * hann_window())) @ mel_filters_24k().T
+    return np.log(np.maximum(mel, LOG_FLOOR)).astype(np.float32)
+
+
+@functools.cache
+def mel_filters_24k() -> np.ndarray:
+    """The triangular mel filters, float32 (100, 513): Slaney's scale, 0 to 12 kHz, each of unit area in Hz."""
+    return librosa.filters.mel(sr=DIFFUSION_RATE, n_fft=N_FFT, n_mels=DIFFUSION_BANDS, fmax=DIFFUSION_MAX_HZ)
+
+
 def default_mel_norms() -> np.ndarray:
     """The 80 per-band constants of the released models, float32 (80,), all negative."""
     text = importlib.resources.files("tortoise_jax").joinpath("assets/mel_norms.txt").read_text(encoding="utf-8")

@@ -1,8 +1,10 @@
-"""Says a text with a checkpoint or a run, as a draft: the model's codes through the dVAE and Griffin-Lim.
+"""Says a text with a checkpoint or a run: a quick draft, or TorToiSe's speech at 24 kHz.
 
   python -m tortoise_jax.speak --checkpoint RUN --text "Hello there." --voice clips/ --out draft.wav
+  python -m tortoise_jax.speak --checkpoint RUN --text "Hello there." --voice clips/ --preset fast --out speech.wav
 
-What TorToiSe makes of the same codes sounds far better; --latents writes what its decoder needs.
+A draft is the model's codes through the dVAE and Griffin-Lim. A preset needs the CLVP, the diffusion decoder and the
+vocoder: in the checkpoint, or in the one that a run began with. --latents writes what TorToiSe's own decoder needs.
 """
 
 from __future__ import annotations
@@ -10,30 +12,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from tortoise_jax.audio import DIFFUSION_RATE, SAMPLE_RATE
+from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, VOCODER
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.errors import UserError, count_of, exit_with_one_line
 from tortoise_jax.files import check_writable, write_atomically
 from tortoise_jax.synthesis import speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
 from tortoise_jax.synthesis.drafts import write_wav
 from tortoise_jax.synthesis.prompts import max_codes
+from tortoise_jax.synthesis.rendering import PRESETS, Preset
 from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
+from tortoise_jax.synthesis.schedule import TRAINED_STEPS
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, clean, letters_changed, recorded
 
 MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
 
+DRAFT = "draft"
+DRAFT_CANDIDATES = 4
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     options = check(arguments)
+    preset = preset_of(arguments)
 
     # 1. The text, before anything large is read.
     metadata = load_pretrained(arguments.checkpoint, ())
@@ -43,26 +53,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = within_the_model(options, metadata, arguments)
 
     # 2. The weights and the voice.
-    pretrained = load_pretrained(arguments.checkpoint, ("ar", "dvae"), arguments.step)
+    pretrained = read_weights(arguments, metadata, preset)
     params, config = pretrained.ar.params, pretrained.ar.config
     voice = voices.load_voice(arguments.voice, params, config, pretrained.mel_norms, arguments.seed)
+    diffusion_voice = voices.load_diffusion_half(arguments.voice, pretrained.part(DIFFUSION)) if preset else None
     if arguments.save_voice:
-        voices.save_voice(arguments.save_voice, voice)
+        voices.save_voice(arguments.save_voice, voice, diffusion_voice)
         print(f"{arguments.save_voice}: the voice; give it as --voice")
 
     # 3. Codes.
     weights = SamplerWeights.of(params, config, options.dtype)
     count = {"candidates": arguments.n, "keep": arguments.keep, "batch": arguments.batch}
-    said = speech.say(pretrained, weights, voice, texts, cleaner, arguments.seed, options, **count)
+    clvp = pretrained.part(CLVP) if preset else None
+    said = speech.say(pretrained, weights, voice, texts, cleaner, arguments.seed, options, **count, clvp=clvp)
     for part in said:
         print(speech.describe(part, arguments.n))
 
     # 4. Sound, and what else was asked for.
-    for index in range(arguments.keep):
-        waveform = speech.draft_of(pretrained, said, index)
+    if preset and diffusion_voice is not None:
+        waveforms = speech.speech_of(pretrained, said, voice, diffusion_voice, preset, arguments.seed)
+        rate, what = DIFFUSION_RATE, f"preset {arguments.preset}"
+    else:
+        waveforms = [speech.draft_of(pretrained, said, index) for index in range(arguments.keep)]
+        rate, what = SAMPLE_RATE, "a draft"
+    for index, waveform in enumerate(waveforms):
         path = numbered(arguments.out, index)
-        write_wav(path, waveform)
-        print(f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s, a draft")
+        write_wav(path, waveform, rate)
+        print(f"{path}: {len(waveform) / rate:.1f} s, {what}")
     for i, part in enumerate(said):
         for index in range(arguments.keep):
             part_number = i if len(said) > 1 else None
@@ -94,7 +111,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", required=True, help="what to say; a long text is said in parts, split at sentence ends")
     add("--voice", type=Path, required=True, metavar="PATH", help="a folder of clips, one clip, or a saved .npz")
     add("--out", type=Path, required=True, metavar="WAV", help="the draft to write; the second best is NAME.2.wav")
-    add("--n", type=int, default=4, help="candidates to draw (default: %(default)s; TorToiSe draws 16 to 256)")
+    add("--preset", default="draft", help=f"draft, {', '.join(PRESETS)}: TorToiSe's own (default: %(default)s)")
+    add("--n", type=int, help=f"candidates to draw (default: {DRAFT_CANDIDATES} for a draft, else the preset's)")
+    add("--steps", type=int, help="of the diffusion decoder (default: the preset's)")
+    add("--guidance", type=float, help="how far from what it makes of no text; 0: off (default: the preset's)")
     add("--keep", type=int, default=1, help="how many of the best to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed draws the same (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="candidates drawn at once (default: %(default)s)")
@@ -113,8 +133,60 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def preset_of(arguments: argparse.Namespace) -> Preset | None:
+    """The preset with what was given in its place, None for a draft. Raises UserError."""
+    if arguments.preset == DRAFT:
+        for name in ("steps", "guidance"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} goes with a preset; a draft has no diffusion decoder")
+        return None
+    preset = PRESETS[arguments.preset]
+    if arguments.steps is not None:
+        preset = dataclasses.replace(preset, steps=arguments.steps)
+    if arguments.guidance is not None:
+        preset = dataclasses.replace(preset, guidance=arguments.guidance or None)
+    return preset
+
+
+def read_weights(arguments: argparse.Namespace, metadata: Pretrained, preset: Preset | None) -> Pretrained:
+    """The checkpoint with the weights that are needed. Raises UserError where some are missing."""
+    if preset is None:
+        return load_pretrained(arguments.checkpoint, ("ar", "dvae"), arguments.step)
+    needed = (CLVP, DIFFUSION, VOCODER)
+    own = [name for name in ("ar", *needed) if name in metadata.parts]
+    pretrained = with_parts_of_origin(load_pretrained(arguments.checkpoint, own, arguments.step), needed)
+    check_fit(pretrained)
+    return pretrained
+
+
+def check_fit(pretrained: Pretrained) -> None:
+    """Raises UserError for parts whose widths, codes or mels are not each other's."""
+    ar, clvp, diffusion, vocoder = (pretrained.part(name).config for name in (AR, CLVP, DIFFUSION, VOCODER))
+    pairs = {
+        "the AR model's width and the diffusion decoder's latents": (ar.width, diffusion.latent_width),
+        "the AR model's codes and CLVP's": (ar.codes, clvp.speech_tokens),
+        "the mel bands of diffusion decoder and vocoder": (diffusion.mel_channels, vocoder.mel_channels),
+    }
+    for what, (one, other) in pairs.items():
+        if one != other:
+            raise UserError(f"{pretrained.path}: {what} differ, {one} and {other}: they do not belong together")
+    if ar.text_tokens > clvp.text_tokens:
+        raise UserError(
+            f"{pretrained.path}: the AR model has {ar.text_tokens} text tokens, CLVP {clvp.text_tokens}: it cannot "
+            "read this model's text"
+        )
+
+
 def check(arguments: argparse.Namespace) -> SamplingOptions:
     """What can be known to be wrong without reading anything."""
+    if arguments.preset not in (DRAFT, *PRESETS):
+        raise UserError(f"--preset is {arguments.preset!r}, expected {DRAFT}, {', '.join(PRESETS)}")
+    if arguments.n is None:
+        arguments.n = DRAFT_CANDIDATES if arguments.preset == DRAFT else PRESETS[arguments.preset].candidates
+    if arguments.steps is not None and not 2 <= arguments.steps <= TRAINED_STEPS:
+        raise UserError(f"--steps is {arguments.steps}, expected 2 to {TRAINED_STEPS}")
+    if arguments.guidance is not None and not 0 <= arguments.guidance < math.inf:
+        raise UserError(f"--guidance is {arguments.guidance}, expected at least 0")
     for name in ("n", "keep", "batch"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
@@ -151,7 +223,7 @@ def check_text(text: str, cleaner: str, metadata: Pretrained) -> None:
 
 def within_the_model(options: SamplingOptions, metadata: Pretrained, arguments: argparse.Namespace) -> SamplingOptions:
     """The options with as many codes as the model has room for, where no number was given."""
-    if arguments.latents:
+    if arguments.latents or arguments.preset != DRAFT:
         check_diffusion_inputs(metadata.ar.config)
     room = max_codes(metadata.ar.config)
     if arguments.max_codes is None:

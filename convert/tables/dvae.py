@@ -88,6 +88,7 @@ MODEL = TorchModel(
     title="TorToiSe dVAE (DiscreteVAE)",
     marks=(r"codebook\.|encoder\.0\.0\.|decoder\.\d+\.net\.|quantizer\.",),
     file="dvae.pth",
+    size=240_000_000,
     locations=(
         Location("Gatozu35/tortoise-tts", "dvae.pth"),
         Location("jbetker/tortoise-tts-v2", ".models/dvae.pth", "3704aea61678e7e468a06d8eea121dba368a798e"),

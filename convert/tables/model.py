@@ -38,12 +38,14 @@ class TorchModel:
     title: str  # for people
     marks: tuple[str, ...]  # a file is this model if each pattern matches the beginning of one of its keys
     file: str  # the name under which it was published
+    size: int  # of that file in bytes, roughly: what --download says before it begins
     locations: tuple[Location, ...]  # where it was published; the first that answers is taken
     table: list[Row]
     # (shapes of the torch tensors, name of the file for errors, heads or None) -> the config; raises UserError
     config: Callable[[Shapes, str, int | None], Any]
     summary: Callable[[Any], str]  # config -> its dimensions in one line
     describe: Callable[[Any, str], list[str]]  # (config, where its heads come from) -> lines about a torch file
+    wrapper: str = ""  # the key under which the published file holds its tensors, where it does
     sha256: str = ""  # of the published file, where all copies of it are the same
     mel_bands: Callable[[Any], int] | None = None  # config -> bands of the mels that it reads
     # Numbers that the tensors do not tell, with those of the released model. The .json of an export states them.

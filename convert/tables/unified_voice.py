@@ -184,6 +184,7 @@ MODEL = TorchModel(
     title="TorToiSe AR model (UnifiedVoice)",
     marks=(r"gpt\.h\.\d+\.|mel_embedding\.|mel_pos_embedding\.|text_pos_embedding\.",),
     file="autoregressive.pth",
+    size=1_690_000_000,
     locations=(
         Location("Manmay/tortoise-tts", "autoregressive.pth"),
         Location("jbetker/tortoise-tts-v2", ".models/autoregressive.pth"),

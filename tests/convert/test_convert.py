@@ -670,7 +670,7 @@ def test_without_arguments_what_lies_in_checkpoints_is_taken(voice, dvae, tmp_pa
         (["{ckpt}", "--out", "folder.pth"], "folder.pth is a directory"),
         (["none", "--out", "voice.pth"], "none does not exist; expected a converted checkpoint"),
         (["{ckpt}", "--out", "voice.pth", "--step", "3"], "is a converted checkpoint, not a run"),
-        (["{ckpt}", "--out", "v.pth", "--part", "dvae", "--attn_masks"], "a dVAE has no attention"),
+        (["{ckpt}", "--out", "v.pth", "--part", "dvae", "--attn_masks"], "a dVAE has no causal masks"),
         (["{ckpt}", "--out", "v.pth", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["{ckpt}"], "the following arguments are required: --out"),
         (["{ckpt}", "--out", "v.pth", "--source", "none.pth"], "none.pth does not exist"),

@@ -17,7 +17,15 @@ from convert.download import LOCATIONS, fetch
 from convert.tables import MODELS, Location
 from tests.support import checkpoint_files as files
 from tests.support.conversion import run
-from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
+from tests.support.torch_reference import (
+    tiny_clvp,
+    tiny_diffusion,
+    tiny_dvae,
+    tiny_hifigan,
+    tiny_random_voice,
+    tiny_unified_voice,
+    tiny_vocoder,
+)
 from tortoise_jax.checkpoints.parts import DVAE
 from tortoise_jax.errors import UserError
 
@@ -165,7 +173,16 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch) -> None:
 
 
 def test_download_and_convert_in_one_command(hub, tmp_path, monkeypatch, capsys) -> None:
-    made = {"autoregressive.pth": tiny_unified_voice(), "dvae.pth": tiny_dvae()}
+    made = {
+        "autoregressive.pth": tiny_unified_voice(),
+        "dvae.pth": tiny_dvae(),
+        "clvp2.pth": tiny_clvp(),
+        "diffusion_decoder.pth": tiny_diffusion(),
+        "vocoder.pth": tiny_vocoder(),
+        "hifidecoder.pth": tiny_hifigan(),
+        "rlg_auto.pth": tiny_random_voice(),
+        "rlg_diffuser.pth": tiny_random_voice(),
+    }
     for name, model in made.items():
         path = files.save(tmp_path / name, files.state_of(model))
         hub.files[path_of(LOCATIONS[name][0])] = path.read_bytes()
@@ -177,6 +194,7 @@ def test_download_and_convert_in_one_command(hub, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     code, said, err = run(monkeypatch, capsys, torch_to_flax.main, "--download", "--heads", 4)
     assert (code, err) == (0, "")
+    assert said.startswith("fetching 4.33 GB: dvae.pth 240 MB, autoregressive.pth 1,690 MB, clvp2.pth 975 MB, ")
     assert "checkpoints/dvae.pth fetched from Gatozu35/tortoise-tts, its sha256 the published one" in said
     assert "checkpoints/autoregressive.pth fetched from Manmay/tortoise-tts" in said
     assert "written to checkpoints/tortoise" in said

@@ -7,6 +7,7 @@ pass. The models are square wherever a model can be, so that shapes cannot show 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,17 +20,55 @@ from flax.traverse_util import flatten_dict
 from torch import nn
 
 from convert import mapping
-from convert.mapping import CONV, LINEAR, POINTWISE, SAME, Operation, Row, to_flax, to_torch
+from convert.mapping import CONV, CONV_TRANSPOSE, GAIN, LINEAR, POINTWISE, SAME, Operation, Row, to_flax, to_torch
 from convert.source import expected_shapes
-from convert.tables import MODELS, dvae, unified_voice
+from convert.tables import MODELS, clvp, diffusion, dvae, hifigan, random_voice, unified_voice, vocoder
 from tests.support import checkpoint_files as files
 from tests.support.layer_values import check_values, layer_outputs
-from tests.support.released import DVAE_PARAMETERS, UNIFIED_VOICE_PARAMETERS
-from tests.support.torch_reference import DiscreteVAE, UnifiedVoice, tiny_dvae, tiny_unified_voice
-from tortoise_jax.checkpoints.parts import PART_TYPES
+from tests.support.released import (
+    CLVP_PARAMETERS,
+    DIFFUSION_PARAMETERS,
+    DVAE_PARAMETERS,
+    HIFIGAN_PARAMETERS,
+    RANDOM_AR_PARAMETERS,
+    RANDOM_DIFFUSION_PARAMETERS,
+    UNIFIED_VOICE_PARAMETERS,
+    VOCODER_PARAMETERS,
+)
+from tests.support.synthesis_models import (
+    Comparison,
+    clvp_comparison,
+    diffusion_comparison,
+    hifigan_comparison,
+    random_voice_comparison,
+    vocoder_comparison,
+)
+from tests.support.torch_reference import (
+    CLVP,
+    DiffusionTts,
+    DiscreteVAE,
+    Hifigan,
+    RandomLatentConverter,
+    UnifiedVoice,
+    UnivNet,
+    tiny_clvp,
+    tiny_diffusion,
+    tiny_dvae,
+    tiny_hifigan,
+    tiny_unified_voice,
+    tiny_vocoder,
+)
+from tests.support.torch_reference.builders import quietly
+from tortoise_jax.checkpoints.parts import CLVP as CLVP_PART
+from tortoise_jax.checkpoints.parts import DIFFUSION, HIFIGAN, PART_TYPES, RANDOM_AR, RANDOM_DIFFUSION, VOCODER
 from tortoise_jax.errors import UserError
+from tortoise_jax.models import clvp as clvp_model
+from tortoise_jax.models import diffusion as diffusion_model
 from tortoise_jax.models import dvae as dvae_model
+from tortoise_jax.models import hifigan as hifigan_model
+from tortoise_jax.models import random_voice as random_voice_model
 from tortoise_jax.models import unified_voice as unified_voice_model
+from tortoise_jax.models import vocoder as vocoder_model
 
 Table = list[Row]
 SQUARE = 80
@@ -46,7 +85,7 @@ class Case:
     model: nn.Module
     state: dict[str, np.ndarray]  # as saved, with everything that is dropped
     expected: dict[str, tuple[int, ...]]
-    outputs: dict[str, tuple[np.ndarray, np.ndarray]]  # layer's name -> input, output
+    check_values: Callable[[dict[str, Any]], None]  # fails unless the Flax tree computes what the model does
 
     @staticmethod
     def of(model: nn.Module, extra: Callable[[files.State], files.State]) -> Case:
@@ -54,16 +93,25 @@ class Case:
         is_dvae = isinstance(model, DiscreteVAE)
         config = dvae.config_of(shapes, "test") if is_dvae else unified_voice.config_of(shapes, "test", HEADS)
         state = {key: value.numpy() for key, value in extra(files.state_of(model)).items()}
-        return Case(model, state, expected_shapes(config), dict(layer_outputs(model)))
+        outputs = dict(layer_outputs(model))
+        return Case(model, state, expected_shapes(config), lambda params: check_values(model, params, outputs))
+
+    @staticmethod
+    def whole(comparison: Comparison) -> Case:
+        """Compared by the whole model's outputs, which every parameter changes."""
+        state = {key: value.numpy() for key, value in files.state_of(comparison.model).items()}
+        check = lambda params: comparison.check(lambda _: params)
+        return Case(comparison.model, state, expected_shapes(comparison.twin.config), check)
 
 
 def check(table: Table, case: Case) -> None:
     """Fails unless every layer computes what torch's does, the way back is exact, and every key is accounted for."""
     planned = mapping.plan(table, shapes_of(case.state), case.expected, "test")
     params = to_flax(planned, case.state)
-    check_values(case.model, params, case.outputs)
+    case.check_values(params)
 
     original = {key: value.numpy() for key, value in case.model.state_dict().items()}
+    original = {older_name(key): value for key, value in original.items()}
     back = to_torch(table, params)
     assert list(back) == list(original)
     for key, value in original.items():
@@ -74,10 +122,17 @@ def check(table: Table, case: Case) -> None:
     assert {path: leaf.shape for path, leaf in leaves.items()} == case.expected
     assert all(leaf.dtype == np.float32 and leaf.flags.owndata for leaf in leaves.values())
     assert planned.shapes == case.expected
-    assert sorted(planned.keys) == sorted(original)
+    assert sorted(map(older_name, planned.keys)) == sorted(original)
     assert sorted([*planned.keys, *planned.dropped]) == sorted(case.state)
     assert all(found.row.reason for found in planned.dropped.values())
     check_copies(planned, case)
+
+
+def older_name(key: str) -> str:
+    """Weight norm's two tensors under torch's newer names go back under the older ones."""
+    for newer, older in (("0", "g"), ("1", "v")):
+        key = key.replace(f"parametrizations.weight.original{newer}", f"weight_{older}")
+    return key
 
 
 def shapes_of(state: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -123,15 +178,49 @@ def square_dvae() -> DiscreteVAE:
     ).requires_grad_(False)
 
 
+def square_clvp() -> CLVP:
+    sizes = dict(dim_text=64, dim_speech=64, dim_latent=64, text_heads=1, num_text_tokens=64, num_speech_tokens=64)
+    return tiny_clvp(**sizes, speech_enc_depth=2).requires_grad_(False)
+
+
+def square_diffusion() -> DiffusionTts:
+    sizes = dict(model_channels=SQUARE, in_channels=SQUARE, out_channels=SQUARE, in_latent_channels=SQUARE)
+    return tiny_diffusion(**sizes, in_tokens=SQUARE, num_heads=HEADS).requires_grad_(False)
+
+
+NORMS = ("older", "newer", "folded")
+
+
+def small_vocoder(norm: str) -> UnivNet:
+    """Square but for its ends and the kernel predictor's."""
+    return tiny_vocoder(norm=norm, strides=(4, 2), noise_dim=3, kpnet_width=6, n_mel_channels=6).requires_grad_(False)
+
+
+def small_hifigan(norm: str) -> Hifigan:
+    sizes = dict(in_channels=16, cond_channels=16, upsample_kernel_sizes=(4, 4))
+    return tiny_hifigan(norm=norm, **sizes).requires_grad_(False)
+
+
 @pytest.fixture(scope="module")
 def cases() -> dict[str, tuple[Table, Case]]:
     return {
         "voice": (unified_voice.TABLE, Case.of(square_voice(), everything)),
         "dvae": (dvae.TABLE, Case.of(square_dvae(), files.with_statistics)),
+        "clvp": (clvp.TABLE, Case.whole(clvp_comparison(square_clvp()))),
+        "diffusion": (diffusion.TABLE, Case.whole(diffusion_comparison(square_diffusion()))),
+        **{f"vocoder, {norm}": (vocoder.TABLE, Case.whole(vocoder_comparison(small_vocoder(norm)))) for norm in NORMS},
+        **{f"hifigan, {norm}": (hifigan.TABLE, Case.whole(hifigan_comparison(small_hifigan(norm)))) for norm in NORMS},
+        "random": (random_voice.TABLE, Case.whole(random_voice_comparison())),
     }
 
 
-@pytest.mark.parametrize("name", ["voice", "dvae"])
+NAMES = [
+    *("voice", "dvae", "clvp", "diffusion", "random"),
+    *(f"{model}, {norm}" for model in ("vocoder", "hifigan") for norm in NORMS),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_layer_computes_what_torch_computes_and_the_way_back_is_exact(cases, name: str) -> None:
     check(*cases[name])
 
@@ -157,16 +246,24 @@ TRANSPOSED = Operation(lambda w: w.T, lambda w: w.T, 2)
 KERNEL_REVERSED = Operation(lambda w: w.transpose(2, 1, 0)[::-1], lambda w: w[::-1].transpose(2, 1, 0), 3)
 CONV_TRANSPOSED = Operation(lambda w: w.transpose(2, 0, 1), lambda w: w.transpose(1, 2, 0), 3)
 POINTWISE_TRANSPOSED = Operation(lambda w: w[:, :, 0], lambda w: w[:, :, None], 3)
+OF_ONE_NUMBER = ("conv_post/bias", "conv_post/kernel_g")  # reversed it is the same
 WRONG_OPERATION = {
     LINEAR: [SAME],
     POINTWISE: [POINTWISE_TRANSPOSED],
     CONV: [KERNEL_REVERSED, CONV_TRANSPOSED],
+    CONV_TRANSPOSE: [
+        Operation(lambda w: w.transpose(2, 0, 1)[::-1], lambda w: w[::-1].transpose(1, 2, 0), 3),
+        CONV,
+    ],
+    GAIN: [Operation(lambda w: w[::-1, 0, 0], lambda w: w[::-1, None, None], 3)],
 }
 # The same in one direction only: conversion is right, export is wrong.
 WRONG_INVERSE = {
     LINEAR: Operation(LINEAR.to_flax, lambda w: w, 2),
     POINTWISE: Operation(POINTWISE.to_flax, lambda w: w[:, :, None], 3),
     CONV: Operation(CONV.to_flax, lambda w: w.transpose(1, 2, 0), 3),
+    CONV_TRANSPOSE: Operation(CONV_TRANSPOSE.to_flax, lambda w: w.transpose(2, 1, 0), 3),
+    GAIN: Operation(GAIN.to_flax, lambda w: w[::-1, None, None], 3),
 }
 
 
@@ -205,8 +302,10 @@ def wrong_operation(table: Table, index: int) -> Iterator[Table]:
     row = table[index]
     if row.flax:
         for operation in WRONG_OPERATION.get(row.operation, [REVERSED, TRANSPOSED]):
-            if operation is KERNEL_REVERSED and ("point" in row.flax or "net_4" in row.flax):
+            if operation is KERNEL_REVERSED and any(name in row.flax for name in ("point", "net_4", "cond_layer")):
                 continue  # of width 1
+            if row.flax in OF_ONE_NUMBER and operation in (REVERSED, *WRONG_OPERATION[GAIN]):
+                continue
             yield replaced(table, index, dataclasses.replace(row, operation=operation))
 
 
@@ -215,6 +314,8 @@ def wrong_inverse(table: Table, index: int) -> Iterator[Table]:
     row = table[index]
     if row.flax:
         operation = WRONG_INVERSE.get(row.operation, Operation(row.operation.to_flax, lambda w: w[::-1], None))
+        if row.flax in OF_ONE_NUMBER or row.flax in [other.flax for other in table[:index]]:
+            return  # the way back is by the first row of a path
         yield replaced(table, index, dataclasses.replace(row, operation=operation))
 
 
@@ -223,7 +324,8 @@ def swapped(table: Table, index: int) -> Iterator[Table]:
     row = table[index]
     for other in range(index + 1, len(table)):
         partner = table[other]
-        if row.flax and partner.flax and partner.operation == row.operation and partner.stacked == row.stacked:
+        alike = partner.operation == row.operation and partner.stacked == row.stacked
+        if row.flax and partner.flax and partner.flax != row.flax and alike:
             table = replaced(table, index, dataclasses.replace(row, flax=partner.flax))
             yield replaced(table, other, dataclasses.replace(partner, flax=row.flax))
             return
@@ -273,7 +375,7 @@ def replaced(table: Table, index: int, row: Row) -> Table:
     return [*table[:index], row, *table[index + 1 :]]
 
 
-@pytest.mark.parametrize("name", ["voice", "dvae"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_each_mutation_of_each_row_shows(cases, name: str, mutation: Callable[[Table, int], Iterator[Table]]) -> None:
     table, case = cases[name]
@@ -284,17 +386,20 @@ def test_each_mutation_of_each_row_shows(cases, name: str, mutation: Callable[[T
             with pytest.raises((AssertionError, UserError, ValueError, IndexError, pytest.fail.Exception)):
                 check(mutated, case)
             count += 1
-    assert count or (name == "dvae" and mutation in (fused_wrongly, not_compared, too_greedy))
+    nothing_to_do = (fused_wrongly, not_compared, too_greedy, *([swapped] if name == "random" else []))
+    assert count or (name != "voice" and mutation in nothing_to_do)
 
 
 def test_mutations_reach_every_row(cases) -> None:
-    for table, case in cases.values():
-        unused = [row.torch for row in table if not any(row.pattern.fullmatch(key) for key in case.state)]
-        assert unused == (["aligned_head.*"] if table is unified_voice.TABLE else [])
+    for name, (table, _) in cases.items():
+        keys = [key for other, case in cases.values() if other is table for key in case.state]
+        unused = [row.torch for row in table if not any(row.pattern.fullmatch(key) for key in keys)]
+        assert unused == (["aligned_head.*"] if name == "voice" else [])
 
 
-def test_swapped_layers_show(cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, case = cases["voice"]
+@pytest.mark.parametrize("name", ["voice", "clvp", "diffusion"])
+def test_swapped_layers_show(cases, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, case = cases[name]
     plan = mapping.plan
     for path, assignment in plan(table, shapes_of(case.state), case.expected, "").filled.items():
         if not assignment.row.stacked:
@@ -326,6 +431,32 @@ def test_dimensions_of_the_released_models() -> None:
     config = dvae.config_of(shapes, "test")
     assert config == dvae_model.RELEASED
     assert sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) == DVAE_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("part", "build", "released", "parameters"),
+    [
+        (CLVP_PART, CLVP, clvp_model.RELEASED, CLVP_PARAMETERS),
+        (DIFFUSION, DiffusionTts, diffusion_model.RELEASED, DIFFUSION_PARAMETERS),
+        (VOCODER, lambda: quietly(UnivNet), vocoder_model.RELEASED, VOCODER_PARAMETERS),
+        (HIFIGAN, lambda: quietly(Hifigan), hifigan_model.RELEASED, HIFIGAN_PARAMETERS),
+        (RANDOM_AR, lambda: RandomLatentConverter(1024), random_voice_model.RELEASED_AUTO, RANDOM_AR_PARAMETERS),
+        (
+            RANDOM_DIFFUSION,
+            lambda: RandomLatentConverter(2048),
+            random_voice_model.RELEASED_DIFFUSER,
+            RANDOM_DIFFUSION_PARAMETERS,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_dimensions_of_the_released_synthesis_models(part: str, build: Any, released: Any, parameters: int) -> None:
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in build().state_dict().items()}
+    config = MODELS[part].config(shapes, "test", None)
+    assert config == released
+    assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) == parameters
 
 
 @pytest.mark.parametrize(
@@ -379,7 +510,7 @@ def test_mapping_and_tables_need_no_torch() -> None:
     """They may be read where only the package is installed; `convert.torch_files` is where torch begins."""
     folder = Path(mapping.__file__).parent
     files_ = [folder / "mapping.py", *(folder / "tables").glob("*.py")]
-    assert len(files_) == 3 + len(MODELS)
+    assert len(files_) == 3 + len({id(model.table) for model in MODELS.values()})
     for path in files_:
         imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         for name in imported:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.mapping import Row, match, plan, to_flax
 from convert.source import expected_shapes
-from convert.tables import dvae, unified_voice
+from convert.tables import MODELS, dvae, unified_voice
 from tests.support.torch_reference import UnifiedVoice as TorchUnifiedVoice
 from tortoise_jax.checkpoints.parts import Part, in_collections
 from tortoise_jax.models.dvae import DVAEConfig
@@ -125,6 +125,17 @@ def voice_twin(model: TorchUnifiedVoice, heads: int = 4) -> Twin:
 def dvae_twin(model: torch.nn.Module) -> Twin:
     config = dvae.config_of(shapes_of(model), "the torch model")
     return Twin(config, dvae_tree(config, model.state_dict()))
+
+
+def twin_of(part: str, model: torch.nn.Module) -> Twin:
+    """Any model that needs no number beside its tensors."""
+    config = MODELS[part].config(shapes_of(model), "the torch model", None)
+    return Twin(config, tree_of(part, config, model.state_dict()))
+
+
+def tree_of(part: str, config: Any, named: Mapping[str, torch.Tensor]) -> Tree:
+    """Tensors under a model's key names (weights or gradients) -> a Flax tree."""
+    return _tree(MODELS[part].table, config, named)
 
 
 def voice_tree(config: UnifiedVoiceConfig, named: Mapping[str, torch.Tensor]) -> Tree:

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from tortoise_jax.checkpoints.trees import Tree, digest
+from tortoise_jax.models import clvp, diffusion, hifigan, random_voice, vocoder
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
-AR, DVAE = "ar", "dvae"
+AR, DVAE, CLVP, DIFFUSION, VOCODER, HIFIGAN = "ar", "dvae", "clvp", "diffusion", "vocoder", "hifigan"
+RANDOM_AR, RANDOM_DIFFUSION = "random_ar", "random_diffusion"
 Variables = dict[str, Tree]
 
 
@@ -39,9 +41,40 @@ def _init_dvae(config: DVAEConfig) -> Any:
     return DiscreteVAE(config).init(jax.random.key(0), jnp.zeros((1, 2 * config.frames_per_code, config.channels)))
 
 
+def _init_clvp(config: clvp.CLVPConfig) -> Any:
+    row = jnp.zeros((1, 2), jnp.int32)
+    return clvp.CLVP(config).init(jax.random.key(0), row, row)
+
+
+def _init_diffusion(config: diffusion.DiffusionConfig) -> Any:
+    mel, row = jnp.zeros((1, 4, config.mel_channels)), jnp.zeros((1, 2), jnp.int32)
+    latents = jnp.zeros((1, 2, config.latent_width))
+    return diffusion.DiffusionDecoder(config).init(jax.random.key(0), mel, row[0, :1], latents, mel[None], row)
+
+
+def _init_vocoder(config: vocoder.VocoderConfig) -> Any:
+    mel, noise = jnp.zeros((1, 4, config.mel_channels)), jnp.zeros((1, 4, config.noise_channels))
+    return vocoder.UnivNet(config).init(jax.random.key(0), mel, noise)
+
+
+def _init_hifigan(config: hifigan.HifiganConfig) -> Any:
+    latents, voice = jnp.zeros((1, 4, config.latent_width)), jnp.zeros((1, config.voice_width))
+    return hifigan.Hifigan(config).init(jax.random.key(0), latents, voice)
+
+
+def _init_random_voice(config: random_voice.RandomVoiceConfig) -> Any:
+    return random_voice.RandomVoice(config).init(jax.random.key(0), jnp.zeros((1, config.width)))
+
+
 PART_TYPES = {
     AR: PartType("AR model", UnifiedVoiceConfig, _init_unified_voice),
     DVAE: PartType("dVAE", DVAEConfig, _init_dvae),
+    CLVP: PartType("CLVP", clvp.CLVPConfig, _init_clvp),
+    DIFFUSION: PartType("diffusion decoder", diffusion.DiffusionConfig, _init_diffusion),
+    VOCODER: PartType("vocoder", vocoder.VocoderConfig, _init_vocoder),
+    HIFIGAN: PartType("decoder of the fast path", hifigan.HifiganConfig, _init_hifigan),
+    RANDOM_AR: PartType("random voices' AR half", random_voice.RandomVoiceConfig, _init_random_voice),
+    RANDOM_DIFFUSION: PartType("random voices' diffusion half", random_voice.RandomVoiceConfig, _init_random_voice),
 }
 
 

@@ -3,9 +3,9 @@
 A converted checkpoint is a directory that needs nothing beside it:
   tortoise.json    metadata: format, dimensions of the models, digests, where they came from
   tokenizer.json   the BPE          mel_norms.txt    the 80 constants
-  ar/, dvae/       a tree per part, written by orbax
-A run's directory has the same files with its own copy of the parts it does not train, and `steps/N/` instead of the one
-it trains ("trains" in the metadata; the AR model where nothing is said).
+  ar/, dvae/, …    a tree per part, written by orbax
+A run's directory has the same files with its own copy of the parts it needs and does not train, and `steps/N/` instead
+of the one it trains ("trains" in the metadata; the AR model where nothing is said).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TOKENIZER = "tokenizer.json"
 MEL_NORMS = "mel_norms.txt"
 SUMMARY = "summary.json"  # how a run went, with `DIVERGED` in place of "finished" where it came to nothing
 DIVERGED = "diverged"
+RUN_CONFIG = "config.json"  # of a run; its "checkpoint" is what the run began with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Pretrained:
     @property
     def dvae(self) -> Part:
         return self.part(DVAE)
+
+    def only(self, *names: str) -> Pretrained:
+        """The same without the parts that are not named."""
+        kept = {name: part for name, part in self.parts.items() if name in names}
+        source = {name: origin for name, origin in self.source.items() if name in names or name not in PART_TYPES}
+        return dataclasses.replace(self, parts=kept, source=source)
 
     def with_part(self, name: str, part: Part) -> Pretrained:
         """The same with one part added or in another's place."""
@@ -171,6 +178,31 @@ def check_result(run: Path) -> None:
 def trained_part(metadata: dict[str, Any]) -> str:
     """The part that a run's steps are of."""
     return str(metadata.get("trains", AR))
+
+
+def with_parts_of_origin(pretrained: Pretrained, names: Sequence[str]) -> Pretrained:
+    """The same with the named parts that it lacks: a run's from the checkpoint it began with, which may be a run too.
+
+    Raises UserError that lists what is missing still, and how to get it.
+    """
+    looked_in = [pretrained.path]
+    while (looked_in[-1] / RUN_CONFIG).exists():
+        origin = Path(str(read_json(looked_in[-1] / RUN_CONFIG).get("checkpoint", "")))
+        if origin in looked_in or not (origin / METADATA).exists():
+            break
+        looked_in.append(origin)
+        has = read_metadata(origin)
+        lacking = [name for name in names if name not in pretrained.parts and has.get(name)]
+        found = load_pretrained(origin, lacking)
+        for name in lacking:
+            pretrained = pretrained.with_part(name, found.part(name))
+    missing = [PART_TYPES[name].title for name in names if name not in pretrained.parts]
+    if missing:
+        raise UserError(
+            f"{' and '.join(map(str, looked_in))}: without {', '.join(missing)}; convert all files of TorToiSe's "
+            "models folder into a checkpoint: python convert/torch_to_flax.py --models DIR"
+        )
+    return pretrained
 
 
 def read_parts(path: Path, metadata: dict[str, Any]) -> dict[str, Part]:

@@ -1,4 +1,4 @@
-"""The building blocks of both models: residual convolutions, GPT-2 blocks, conditioning attention, dropout.
+"""The building blocks that models share: attention, GPT-2 blocks, residual convolutions, norms, dropout.
 
 Axis letters, everywhere in this package:
   b rows of a batch   s positions of the joined sequence   t mel frames   m mel bands
@@ -58,15 +58,34 @@ def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Arr
     return jnp.where(jax.vmap(draw)(keys), x / keep, jnp.zeros_like(x))
 
 
-def attend(q: Array, k: Array, v: Array, *, causal: bool, drop: Any = None, implementation: str = "plain") -> Array:
-    """Softmax attention of q, k, v (b, s, h, k) -> (b, s, h, k); drop(weights (b, h, s, s)) -> weights."""
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    drop: Any = None,
+    implementation: str = "plain",
+    bias: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Softmax attention of q, k, v (b, s, h, k) -> (b, s, h, k); drop(weights (b, h, s, s)) -> weights.
+
+    bias: added to the scaled scores, (b or 1, h, s, s). mask (b, s): the keys that may be read.
+    """
     if implementation != "plain" and drop is None:
         kernel: Any = implementation
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
+        keys = None if mask is None else mask[:, None, None]
+        added = None if bias is None else bias.astype(q.dtype)
+        return jax.nn.dot_product_attention(q, k, v, added, keys, is_causal=causal, implementation=kernel)
     scores = jnp.einsum("bqhk,bshk->bhqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
     if causal:
         allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if drop is not None:
         weights = drop(weights)
@@ -217,3 +236,13 @@ class ResidualBlock(nn.Module):
         hidden = nn.relu(nn.Conv(self.width, (3,), padding=1, precision=self.precision, name="net_0")(x))
         hidden = nn.relu(nn.Conv(self.width, (3,), padding=1, precision=self.precision, name="net_2")(hidden))
         return x + nn.Conv(self.width, (1,), precision=self.precision, name="net_4")(hidden)
+
+
+def zero_padding(x: Array, mask: Array | None) -> Array:
+    """x (b, t, c) with zeros where the mask (b, t) is False, as a convolution must see it; x itself without a mask."""
+    return x if mask is None else jnp.where(mask[..., None], x, jnp.zeros_like(x))
+
+
+def mask_of(lengths: Array | None, length: int) -> Array | None:
+    """lengths (b,) of what is real -> mask (b, length); None where all is."""
+    return None if lengths is None else jnp.arange(length)[None] < lengths[:, None]

@@ -45,23 +45,38 @@ def diffusion_inputs(
             f"{len(codes)} codes, but TorToiSe's decoder is handed at most {total}: sample with max_codes {total}"
         )
     check_diffusion_inputs(config, total, max(silence, *ending))
-    repaired = np.concatenate([codes, np.full(total - len(codes), silence)]).astype(np.int32)
-    if len(codes) < total:
-        repaired[-3:] = ending
+    fixed = repaired(codes, total, silence, ending)
     prompt = prompt_arrays(config, [text_ids], extra_text_stop=True)
-    p = int(prompt["lengths"][0])
-    tokens, token_types, positions = (prompt[name][:, :p] for name in ("tokens", "token_types", "positions"))
-    read = np.concatenate([[config.start_mel], repaired[:-1]])[None].astype(np.int32)
-    hidden = apply(
-        UnifiedVoice(config),
-        "hidden_states",
-        {"params": params},
-        np.asarray(conditioning, np.float32)[None, None],
-        np.concatenate([tokens, read], axis=1),
-        np.concatenate([token_types, np.full_like(read, MEL)], axis=1),
-        np.concatenate([positions, np.arange(total, dtype=np.int32)[None]], axis=1),
-    )
-    return repaired, np.asarray(hidden)[0, p : p + silent_from(repaired, silence)]
+    p, room = int(prompt["lengths"][0]), prompt["tokens"].shape[1]
+    # The codes follow the prompt without a gap; its padding is behind them, where nothing sees it.
+    read = {
+        "tokens": np.concatenate([[config.start_mel], fixed[:-1]]),
+        "token_types": np.full(total, MEL),
+        "positions": np.arange(total),
+    }
+    rows = {name: np.zeros((1, room + total), np.int32) for name in read}
+    for name, row in rows.items():
+        row[:, :p], row[:, p : p + total] = prompt[name][:, :p], read[name]
+    voice = np.asarray(conditioning, np.float32)[None, None]
+    hidden = apply(UnifiedVoice(config), "hidden_states", {"params": params}, voice, *rows.values())
+    return fixed, np.asarray(hidden)[0, p : p + silent_from(fixed, silence)]
+
+
+def repaired(
+    codes: np.ndarray,
+    total: int = DIFFUSION_CODES,
+    silence: int = SILENCE_CODE,
+    ending: tuple[int, int, int] = ENDING_CODES,
+) -> np.ndarray:
+    """codes (c,) without the stop, as upstream repairs them: (total,) int32.
+
+    Silence from the stop on, and `ending` in the last three places, where a late stop loses a code or two. Codes that
+    fill `total` never stopped and stay as they are.
+    """
+    fixed = np.concatenate([codes, np.full(total - len(codes), silence)]).astype(np.int32)
+    if len(codes) < total:
+        fixed[-3:] = ending
+    return fixed
 
 
 def check_diffusion_inputs(

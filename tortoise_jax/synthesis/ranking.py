@@ -19,18 +19,25 @@ SILENT_SECONDS = 1.0  # longer silence at the end than a pause is flagged
 class Candidate:
     """One way to say a text: its number among the candidates, what is wrong with it (nothing: empty), how likely it is.
 
-    log_likelihood: the model's own mean log-probability per code. codes (c,) int32, without the stop.
+    log_likelihood: the model's own mean log-probability per code. codes (c,) int32, without the stop. score: CLVP's,
+    None where it was not asked.
     """
 
     index: int
     flags: tuple[str, ...]
     log_likelihood: float
     codes: np.ndarray
+    score: float | None = None
 
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:
     """Those without flags first; within each group the likeliest first."""
     return sorted(candidates, key=lambda one: (bool(one.flags), -one.log_likelihood, one.index))
+
+
+def by_score(candidates: list[Candidate]) -> list[Candidate]:
+    """Best first by CLVP's score alone, as upstream ranks them."""
+    return sorted(candidates, key=lambda one: (-(one.score or 0.0), one.index))
 
 
 def flags(codes: np.ndarray, stopped: bool, mel: np.ndarray, mel_norms: np.ndarray) -> tuple[str, ...]:

@@ -9,12 +9,15 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.audio import DIFFUSION_RATE, SAMPLE_RATE
+from tortoise_jax.checkpoints.parts import DIFFUSION, VOCODER, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
-from tortoise_jax.synthesis import ranking, sampler
+from tortoise_jax.synthesis import ranking, rendering, sampler
+from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs
 from tortoise_jax.synthesis.drafts import decode_mel, draft
 from tortoise_jax.synthesis.prompts import max_text_ids
 from tortoise_jax.synthesis.ranking import Candidate
+from tortoise_jax.synthesis.rendering import Preset
 from tortoise_jax.synthesis.sampler import SamplerWeights, Samples, SamplingOptions
 from tortoise_jax.text import sentences
 
@@ -49,10 +52,12 @@ def say(
     candidates: int,
     keep: int,
     batch: int,
+    clvp: Part | None = None,
 ) -> list[Utterance]:
     """Draws candidates for each part of a text and keeps the best. voice (d,); batch: candidates drawn at once.
 
-    The parts draw with seeds that follow each other from `seed` on; the batch does not change what is drawn.
+    The parts draw with seeds that follow each other from `seed` on; the batch does not change what is drawn. clvp:
+    ranks them, as in TorToiSe; without it a candidate's flaws and likelihood do.
     """
     said = []
     for i, text in enumerate(texts):
@@ -64,9 +69,25 @@ def say(
                 sampler.sample, weights, pretrained.ar.config, voice, text_ids, seed + i, options, count, first
             )
             drawn = with_bar(draw, options.max_codes, f"part {i + 1}, {count} candidates")
-            found += evaluate(pretrained, drawn, first)
-        said.append(Utterance(text, text_ids, ranking.rank(found)[:keep]))
+            found += scored(clvp, text_ids, drawn, first) if clvp else evaluate(pretrained, drawn, first)
+        ranked = ranking.by_score(found) if clvp else ranking.rank(found)
+        said.append(Utterance(text, text_ids, ranked[:keep]))
     return said
+
+
+def scored(clvp: Part, text_ids: list[int], drawn: Samples, first: int) -> list[Candidate]:
+    """Drawn rows as candidates with CLVP's scores, numbered from `first` on."""
+    rows = [drawn.row(i) for i in range(len(drawn.lengths))]
+    return [
+        Candidate(
+            first + i,
+            () if drawn.stopped[i] else ("never stops",),
+            float(drawn.log_likelihood[i]),
+            rows[i],
+            float(score),
+        )
+        for i, score in enumerate(rendering.scores(clvp, text_ids, rows))
+    ]
 
 
 def with_bar(draw: Callable[..., Samples], total: int, title: str) -> Samples:
@@ -107,9 +128,36 @@ def draft_of(pretrained: Pretrained, said: list[Utterance], index: int) -> np.nd
     return join([draft(dvae.variables, dvae.config, norms, part.kept[index].codes) for part in said])
 
 
-def join(waveforms: list[np.ndarray]) -> np.ndarray:
+def speech_of(
+    pretrained: Pretrained,
+    said: list[Utterance],
+    voice: np.ndarray,
+    diffusion_voice: np.ndarray,
+    preset: Preset,
+    seed: int,
+) -> list[np.ndarray]:
+    """Speech at 24 kHz, (samples,) for each kept candidate, best first, with pauses between the parts.
+
+    voice (d,) and diffusion_voice (2 d,): both halves of a voice. Several parts and candidates are rendered at once; a
+    row's noise depends on the seed and its number alone.
+    """
+    ar, keep = pretrained.ar, len(said[0].kept)
+    rows = [(part, one) for part in said for one in part.kept]
+    waveforms: list[np.ndarray] = []
+    with tqdm(total=len(rows), unit="row", desc="diffusion and vocoder", leave=False, dynamic_ncols=True) as bar:
+        for first in range(0, len(rows), rendering.RENDERED_AT_ONCE):
+            now = rows[first : first + rendering.RENDERED_AT_ONCE]
+            numbers = range(first, first + len(now))
+            latents = [diffusion_inputs(ar.params, ar.config, voice, part.text_ids, one.codes)[1] for part, one in now]
+            mels = rendering.diffuse(pretrained.part(DIFFUSION), latents, diffusion_voice, preset, seed, list(numbers))
+            waveforms += rendering.vocode(pretrained.part(VOCODER), mels, seed, list(numbers))
+            bar.update(len(now))
+    return [join(waveforms[index::keep], DIFFUSION_RATE) for index in range(keep)]
+
+
+def join(waveforms: list[np.ndarray], rate: int = SAMPLE_RATE) -> np.ndarray:
     """Waveforms (samples,) one after another, with a short pause between."""
-    pause = np.zeros(round(PAUSE_SECONDS * SAMPLE_RATE), np.float32)
+    pause = np.zeros(round(PAUSE_SECONDS * rate), np.float32)
     pieces = [piece for waveform in waveforms for piece in (pause, waveform)]
     return np.concatenate(pieces[1:])
 
@@ -117,7 +165,8 @@ def join(waveforms: list[np.ndarray]) -> np.ndarray:
 def describe(part: Utterance, candidates: int) -> str:
     """One line on what was drawn and kept."""
     kept = "; ".join(
-        f"candidate {one.index + 1} ({one.log_likelihood:.2f} per code"
+        f"candidate {one.index + 1} ("
+        + (f"{one.log_likelihood:.2f} per code" if one.score is None else f"CLVP {one.score:.2f}")
         + (f", {' and '.join(one.flags)}" if one.flags else "")
         + ")"
         for one in part.kept

@@ -14,14 +14,18 @@ from tortoise_jax.audio import (
     AUDIO_SUFFIXES,
     SILENT_DB,
     crop_conditioning,
+    diffusion_clip,
     heard_elsewhere,
     log_mel,
+    log_mel_24k,
     loudness_db,
     read_audio,
 )
+from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import check_readable, write_atomically
 from tortoise_jax.models.compiled import apply
+from tortoise_jax.models.diffusion import DiffusionConfig, DiffusionDecoder
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
 VECTOR = "conditioning"  # its name in a .npz
@@ -35,6 +39,24 @@ def load_voice(source: Path, params: Any, config: UnifiedVoiceConfig, mel_norms:
     if source.suffix in (".pth", ".pt"):
         raise UserError(f"{source} is a torch file; convert it: python convert/voices.py {source} --out voice.npz")
     return condition(params, config, mel_norms, [crop(clip, seed, i) for i, clip in enumerate(find_clips(source))])
+
+
+def load_diffusion_half(source: Path, diffusion: Part) -> np.ndarray:
+    """The same sources -> the diffusion decoder's vector (2 d,) float32. Raises UserError naming the file."""
+    width = 2 * diffusion.config.width
+    if source.suffix != ".npz":
+        return condition_diffusion(
+            diffusion.variables, diffusion.config, [read_audio(clip) for clip in find_clips(source)]
+        )
+    vector = read_voice(source).get(DIFFUSION)
+    if vector is None:
+        raise UserError(
+            f"{source} holds the AR model's half of a voice alone; give the clips it was made from, or save the voice "
+            "again with --save_voice and a preset"
+        )
+    if vector.shape != (width,) or not np.isfinite(vector).all():
+        raise UserError(f"{source}: {DIFFUSION} has shape {vector.shape}, the diffusion decoder reads ({width},)")
+    return vector.astype(np.float32)
 
 
 def find_clips(source: Path) -> list[Path]:
@@ -70,6 +92,13 @@ def condition(
     mels = (log_mel(waveform, mel_norms) for waveform in waveforms)
     vectors = [np.asarray(apply(model, "condition", {"params": params}, mel[None, None])) for mel in mels]
     return np.mean(vectors, axis=0)[0, 0]
+
+
+def condition_diffusion(variables: Any, config: DiffusionConfig, waveforms: Sequence[np.ndarray]) -> np.ndarray:
+    """Clips of one voice, each (samples,) at 22050 Hz -> the diffusion decoder's vector (2 d,) float32: their mean."""
+    model = DiffusionDecoder(config)
+    mels = (log_mel_24k(diffusion_clip(waveform)) for waveform in waveforms)
+    return np.mean([np.asarray(apply(model, "condition", variables, mel[None, None]))[0] for mel in mels], axis=0)
 
 
 def save_voice(path: Path, vector: np.ndarray, diffusion: np.ndarray | None = None) -> None:

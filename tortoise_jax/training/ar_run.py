@@ -49,7 +49,7 @@ def kind(get_config: Callable[[], ConfigDict]) -> Kind:
 
 def load(settings: ConfigDict, weights: bool) -> Pretrained:
     """The checkpoint's AR model and dVAE."""
-    return load_pretrained(settings.checkpoint, (AR, DVAE) if weights else ())
+    return load_pretrained(settings.checkpoint, (AR, DVAE) if weights else ()).only(AR, DVAE)
 
 
 def find_data(settings: ConfigDict, pretrained: Pretrained) -> tuple[Dataset, Pretrained]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from tests.support.torch_reference.clvp import CLVP
+from tests.support.torch_reference.diffusion import DiffusionTts
 from tests.support.torch_reference.dvae import DiscreteVAE
 from tests.support.torch_reference.unified_voice import UnifiedVoice
+from tests.support.torch_reference.vocoders import EqualLinear, Hifigan, RandomLatentConverter, UnivNet
 
 TINY_DVAE = dict(hidden_dim=16, num_layers=2, num_resnet_blocks=2, codebook_dim=24, num_tokens=64)
 TINY_UNIFIED_VOICE = dict(
@@ -36,6 +40,10 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
                 parameter.copy_((1.0 if name == "weight" else 0.0) + 0.2 * noise)
+            elif isinstance(module, EqualLinear):  # stored ten times as large as it is used
+                parameter.copy_((10.0 if name == "weight" else 2.0) * noise)
+            elif name in ("g", "weight_g", "original0", "temperature"):
+                parameter.copy_(1.0 + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
             elif isinstance(module, nn.Embedding):
@@ -68,6 +76,84 @@ def tiny_unified_voice(seed: int = 0, **overrides: Any) -> UnifiedVoice:
     model = UnifiedVoice(**{**TINY_UNIFIED_VOICE, **overrides}).eval()
     randomize(model, torch.Generator().manual_seed(seed))
     return model
+
+
+TINY_CLVP = dict(
+    dim_text=32,
+    dim_speech=24,
+    dim_latent=40,
+    num_text_tokens=50,
+    text_enc_depth=2,
+    text_heads=2,
+    num_speech_tokens=70,
+    speech_enc_depth=3,
+    speech_heads=1,
+)
+TINY_DIFFUSION = dict(model_channels=32, num_layers=2, in_latent_channels=24, in_tokens=50, num_heads=4)
+TINY_VOCODER = dict(channel_size=3, noise_dim=8, strides=(4, 3, 2), n_mel_channels=10, kpnet_width=6)
+TINY_HIFIGAN = dict(
+    in_channels=12,
+    cond_channels=10,
+    upsample_initial_channel=16,
+    upsample_kernel_sizes=(8, 4, 4),
+    resblock_kernel_sizes=(3, 5),
+)
+
+
+@torch.no_grad()
+def tiny_clvp(seed: int = 0, **overrides: Any) -> CLVP:
+    """A CLVP of TINY_CLVP's size, any of it overridden, whose sides have frequencies of their own.
+
+    Its embeddings are small, so that an epsilon in a norm shows.
+    """
+    model = CLVP(**{**TINY_CLVP, **overrides}).eval()
+    randomize(model, torch.Generator().manual_seed(seed))
+    model.text_emb.weight.mul_(0.05)
+    model.speech_emb.weight.mul_(0.05)
+    model.speech_transformer.transformer.attn_layers.rotary_pos_emb.inv_freq.mul_(1.1)
+    return model
+
+
+def tiny_diffusion(seed: int = 0, **overrides: Any) -> DiffusionTts:
+    """A diffusion decoder of TINY_DIFFUSION's size, any of it overridden."""
+    model = DiffusionTts(**{**TINY_DIFFUSION, **overrides}).eval()
+    randomize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+@torch.no_grad()
+def tiny_vocoder(seed: int = 0, **overrides: Any) -> UnivNet:
+    """A UnivNet of TINY_VOCODER's size, any of it overridden.
+
+    Its predicted kernels are small: the mel of silence is large, and large kernels would amplify rounding.
+    """
+    model = quietly(lambda: UnivNet(**{**TINY_VOCODER, **overrides}).eval())
+    randomize(model, torch.Generator().manual_seed(seed))
+    for stack in model.res_stack:
+        for name, parameter in stack.kernel_predictor.kernel_conv.named_parameters():
+            if name not in ("weight_v", "parametrizations.weight.original1"):
+                parameter.mul_(0.1)
+    return model
+
+
+def tiny_hifigan(seed: int = 0, **overrides: Any) -> Hifigan:
+    """The fast path's decoder of TINY_HIFIGAN's size, any of it overridden."""
+    model = quietly(lambda: Hifigan(**{**TINY_HIFIGAN, **overrides}).eval())
+    randomize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def tiny_random_voice(seed: int = 0, channels: int = 24) -> RandomLatentConverter:
+    model = RandomLatentConverter(channels).eval()
+    randomize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def quietly(build: Callable[[], Any]) -> Any:
+    """torch calls the naming that TorToiSe's files have deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return build()
 
 
 def random_batch(

@@ -1,0 +1,102 @@
+"""From drawn codes to 24 kHz speech: scores, mels and waveforms of rows, however they are batched and padded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.parity import MODULE, Twin, assert_close, twin_of
+from tests.support.torch_reference import CLVP, tiny_clvp, tiny_diffusion, tiny_random_voice, tiny_vocoder
+from tortoise_jax.checkpoints import parts
+from tortoise_jax.models.diffusion import frames_of
+from tortoise_jax.synthesis import rendering
+from tortoise_jax.synthesis.diffusion_inputs import repaired
+from tortoise_jax.synthesis.rendering import PRESETS, Preset
+
+CHAIN = 1e-3
+TEXT = [5, 9, 30, 31, 7]
+TOTAL = 24  # codes of a row, in place of 500
+
+
+@pytest.fixture(scope="module")
+def torch_clvp() -> CLVP:
+    return tiny_clvp(num_speech_tokens=300).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def clvp(torch_clvp: CLVP) -> Twin:
+    return twin_of(parts.CLVP, torch_clvp)
+
+
+def rows() -> list[np.ndarray]:
+    """Speech that stops early, late, at the last place but one, and never."""
+    random = np.random.default_rng(0)
+    return [random.integers(0, 300, n).astype(np.int32) for n in (3, 17, 23, 24)]
+
+
+def test_repaired_codes() -> None:
+    made = [repaired(row, TOTAL) for row in rows()]
+    assert made[0].tolist() == [*rows()[0], *[83] * 18, 45, 45, 248]
+    assert made[2].tolist() == [*rows()[2][:21], 45, 45, 248]  # a stop in the last two places loses speech
+    assert made[3].tolist() == rows()[3].tolist()
+
+
+def test_trap_3_scores_are_of_repaired_codes_and_of_the_text_with_its_zero(torch_clvp: CLVP, clvp: Twin) -> None:
+    fixed = torch.from_numpy(np.stack([repaired(row, TOTAL) for row in rows()])).long()
+    text = torch.tensor([[*TEXT, 0]]).expand(4, -1)
+    assert_close(rendering.scores(clvp.part, TEXT, rows(), TOTAL), torch_clvp(text, fixed), MODULE)
+    with pytest.raises(AssertionError):
+        assert_close(rendering.scores(clvp.part, TEXT, rows(), TOTAL), torch_clvp(text[:, :-1], fixed), MODULE)
+
+
+def test_scores_do_not_depend_on_the_batch(clvp: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rendering.scores(clvp.part, TEXT, rows(), TOTAL)
+    monkeypatch.setattr(rendering, "SCORED_AT_ONCE", 3)
+    assert_close(rendering.scores(clvp.part, TEXT, rows(), TOTAL), whole, MODULE)
+
+
+def test_a_code_that_clvp_does_not_know_is_the_worst(clvp: Twin) -> None:
+    """A model may draw its own start token; upstream would end there."""
+    drawn = rows()
+    drawn[1][4] = 300
+    scores = rendering.scores(clvp.part, TEXT, drawn, TOTAL)
+    assert np.isneginf(scores).tolist() == [False, True, False, False]
+
+
+def test_presets_are_upstreams() -> None:
+    found = {name: (preset.candidates, preset.steps, preset.guidance) for name, preset in PRESETS.items()}
+    assert found == {
+        "ultra_fast": (16, 30, None),
+        "fast": (96, 80, 2.0),
+        "standard": (256, 200, 2.0),
+        "high_quality": (256, 400, 2.0),
+    }
+
+
+def test_a_row_is_rendered_alike_alone_and_beside_others() -> None:
+    diffusion = twin_of(parts.DIFFUSION, tiny_diffusion(num_layers=1, model_channels=64))
+    vocoder = twin_of(parts.VOCODER, tiny_vocoder(n_mel_channels=100, strides=(4, 2)))
+    random = np.random.default_rng(0)
+    latents = [random.standard_normal((n, 24)).astype(np.float32) for n in (8, 60)]
+    voice, preset = random.standard_normal(128).astype(np.float32), Preset(1, 3, 2.0)
+    together = rendering.diffuse(diffusion.part, latents, voice, preset, seed=4)
+    assert [mel.shape for mel in together] == [(frames_of(8), 100), (frames_of(60), 100)]
+    alone = rendering.diffuse(diffusion.part, latents[:1], voice, preset, seed=4, rows=[0])[0]
+    assert_close(together[0], alone, CHAIN)
+    assert np.abs(rendering.diffuse(diffusion.part, latents[:1], voice, preset, seed=5)[0] - alone).max() > 0.1
+    waveforms = rendering.vocode(vocoder.part, together, seed=4)
+    assert [len(waveform) for waveform in waveforms] == [8 * frames_of(8), 8 * frames_of(60)]
+    assert_close(rendering.vocode(vocoder.part, together[:1], seed=4)[0], waveforms[0], MODULE)
+    assert np.abs(waveforms[1]).max() <= 1
+
+
+def test_new_lengths_in_a_bucket_are_not_new_programs() -> None:
+    assert {rendering.bucket(n) for n in range(1, 501)} == set(range(50, 501, 50))
+
+
+def test_the_halves_of_a_random_voice_are_unrelated() -> None:
+    part = twin_of(parts.RANDOM_AR, tiny_random_voice()).part
+    first, again, other = (rendering.random_vector(part, 3, stage) for stage in (2, 2, 3))
+    assert np.array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
