@@ -37,7 +37,7 @@ BASE = {
     "fiona": ("en-us+f3", 55, 160),
 }
 NEW = {"grace": ("en-us+Alicia", 50, 160)}
-NEW_CLIPS = 60
+NEW_CLIPS = 100
 UNSEEN_BY = {"emma": BASE["emma"], "grace": NEW["grace"]}  # who speaks the unseen sentences, to compare drafts with
 PEAK = 0.8
 SILENCE = 0.01  # of full scale, at PEAK

@@ -48,7 +48,7 @@ def main() -> None:
     say("1/5 demo/*.pth, a tiny dVAE and AR model, to Flax")
     pair = ("--dvae", PAIR / "dvae.pth", "--ar", PAIR / "autoregressive.pth")
     run("convert/torch_to_flax.py", *pair, "--out", OUT / "tortoise")
-    say("2/5 demo/voice, 60 clips of a voice it has never heard, to a data set")
+    say("2/5 demo/voice, 100 clips of a voice it has never heard, to a data set")
     checkpoint = ("--checkpoint", OUT / "tortoise")
     run("-m", "tortoise_jax.prepare", "--data", PAIR / "voice/metadata.csv", *checkpoint, "--out", OUT / "data")
     say("3/5 fine-tuning on them (a minute or two)")
@@ -87,7 +87,7 @@ def run(*arguments: object) -> None:
 def check_export(path: Path) -> None:
     """The exported file loads strictly into the torch model, whose logits equal ours."""
     model = tj.load(ROOT / OUT / "run")
-    config = model.config
+    config = model.model.config
     reference = UnifiedVoice(
         layers=config.layers,
         model_dim=config.width,
