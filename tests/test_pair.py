@@ -6,7 +6,6 @@ import csv
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +27,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     out = tmp_path_factory.mktemp("pair") / "tortoise"
     files = ["--dvae", str(DEMO / "dvae.pth"), "--ar", str(DEMO / "autoregressive.pth")]
     done = subprocess.run(
-        [sys.executable, "convert/torch_to_flax.py", *files, "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "convert/torch_to_flax.py", *files, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return load_pretrained(out)
@@ -81,7 +83,9 @@ def test_the_demos_readme_shows_the_maker_commands() -> None:
     finally:
         sys.path.pop(0)
     text = re.sub(r"\s+", " ", (DEMO / "README.md").read_text(encoding="utf-8").replace("\\\n", " "))
-    for field in make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH) + make_pair.fields(make_pair.LONGER):
+    for field in (
+        make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH) + make_pair.fields(make_pair.LONGER)
+    ):
         assert field.replace("'", "") in text.replace("'", ""), field
     assert f"--clips {make_pair.CODEC_CLIPS}" in text
     assert f"--clips {make_pair.SPEECH_CLIPS}" in text
