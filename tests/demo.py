@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+# Before JAX is imported, and inherited by the commands: the demo is small, and the tests' extra brings compilers for
+# accelerators that complain where there is none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import torch
