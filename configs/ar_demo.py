@@ -2,7 +2,7 @@
 
   make demo
 
-Expected: the held-out mel loss falls by more than 60 %.
+Expected: the held-out mel loss falls by more than half.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ SPEECH = {
     "sample_every": 0,
     "patience": 0,
 }
-LONGER = SPEECH | {"steps": 900}  # from the first run's end: words come out right only here
+LONGER = (900, 600)  # steps of two more such runs, each from the end of the one before it
 MODEL = UnifiedVoiceConfig(
     layers=8, width=128, heads=2, text_tokens=256, mel_tokens=258, text_positions=62, mel_positions=134
 )
@@ -72,8 +72,9 @@ def main() -> None:
     run("-m", "tortoise_jax.prepare", "--data", table, "--checkpoint", work / "start", "--out", data)
     speech = {"checkpoint": work / "start", "data": data} | SPEECH
     run("train.py", "--config", "configs/ar.py", *fields(speech), f"--workdir={work / 'ar-begun'}")
-    longer = {"checkpoint": work / "ar-begun", "data": data} | LONGER
-    run("train.py", "--config", "configs/ar.py", *fields(longer), f"--workdir={work / 'ar'}")
+    for before, after, steps in zip(("ar-begun", "ar-longer"), ("ar-longer", "ar"), LONGER, strict=True):
+        longer = speech | {"checkpoint": work / before, "steps": steps}
+        run("train.py", "--config", "configs/ar.py", *fields(longer), f"--workdir={work / after}")
     for part, name in ((DVAE, "dvae"), (AR, "autoregressive")):
         half = ("--dtype", "float16")  # as many bytes as a repository should hold
         run("convert/flax_to_torch.py", work / part, "--part", part, *half, "--out", out / f"{name}.pth")

@@ -36,7 +36,7 @@ BASE = {
     "emma": ("en-gb-x-rp+f4", 40, 145),
     "fiona": ("en-us+f3", 55, 160),
 }
-NEW = {"grace": ("en-us+Alicia", 50, 160)}
+NEW = {"grace": ("en-us+f1", 52, 155)}
 NEW_CLIPS = 100
 UNSEEN_BY = {"emma": BASE["emma"], "grace": NEW["grace"]}  # who speaks the unseen sentences, to compare drafts with
 PEAK = 0.8

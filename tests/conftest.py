@@ -9,7 +9,6 @@ from pathlib import Path
 # accelerators, and each program is compiled once for all tests and their workers.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # the compilers of the extra "plan" say that this machine has no card
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import hypothesis

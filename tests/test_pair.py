@@ -65,8 +65,8 @@ def test_it_says_sentences_it_never_heard_and_stops(pair: Pretrained) -> None:
     found = spoken.figures(pair, drawn, renderings)
     assert found.stops >= 0.98, found
     assert found.silence < 0.3, found
-    assert found.nearest >= 0.6, found  # of 40; it was trained too briefly for the 95 % that demo/README.md aims for
-    assert found.ratio <= 1.3, found
+    assert found.nearest >= 0.8, found  # of 40; 95 % is the aim, which more training would reach
+    assert found.ratio <= 1.25, found
     # Codes that are shuffled between the sentences say other ones: the figures can tell.
     others = np.roll(np.arange(len(SENTENCES)), 1)
     swapped = Renderings(
@@ -83,9 +83,13 @@ def test_the_demos_readme_shows_the_maker_commands() -> None:
     finally:
         sys.path.pop(0)
     text = re.sub(r"\s+", " ", (DEMO / "README.md").read_text(encoding="utf-8").replace("\\\n", " "))
+<<<<<<< HEAD
     for field in (
         make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH) + make_pair.fields(make_pair.LONGER)
     ):
+=======
+    for field in make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH):
+>>>>>>> hear-it
         assert field.replace("'", "") in text.replace("'", ""), field
     assert f"--clips {make_pair.CODEC_CLIPS}" in text
     assert f"--clips {make_pair.SPEECH_CLIPS}" in text

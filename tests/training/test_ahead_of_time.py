@@ -87,7 +87,7 @@ def test_a_step_of_two_layers_compiles_for_tpus() -> None:
 
 @needs_compilers
 @pytest.mark.usefixtures("compilers")
-@pytest.mark.parametrize("target", ["v5e:1x1", "a100-40g"])
+@pytest.mark.parametrize("target", ["v5e:1x1", pytest.param("a100-40g", marks=pytest.mark.slow)])
 def test_codes_do_not_depend_on_fast_products(target: str) -> None:
     """The front end and the dVAE multiply in full float32: less would change codes. The model's products are fast."""
     small = 4096  # samples; a TPU's program of six seconds takes long to compile
@@ -335,17 +335,28 @@ def show_plan(project: Path, *flags: str, **fields: Any) -> subprocess.Completed
 
 
 @needs_compilers
-def test_the_plan_for_cards_that_are_not_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "title", "memory", "fits"),
+    [
+        ("v5e:2x2", "4 x TPU v5e, each 16 GiB", "of 16.0 GiB", "it fits"),
+        pytest.param(
+            *("rtx3060-12g:2", "2 x NVIDIA RTX 3060, each 12 GiB", "of 9.0 GiB"),
+            "it fits in the 75% of the card that JAX takes",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_plan_for_a_machine_that_is_not_here(tmp_path: Path, name: str, title: str, memory: str, fits: str) -> None:
     runs.write_checkpoint(tmp_path / "checkpoint")
-    done = show_plan(tmp_path, "--plan", "--topology", "rtx3060-12g:2", data="no such data")
+    done = show_plan(tmp_path, "--plan", "--topology", name, data="no such data")
     assert done.returncode == 0, done.stderr
     for part in (
         "config.data=no such data does not exist: planning for 13100 clips of usual lengths",
         "computing in bfloat16",
-        "planning for 2 x NVIDIA RTX 3060, each 12 GiB",
+        f"planning for {title}",
         "these are facts of the program that would run:",
-        "of 9.0 GiB",
-        "it fits in the 75% of the card that JAX takes",
+        memory,
+        fits,
         "state updated in place: ",
         "sums over devices: 1 of gradients, 0 MiB together in f32, outside all loops, once per step",
         "rows of a micro-batch that fit: about ",
