@@ -83,13 +83,7 @@ def test_the_demos_readme_shows_the_maker_commands() -> None:
     finally:
         sys.path.pop(0)
     text = re.sub(r"\s+", " ", (DEMO / "README.md").read_text(encoding="utf-8").replace("\\\n", " "))
-<<<<<<< HEAD
-    for field in (
-        make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH) + make_pair.fields(make_pair.LONGER)
-    ):
-=======
     for field in make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH):
->>>>>>> hear-it
         assert field.replace("'", "") in text.replace("'", ""), field
     assert f"--clips {make_pair.CODEC_CLIPS}" in text
     assert f"--clips {make_pair.SPEECH_CLIPS}" in text
