@@ -208,6 +208,12 @@ def ending_together() -> Iterator[None]:
         leave(error)
 
 
+def end_for_all(error: UserError) -> None:
+    """Ends this process with the error's line, from whichever thread, where other hosts would wait for it."""
+    if _hosts is not None:
+        leave(error)
+
+
 def leave(error: BaseException) -> NoReturn:
     assert _hosts is not None
     if broken := by_lost_host(error):

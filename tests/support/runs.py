@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -144,23 +142,25 @@ def start_hosts(
     command, as storage that they do not share; relative paths then lead elsewhere on each. largest_file: bytes to which
     a file of host 0 may grow, as where its disk is full.
     """
-    full_disk = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
     coordinator = f"127.0.0.1:{free_port()}"
-    limits = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
+    own_cache = {"JAX_COMPILATION_CACHE_DIR": str(project / "compiled")} if largest_file else {}  # half programs in it
+    limits = own_cache | {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
     started = []
     for host in range(hosts):
         where = ["--coordinator", coordinator, "--num_processes", str(hosts), "--process_id", str(host)]
         own = of_second if of_second and host == 1 else {}
+        limited = (
+            ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "-"] if largest_file and not host else []
+        )
         python, script, *flags = command(project, run, *where, **fields | own)
         started.append(
             subprocess.Popen(
-                [python, ROOT / script if folders else script, *flags],
+                [*limited, python, str(ROOT / script if folders else script), *flags],
                 cwd=folders[host] if folders else ROOT,
                 env=environment(project) | limits | {"JAX_NUM_CPU_DEVICES": str(devices)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=full_disk if largest_file and host == 0 else None,
             )
         )
     return started

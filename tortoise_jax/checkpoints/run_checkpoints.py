@@ -42,6 +42,22 @@ def steps_folder(run: Path) -> epath.Path:
     return folder
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's, which tells at once that this host's part of a save failed.
+
+    Its own background thread would first wait twenty minutes for the other hosts, which wait for this one.
+    """
+
+    failed: Callable[[Exception], None] = staticmethod(lambda error: None)
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failed(error)
+            raise
+
+
 class RunCheckpoints:
     """The steps of a run in its `steps_folder`: params and optimiser state apart, so that weights alone can be read.
 
@@ -68,7 +84,8 @@ class RunCheckpoints:
             read_only=alone,
             multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.manager = Manager(self.folder, options=options)
+        self.manager.failed = lambda error: parallel.end_for_all(self.not_written(error))
 
     @classmethod
     def to_read(cls, run: Path) -> RunCheckpoints:
@@ -112,12 +129,15 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:
-            whole = [step for step in self.manager.all_steps(read=True) if (self.folder / str(step)).is_dir()]
-            rest = f"the checkpoints of steps {whole} are whole" if whole else "there is no older one"
-            raise UserError(
-                f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {rest}; "
-                "make room and run the same command again"
-            ) from None
+            raise self.not_written(error) from None
+
+    def not_written(self, error: Exception) -> UserError:
+        whole = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+        rest = f"the checkpoints of steps {whole} are whole" if whole else "there is no older one"
+        return UserError(
+            f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {rest}; "
+            "make room and run the same command again"
+        )
 
     def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
         """Arrays shaped like the given trees, as numpy, exactly as they were saved; else a UserError."""
