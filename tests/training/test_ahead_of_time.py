@@ -286,8 +286,8 @@ def test_a_slice_that_google_does_not_make_is_refused() -> None:
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topologies, "COMPILERS", {"tpu": ("no_such.library",)})
-    with pytest.raises(UserError, match=r"not installed \(no_such.library\); pip install 'tortoise_jax\[plan\]'"):
+    monkeypatch.setattr(topologies, "COMPILERS", {"tpu": ("no_such.module",)})
+    with pytest.raises(UserError, match=r"not installed \(no_such.module\); pip install 'tortoise_jax\[plan\]'"):
         _ = parse("v5e").devices
 
 
