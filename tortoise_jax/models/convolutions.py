@@ -9,9 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tortoise_jax.models.layers import Array
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from tortoise_jax.models.layers import HIGHEST, Array
 
 
 def kernel_of(module: nn.Module, shape: tuple[int, int, int], weight_norm: bool, gain_axis: int) -> Array:

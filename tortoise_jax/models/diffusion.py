@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tortoise_jax.models.layers import LAYER_NORM_EPSILON, Array, Compute, attend, group_count, mask_of, zero_padding
+from tortoise_jax.models.layers import (
+    LAYER_NORM_EPSILON,
+    Array,
+    Compute,
+    attend,
+    frames_of,
+    group_count,
+    mask_of,
+    zero_padding,
+)
 
 EMBEDDER_LAYERS, CONDITIONER_LAYERS, CONVERTER_LAYERS, INTEGRATOR_LAYERS = 5, 4, 3, 3
 TAIL_LAYERS = 3  # residual blocks without attention after the others
@@ -41,11 +50,6 @@ class DiffusionConfig:
 
 
 RELEASED = DiffusionConfig(layers=10, width=1024, heads=16, latent_width=1024, codes=8193)
-
-
-def frames_of(codes: int) -> int:
-    """Mel frames at 24 kHz that so many codes become: four frames a code at 22.05 kHz."""
-    return codes * 4 * 24000 // 22050
 
 
 def relative_buckets(length: int) -> np.ndarray:
@@ -249,7 +253,7 @@ class DiffusionDecoder(nn.Module):
         styled = normed * (1 + scale) + shift
         if lengths is None:
             return {"normed": normed, "aligned": styled[:, np.arange(frames) * x.shape[1] // frames]}
-        real = lengths * 4 * 24000 // 22050  # frames_of
+        real = frames_of(lengths)
         source = jnp.arange(frames)[None] * lengths[:, None] // jnp.maximum(real, 1)[:, None]
         stretched = jnp.take_along_axis(styled, jnp.minimum(source, x.shape[1] - 1)[..., None], axis=1)
         return {"normed": normed, "aligned": zero_padding(stretched, mask_of(real, frames))}

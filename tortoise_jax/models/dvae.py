@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tortoise_jax.models.layers import Array, ResidualBlock
+from tortoise_jax.models.layers import HIGHEST, Array, ResidualBlock
 
-HIGHEST = jax.lax.Precision.HIGHEST
 CODEBOOK_DECAY = 0.99
 CODEBOOK_EPSILON = 1e-5
 

@@ -13,13 +13,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tortoise_jax.models.convolutions import Conv, ConvTranspose
-from tortoise_jax.models.layers import Array, mask_of, zero_padding
+from tortoise_jax.models.layers import FRAMES_PER_CODE, Array, frames_of, mask_of, zero_padding
 
 DILATIONS = (1, 3, 5)
 SLOPE = 0.1
 LAST_SLOPE = 0.01
 ENDS_KERNEL = 7
-FRAMES_PER_CODE = 4
 RATE_NUMERATOR, RATE_DENOMINATOR = 160, 147  # 24000 / 22050
 
 
@@ -54,11 +53,6 @@ class HifiganConfig:
 RELEASED = HifiganConfig(
     latent_width=1024, voice_width=1024, channels=512, kernels=(16, 16, 4, 4), resblock_kernels=(3, 7, 11)
 )
-
-
-def frames_of(codes: int) -> int:
-    """Frames at 24 kHz that so many codes become."""
-    return FRAMES_PER_CODE * codes * RATE_NUMERATOR // RATE_DENOMINATOR
 
 
 def interpolated(x: Array, scale: float, frames: int, lengths: Array) -> Array:
@@ -147,7 +141,7 @@ class Hifigan(nn.Module):
     def decode(self, latents: Array, voice: Array, frames: int, lengths: Array | None = None) -> Array:
         """latents (b, s, l), voice (b, v), frames: frames_of(s), lengths (b,) codes -> waveform (b, frames hop)."""
         x = upsampled(latents, frames, lengths)[1]
-        real = None if lengths is None else lengths * FRAMES_PER_CODE * RATE_NUMERATOR // RATE_DENOMINATOR
+        real = None if lengths is None else frames_of(lengths)
         return self(x, voice, real)["waveform"]
 
 

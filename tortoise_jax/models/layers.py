@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-5
+HIGHEST = jax.lax.Precision.HIGHEST  # float32 products as they are: by default TPUs take bf16 and NVIDIA cards TF32
+FRAMES_PER_CODE = 4
 ATTENTION_IMPLEMENTATIONS = ("plain", "xla", "cudnn")
 
 
@@ -236,6 +238,16 @@ class ResidualBlock(nn.Module):
         hidden = nn.relu(nn.Conv(self.width, (3,), padding=1, precision=self.precision, name="net_0")(x))
         hidden = nn.relu(nn.Conv(self.width, (3,), padding=1, precision=self.precision, name="net_2")(hidden))
         return x + nn.Conv(self.width, (1,), precision=self.precision, name="net_4")(hidden)
+
+
+def frames_of(codes: Any) -> Any:
+    """Mel frames at 24 kHz that so many codes (a number or an array of them) become: four a code at 22.05 kHz."""
+    return codes * FRAMES_PER_CODE * 24000 // 22050
+
+
+def codes_of(frames: int) -> int:
+    """The fewest codes that become so many frames."""
+    return -(-frames * 22050 // (FRAMES_PER_CODE * 24000))
 
 
 def zero_padding(x: Array, mask: Array | None) -> Array:

@@ -6,9 +6,9 @@ import dataclasses
 import math
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 
-from tortoise_jax.models.layers import Array
+from tortoise_jax.models.layers import HIGHEST, Array
 
 LAYERS = 6
 LEARNING_RATE_SCALE = 0.1  # weights and biases are stored ten times as large as they are used
@@ -34,7 +34,7 @@ class EqualizedDense(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(1 / LEARNING_RATE_SCALE), (d, d))
         bias = self.param("bias", nn.initializers.zeros, (d,))
         scale = LEARNING_RATE_SCALE / math.sqrt(d)
-        y = jax.numpy.dot(x, kernel * scale, precision=jax.lax.Precision.HIGHEST) + bias[None] * LEARNING_RATE_SCALE
+        y = jnp.dot(x, kernel * scale, precision=HIGHEST) + bias[None] * LEARNING_RATE_SCALE
         return math.sqrt(2.0) * nn.leaky_relu(y, SLOPE)
 
 
@@ -48,5 +48,5 @@ class RandomVoice(nn.Module):
         x = noise
         for i in range(LAYERS - 1):
             x = EqualizedDense(name=f"layers_{i}")(x)
-        last = nn.Dense(self.config.width, precision=jax.lax.Precision.HIGHEST, name=f"layers_{LAYERS - 1}")
+        last = nn.Dense(self.config.width, precision=HIGHEST, name=f"layers_{LAYERS - 1}")
         return last(x)

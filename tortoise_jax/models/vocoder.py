@@ -12,8 +12,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from tortoise_jax.models.convolutions import HIGHEST, Conv, ConvTranspose, reflected
-from tortoise_jax.models.layers import Array, mask_of, zero_padding
+from tortoise_jax.models.convolutions import Conv, ConvTranspose, reflected
+from tortoise_jax.models.layers import HIGHEST, Array, mask_of, zero_padding
 
 DILATIONS = (1, 3, 9, 27)
 SLOPE = 0.2  # of every leaky ReLU, the kernel predictor's too

@@ -17,7 +17,8 @@ from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.models import vocoder
 from tortoise_jax.models.clvp import CLVP
 from tortoise_jax.models.compiled import apply
-from tortoise_jax.models.diffusion import DiffusionDecoder, frames_of
+from tortoise_jax.models.diffusion import DiffusionDecoder
+from tortoise_jax.models.layers import codes_of, frames_of
 from tortoise_jax.models.random_voice import RandomVoice
 from tortoise_jax.synthesis import denoising
 from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, repaired
@@ -120,7 +121,7 @@ def vocode(
     """Log-mels (t, m) at 24 kHz -> waveforms (t hop,) float32 in [-1, 1]."""
     config = part.config
     lengths = np.array([len(mel) for mel in mels], np.int32)
-    longest = frames_of(bucket(-(-int(lengths.max()) * 147 // 640)))
+    longest = frames_of(bucket(codes_of(int(lengths.max()))))
     padded = np.stack([np.pad(mel, ((0, longest - len(mel)), (0, 0))) for mel in mels]).astype(np.float32)
     shape = (longest + vocoder.TAIL_FRAMES, config.noise_channels)
     keys = keys_of(seed, rows if rows is not None else range(len(mels)), stage=1)

@@ -17,8 +17,8 @@ import optax
 
 from tortoise_jax.audio import HOP, SAMPLE_RATE, log_mel
 from tortoise_jax.checkpoints.parts import in_collections
-from tortoise_jax.models.dvae import HIGHEST, DiscreteVAE, move_codebook
-from tortoise_jax.models.layers import Array
+from tortoise_jax.models.dvae import DiscreteVAE, move_codebook
+from tortoise_jax.models.layers import HIGHEST, Array
 from tortoise_jax.training.losses import Sums
 from tortoise_jax.training.optimizer import Tree
 
