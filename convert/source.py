@@ -158,7 +158,7 @@ def describe(source: Source, checksum: str = "") -> list[str]:
     model, title = source.model, PART_TYPES[source.model.part].title
     lines = [
         f"{title} {source.path}: {source.parameters:,} {counted(source.config)}, {source.dtypes}",
-        *(f"  {line}" for line in model.describe(source.config, source.heads_from)),
+        *(f"  {line}" for line in model.lines(source.config, source.heads_from)),
     ]
     if model.sha256 and checksum == model.sha256:
         lines.append(f"  its sha256 is that of the released {model.file}")

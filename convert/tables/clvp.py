@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convert.mapping import LINEAR, Row, Shapes, layer_count, norm, shape_of, weights
-from convert.tables.model import Location, TorchModel
+from convert.tables.model import TorchModel, mirrors
 from tortoise_jax.checkpoints.parts import CLVP
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.clvp import HEAD_WIDTH, CLVPConfig
@@ -80,12 +80,8 @@ MODEL = TorchModel(
     marks=(r"to_text_latent\.", r"to_speech_latent\."),
     file="clvp2.pth",
     size=975_000_000,
-    locations=(
-        Location("Manmay/tortoise-tts", "clvp2.pth"),
-        Location("jbetker/tortoise-tts-v2", ".models/clvp2.pth"),
-    ),
+    locations=mirrors("clvp2.pth"),
     table=TABLE,
     config=config_of,
     summary=summary,
-    describe=lambda config, heads_from: [summary(config)],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convert.mapping import CONV, LINEAR, POINTWISE, Operation, Row, Shapes, layer_count, norm, shape_of, weights
-from convert.tables.model import Location, TorchModel
+from convert.tables.model import TorchModel, mirrors
 from tortoise_jax.checkpoints.parts import DIFFUSION
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.diffusion import BUCKETS, TAIL_LAYERS, DiffusionConfig
@@ -93,12 +93,8 @@ MODEL = TorchModel(
     marks=(r"latent_conditioner\.", r"conditioning_timestep_integrator\."),
     file="diffusion_decoder.pth",
     size=1_169_000_000,
-    locations=(
-        Location("Manmay/tortoise-tts", "diffusion_decoder.pth"),
-        Location("jbetker/tortoise-tts-v2", ".models/diffusion_decoder.pth"),
-    ),
+    locations=mirrors("diffusion_decoder.pth"),
     table=TABLE,
     config=config_of,
     summary=summary,
-    describe=lambda config, heads_from: [summary(config)],
 )

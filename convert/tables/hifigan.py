@@ -71,5 +71,4 @@ MODEL = TorchModel(
     table=TABLE,
     config=config_of,
     summary=summary,
-    describe=lambda config, heads_from: [summary(config)],
 )

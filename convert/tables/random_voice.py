@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convert.mapping import LINEAR, Row, Shapes, shape_of, weights
-from convert.tables.model import Location, TorchModel
+from convert.tables.model import TorchModel, mirrors
 from tortoise_jax.checkpoints.parts import RANDOM_AR, RANDOM_DIFFUSION
 from tortoise_jax.models.random_voice import RandomVoiceConfig
 
@@ -26,14 +26,10 @@ def model(part: str, file: str, size: int) -> TorchModel:
         marks=(r"layers\.0\.weight$", r"layers\.5\.weight$"),
         file=file,
         size=size,
-        locations=(
-            Location("Manmay/tortoise-tts", file),
-            Location("jbetker/tortoise-tts-v2", f".models/{file}"),
-        ),
+        locations=mirrors(file),
         table=TABLE,
         config=config_of,
         summary=summary,
-        describe=lambda config, heads_from: [summary(config)],
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convert.mapping import LINEAR, POINTWISE, SAME, Row, Shapes, layer_count, norm, shape_of, weights
-from convert.tables.model import Facts, Location, TorchModel
+from convert.tables.model import Facts, TorchModel, mirrors
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
@@ -185,10 +185,7 @@ MODEL = TorchModel(
     marks=(r"gpt\.h\.\d+\.|mel_embedding\.|mel_pos_embedding\.|text_pos_embedding\.",),
     file="autoregressive.pth",
     size=1_690_000_000,
-    locations=(
-        Location("Manmay/tortoise-tts", "autoregressive.pth"),
-        Location("jbetker/tortoise-tts-v2", ".models/autoregressive.pth"),
-    ),
+    locations=mirrors("autoregressive.pth"),
     table=TABLE,
     config=config_of,
     summary=summary,

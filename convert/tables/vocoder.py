@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convert.mapping import CONV, CONV_TRANSPOSE, Row, Shapes, layer_count, normed_shape, weight_normed
-from convert.tables.model import Location, TorchModel
+from convert.tables.model import TorchModel, mirrors
 from tortoise_jax.checkpoints.parts import VOCODER
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.vocoder import DILATIONS, KERNEL, PREDICTOR_BLOCKS, VocoderConfig
@@ -66,12 +66,8 @@ MODEL = TorchModel(
     file="vocoder.pth",
     size=59_000_000,
     wrapper="model_g",
-    locations=(
-        Location("Manmay/tortoise-tts", "vocoder.pth"),
-        Location("jbetker/tortoise-tts-v2", ".models/vocoder.pth"),
-    ),
+    locations=mirrors("vocoder.pth"),
     table=TABLE,
     config=config_of,
     summary=summary,
-    describe=lambda config, heads_from: [summary(config)],
 )
