@@ -42,26 +42,30 @@ class BatchPlan:
         cls, dataset: Dataset, clips: np.ndarray, batch_size: int, seed: int, unit: int = 1, bucket: int = BUCKET
     ) -> BatchPlan:
         """Shuffled anew every epoch, by (seed, epoch). clips: indices into the data set (n,)."""
-        lengths, size = row_lengths(dataset, clips), max(1, min(batch_size, len(clips)))
-        return cls(clips, batch_size, unit, lambda epoch: training_epoch(lengths, size, seed, epoch, bucket))
+        return cls._of_lengths(clips, row_lengths(dataset, clips), batch_size, unit, seed, bucket)
 
     @classmethod
     def for_validation(
         cls, dataset: Dataset, clips: np.ndarray, batch_size: int, unit: int = 1, bucket: int = BUCKET
     ) -> BatchPlan:
         """The same batches every time."""
-        lengths, size = row_lengths(dataset, clips), max(1, min(batch_size, len(clips)))
-        return cls(clips, batch_size, unit, lambda epoch: validation_epoch(lengths, size, bucket))
+        return cls._of_lengths(clips, row_lengths(dataset, clips), batch_size, unit, None, bucket)
 
     @classmethod
     def of_crops(
         cls, clips: np.ndarray, batch_size: int, samples: int, unit: int = 1, seed: int | None = None
     ) -> BatchPlan:
         """All of one length; shuffled anew every epoch by (seed, epoch), or always the same without a seed."""
-        lengths, size = np.full(len(clips), samples, np.int64), max(1, min(batch_size, len(clips)))
+        return cls._of_lengths(clips, np.full(len(clips), samples, np.int64), batch_size, unit, seed, bucket=1)
+
+    @classmethod
+    def _of_lengths(
+        cls, clips: np.ndarray, lengths: np.ndarray, batch_size: int, unit: int, seed: int | None, bucket: int
+    ) -> BatchPlan:
+        size = max(1, min(batch_size, len(clips)))
         if seed is None:
-            return cls(clips, batch_size, unit, lambda epoch: validation_epoch(lengths, size, 1))
-        return cls(clips, batch_size, unit, lambda epoch: training_epoch(lengths, size, seed, epoch, 1))
+            return cls(clips, batch_size, unit, lambda epoch: validation_epoch(lengths, size, bucket))
+        return cls(clips, batch_size, unit, lambda epoch: training_epoch(lengths, size, seed, epoch, bucket))
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
         """(padded length, indices of the step's clips): `batch_size` clips, fewer once per epoch at most.

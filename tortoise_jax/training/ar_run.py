@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -111,8 +112,9 @@ def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) ->
     alone = batches.conditioned_on_themselves(dataset)
     if alone:
         parallel.say(f"{alone} clips have no other clip of their speaker and are conditioned on themselves")
-    model = pretrained.ar.config
-    return Feed(dataset, training, validation, model, settings.seed, settings.conditioning_clips, accumulation)
+    of_model = {"config": pretrained.ar.config, "conditioning_clips": settings.conditioning_clips}
+    make = functools.partial(batches.make_batch, seed=settings.seed, **of_model)
+    return Feed(dataset, training, validation, accumulation, make)
 
 
 def make_step_config(

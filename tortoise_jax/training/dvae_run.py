@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tortoise_jax import parallel
 from tortoise_jax.audio import HOP, SAMPLES_PER_CODE, default_mel_norms, log_mel
 from tortoise_jax.checkpoints.parts import DVAE, Part, in_collections, joined
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from tortoise_jax.data import crops
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.data.lengths import LJSPEECH_CLIPS
@@ -29,9 +31,10 @@ from tortoise_jax.text.tokenizer import Tokenizer
 from tortoise_jax.training import report, schemas
 from tortoise_jax.training.drafts import FOLDER, Drafter
 from tortoise_jax.training.dvae_step import CODEBOOK, MOVED, DVAEStep
-from tortoise_jax.training.feed import CropFeed
+from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.kinds import Kind
 from tortoise_jax.training.optimizer import frozen_marks, learning_rate_schedule, make_optimizer
+from tortoise_jax.training.presets import set_open
 from tortoise_jax.training.run_data import open_data
 from tortoise_jax.training.run_directory import Run
 
@@ -85,25 +88,20 @@ def fill(settings: ConfigDict, clips: int) -> list[str]:
     steps = recipe["steps"] if settings.steps is None else settings.steps
     eval_every = max(1, round(steps / EVALUATIONS)) if settings.eval_every is None else settings.eval_every
     values = recipe | {"steps": int(steps), "eval_every": eval_every, "sample_every": 4 * eval_every}
-    chosen = []
-    for name, value in values.items():
-        node, field = (settings.optimizer, name.split(".")[1]) if "." in name else (settings, name)
-        if node[field] is None:
-            node[field] = value
-            chosen.append(f"{name}={value}")
-    return ["fine-tuning a dVAE" if settings.checkpoint else "a dVAE from scratch", *chosen] if chosen else []
+    return set_open(settings, "fine-tuning a dVAE" if settings.checkpoint else "a dVAE from scratch", values)
 
 
 # --- what is fed, what a step is --------------------------------------------------------------------------------------
 
 
-def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> CropFeed:
+def make_feed(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Feed:
     accumulation, samples = settings.gradient_accumulation_steps, settings.crop_codes * SAMPLES_PER_CODE
     unit = parallel.device_count() * accumulation
     clips = {split: dataset.split(split) for split in ("train", "validation")}
     training = BatchPlan.of_crops(clips["train"], settings.batch_size, samples, unit, settings.seed)
     validation = BatchPlan.of_crops(clips["validation"], settings.batch_size, samples, unit)
-    return CropFeed(dataset, training, validation, settings.seed, accumulation)
+    make = functools.partial(crops.make_crops, seed=settings.seed)
+    return Feed(dataset, training, validation, accumulation, make)
 
 
 def row_lengths(settings: ConfigDict, dataset: Dataset | None) -> np.ndarray:

@@ -14,7 +14,7 @@ from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.training.config import Schema
 from tortoise_jax.training.drafts import Drafter
-from tortoise_jax.training.feed import Batches
+from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.report import Subject
 from tortoise_jax.training.step import Objective
 
@@ -36,7 +36,7 @@ class Kind:
     find_data: Callable[[ConfigDict, Pretrained], tuple[Dataset, Pretrained]]
     fill: Callable[[ConfigDict, int], list[str]]
     row_lengths: Callable[[ConfigDict, Dataset | None], np.ndarray]
-    make_feed: Callable[[ConfigDict, Pretrained, Dataset], Batches]
+    make_feed: Callable[[ConfigDict, Pretrained, Dataset], Feed]
     make_step_config: Callable[[ConfigDict, Pretrained, int], Objective]
     make_drafter: Callable[[ConfigDict, Pretrained, Dataset], Drafter | None]
     describe: Callable[[Path, ConfigDict, Dataset], dict[str, str]]

@@ -18,7 +18,7 @@ from tortoise_jax.checkpoints.pretrained import DIVERGED
 from tortoise_jax.data.batches import Batch, prefetch
 from tortoise_jax.training import replay, run_directory
 from tortoise_jax.training.drafts import Drafter
-from tortoise_jax.training.feed import Batches
+from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.run_directory import Run
 from tortoise_jax.training.step import Objective, TrainState, eval_step, evaluation, train_step
 
@@ -30,9 +30,7 @@ T = TypeVar("T")
 class Loop:
     """One run from its state's step to the end. Every host runs the same; the main one writes and prints."""
 
-    def __init__(
-        self, settings: ConfigDict, config: Objective, run: Run, feed: Batches, drafter: Drafter | None
-    ) -> None:
+    def __init__(self, settings: ConfigDict, config: Objective, run: Run, feed: Feed, drafter: Drafter | None) -> None:
         self.settings, self.config, self.run, self.feed, self.drafter = settings, config, run, feed, drafter
         self.step_fn = parallel.mapped(functools.partial(train_step, config), donate=True)
         self.eval_fn = parallel.mapped(functools.partial(eval_step, config), donate=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -59,8 +60,13 @@ def values(preset: Preset, clips: int, batch_size: int | None = None, steps: int
 def fill(config: ConfigDict, clips: int) -> list[str]:
     """Sets every field of the config that is None; returns "field=value" of what was set, the preset's name first."""
     preset = choose(clips)
+    return set_open(config, f"{preset.name} ({clips})", values(preset, clips, config.batch_size, config.steps))
+
+
+def set_open(config: ConfigDict, title: str, defaults: Mapping[str, Any]) -> list[str]:
+    """Sets the fields {dotted name: value} that are None; returns the title and "field=value" of each, [] for none."""
     chosen = []
-    for name, value in values(preset, clips, config.batch_size, config.steps).items():
+    for name, value in defaults.items():
         *parents, field = name.split(".")
         node = config
         for parent in parents:
@@ -68,4 +74,4 @@ def fill(config: ConfigDict, clips: int) -> list[str]:
         if node[field] is None:
             node[field] = value
             chosen.append(f"{name}={value}")
-    return [f"{preset.name} ({clips})", *chosen] if chosen else []
+    return [title, *chosen] if chosen else []

@@ -14,7 +14,7 @@ from tortoise_jax.data.dataset import CLIPS, TEXT_IDS, Dataset, inputs_of, is_da
 from tortoise_jax.data.manifests import read_inputs
 from tortoise_jax.data.preparation import prepare
 from tortoise_jax.errors import UserError
-from tortoise_jax.training.feed import Batches
+from tortoise_jax.training.feed import Feed
 
 
 def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
@@ -79,7 +79,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def describe_feed(settings: ConfigDict, dataset: Dataset, feed: Batches) -> None:
+def describe_feed(settings: ConfigDict, dataset: Dataset, feed: Feed) -> None:
     clips = {split: len(dataset.split(split)) for split in ("train", "validation")}
     if feed.training.batch_size < settings.batch_size:
         parallel.say(
