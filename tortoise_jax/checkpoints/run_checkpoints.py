@@ -33,13 +33,17 @@ def steps_folder(run: Path) -> epath.Path:
     """Where a run's steps are: in its own directory, or elsewhere. Raises UserError where that cannot be reached."""
     if not (run / ELSEWHERE).is_file():
         return epath.Path((run / STEPS).absolute())
-    elsewhere = (run / ELSEWHERE).read_text(encoding="utf-8").strip()
+    return reachable((run / ELSEWHERE).read_text(encoding="utf-8").strip(), run)
+
+
+def reachable(folder: str, run: Path) -> epath.Path:
+    """A folder or bucket for the steps of a run. Raises UserError where it cannot be reached."""
     try:
-        folder = epath.Path(elsewhere)
-        folder.exists()
+        path = epath.Path(folder)
+        path.exists()
     except Exception as error:  # of the storage's own client, which may not be installed either
-        raise UserError(f"{elsewhere}, where {run} has its steps, cannot be reached: {first_line(error)}") from None
-    return folder
+        raise UserError(f"{folder}, where {run} has its steps, cannot be reached: {first_line(error)}") from None
+    return path
 
 
 class Manager(ocp.CheckpointManager):

@@ -22,6 +22,7 @@ from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     MEL_NORMS,
     METADATA,
+    RUN_CONFIG,
     SUMMARY,
     TOKENIZER,
     Pretrained,
@@ -30,20 +31,19 @@ from tortoise_jax.checkpoints.pretrained import (
     trained_part,
     write_metadata,
 )
-from tortoise_jax.checkpoints.run_checkpoints import ELSEWHERE, STEPS, RunCheckpoints, steps_folder
+from tortoise_jax.checkpoints.run_checkpoints import ELSEWHERE, STEPS, RunCheckpoints, reachable
 from tortoise_jax.checkpoints.trees import checksum
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import copy_folder, read_json, remove_partials, write_atomically
 from tortoise_jax.training.config import flat
 from tortoise_jax.training.metrics import MetricWriter
 
-CONFIG = "config.json"
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
 FIXED = ("seed", "batch_size", "save_to", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
 DIGESTS = ("data_digest", "text_digest")
-# What a run writes; without CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
-WRITTEN = (CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
+# What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
+WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
@@ -80,7 +80,7 @@ def begin(
     check_folder(run)
     check_part(run, part)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
-    before = read_json(run / CONFIG) if (run / CONFIG).exists() else now
+    before = read_json(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else now
     before = {"save_to": ""} | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
     differ = {name for name in FIXED if name in before and before[name] != now[name]}
@@ -101,30 +101,28 @@ def write_beginning(run: Path, settings: dict[str, Any], pretrained: Pretrained,
     """Writes what a run has before its first step; for one that goes on, its settings."""
     try:
         remove_partials(run)
-        if settings["save_to"] and not (run / CONFIG).exists():
-            save_elsewhere(run, settings["save_to"])
-        write_atomically(run / CONFIG, json.dumps(settings, indent=2) + "\n")
-        if not (run / METADATA).exists():
+        begun = (run / METADATA).exists()  # it is written last: a start that was killed is made anew
+        elsewhere = "" if begun else elsewhere_for(run, settings["save_to"])
+        write_atomically(run / RUN_CONFIG, json.dumps(settings, indent=2) + "\n")
+        if elsewhere:
+            write_atomically(run / ELSEWHERE, elsewhere + "\n")
+        if not begun:
             for other in pretrained.parts.keys() - {part}:
-                shutil.rmtree(
-                    run / other, ignore_errors=True
-                )  # of a start that was killed, maybe of another checkpoint
+                shutil.rmtree(run / other, ignore_errors=True)  # maybe of another checkpoint
                 copy_folder(pretrained.path / other, run / other)
             write_metadata(run, pretrained, trains=part)
     except OSError as error:
         raise UserError(f"--workdir {run}: cannot be written: {error.strerror or error}") from None
 
 
-def save_elsewhere(run: Path, folder: str) -> None:
-    """Says in a new run's directory where its steps go. Raises UserError where somebody's steps are there already."""
+def elsewhere_for(run: Path, folder: str) -> str:
+    """Where a new run's steps go, "" for its own directory. Raises UserError where somebody's steps are there."""
+    if not folder:
+        return ""
     absolute = folder if "://" in folder else str(Path(folder).absolute())
-    write_atomically(run / ELSEWHERE, absolute + "\n")
-    try:
-        if any(path.name.isdigit() for path in steps_folder(run).glob("*")):
-            raise UserError(f"config.save_to={folder} holds steps of another run; choose an empty folder")
-    except UserError:
-        (run / ELSEWHERE).unlink()
-        raise
+    if any(path.name.isdigit() for path in reachable(absolute, run).glob("*")):
+        raise UserError(f"config.save_to={folder} holds steps of another run; choose an empty folder")
+    return absolute
 
 
 def other_data(before: str, now: str) -> str:
@@ -134,8 +132,8 @@ def other_data(before: str, now: str) -> str:
 
 def check_folder(run: Path) -> None:
     """Raises UserError where files of something else than a run would be overwritten."""
-    if (run / CONFIG).exists():
-        config = read_json(run / CONFIG)
+    if (run / RUN_CONFIG).exists():
+        config = read_json(run / RUN_CONFIG)
         ours = isinstance(config, dict) and "data_digest" in config
     else:
         ours = False
