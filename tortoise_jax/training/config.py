@@ -107,16 +107,21 @@ def left_open(argument: str, schema: Schema) -> str:
 def with_packaged_file(argv: list[str], schema: Schema) -> list[str]:
     """`--config configs/ar.py` means the installed file where the working directory has none, as after a wheel."""
     folder = Path(inspect.getfile(schema.defaults)).parent
-    found = list(argv)
-    for index, argument in enumerate(argv[1:], start=1):
-        flag, _, value = argument.rpartition("=")
-        if flag.lstrip("-") != "config" and argv[index - 1].lstrip("-") != "config":
-            continue
-        file = Path(value)
-        installed = folder.parent / file
-        if not file.is_file() and file.parent.name == folder.name and installed.is_file():
-            found[index] = f"{flag}={installed}" if flag else str(installed)
-    return found
+    index, file = config_argument(argv)
+    installed = folder.parent / file
+    if Path(file).is_file() or Path(file).parent.name != folder.name or not installed.is_file():
+        return argv
+    return [*argv[:index], argv[index].replace(file, str(installed), 1), *argv[index + 1 :]]
+
+
+def config_argument(argv: list[str]) -> tuple[int, str]:
+    """Which argument names the file of --config, and the file without absl's `:suffix`; (0, "") for none."""
+    for index, argument in enumerate(argv):
+        name, given, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            index, value = (index, value) if given else (index + 1, next(iter(argv[index + 1 :]), ""))
+            return index, value.partition(":")[0]
+    return 0, ""
 
 
 def trains(argv: list[str]) -> str:
@@ -124,15 +129,10 @@ def trains(argv: list[str]) -> str:
 
     Which schema the rest is checked by depends on it. What is wrong with the file is said by `parse`.
     """
-    for index, argument in enumerate(argv):
-        name, given, value = argument.lstrip("-").partition("=")
-        if name == "config":
-            file = (value if given else next(iter(argv[index + 1 :]), "")).partition(":")[0]
-            try:
-                return str(runpy.run_path(file)["get_config"]().get("trains", ""))
-            except Exception:
-                return ""
-    return ""
+    try:
+        return str(runpy.run_path(config_argument(argv)[1])["get_config"]().get("trains", ""))
+    except Exception:
+        return ""
 
 
 def check_overrides(argv: list[str], schema: Schema) -> None:
@@ -140,10 +140,8 @@ def check_overrides(argv: list[str], schema: Schema) -> None:
     known = schema.types()
     for index, argument in enumerate(argv):
         name, given, value = argument.lstrip("-").partition("=")
-        if name == "config":
-            file = value if given else next(iter(argv[index + 1 :]), "")
-            if not Path(file.partition(":")[0]).is_file():
-                raise UserError(f"--config {file}: there is no such file; {schema.file} is the one to start from")
+        if name == "config" and not Path(file := config_argument(argv)[1]).is_file():
+            raise UserError(f"--config {file}: there is no such file; {schema.file} is the one to start from")
         if given and name != "config" and name in FLAGS:
             try:
                 FLAGS[name].parser.parse(value)
