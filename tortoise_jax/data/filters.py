@@ -97,9 +97,9 @@ def _rejected_for_text(
 ) -> Rejection | None:
     if not any(character.isalnum() for character in cleaned):
         return Reason.EMPTY_TEXT, f'no letter or digit in "{cleaned}"'
-    unknown = tokenizer.unknown_in_words(text, cleaner)
-    if unknown or tokenizer.unknown_id in ids or STOP_ID in ids:
-        return Reason.UNKNOWN_CHARACTERS, f"the tokenizer does not know {unknown or 'a token of it'}"
+    if tokenizer.unknown_characters(cleaned, "none") or tokenizer.unknown_id in ids or STOP_ID in ids:
+        unknown = tokenizer.unknown_in_words(text, cleaner) or "a token of it"
+        return Reason.UNKNOWN_CHARACTERS, f"the tokenizer does not know {unknown}"
     if len(ids) > max_text:
         return Reason.TEXT_TOO_LONG, f"{len(ids)} tokens, at most {max_text}"
     return None
