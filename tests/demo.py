@@ -65,9 +65,9 @@ def main() -> None:
     shutil.copy(ROOT / OUT / "run" / "report.html", ROOT / OUT / "report.html")
     check_export(ROOT / OUT / "voice.pth")
     say("5/5 40 sentences that no clip says, before and after")
-    before, after = compare()
+    before, after, pitch = compare()
     loss_before, loss_after = held_out_losses(ROOT / OUT / "run")
-    show(before, after, loss_before, loss_after)
+    show(before, after, pitch, loss_before, loss_after)
     print(f"\nDone in {time.perf_counter() - started:.0f} s.")
     check(after, loss_after / loss_before)
 
@@ -125,8 +125,11 @@ def check_export(path: Path) -> None:
         sys.exit(f"demo: the exported model's logits differ by {error:.1e}, allowed {TOLERANCE:.0e}")
 
 
-def compare() -> tuple[Figures, Figures]:
-    """Draws every unseen sentence by the new voice before and after, and writes some to listen to and to look at."""
+def compare() -> tuple[Figures, Figures, float]:
+    """Draws every unseen sentence by the new voice before and after, and writes some to listen to and to look at.
+
+    Returns the figures of both, and the speaker's own pitch in Hz.
+    """
     models = {"before": load_pretrained(ROOT / OUT / "tortoise"), "after": load_pretrained(ROOT / OUT / "run")}
     sentences = (ROOT / PAIR / "unseen/sentences.txt").read_text(encoding="utf-8").splitlines()
     renderings = Renderings.read(ROOT / PAIR / "unseen" / VOICE, sentences, models["before"].mel_norms)
@@ -140,7 +143,7 @@ def compare() -> tuple[Figures, Figures]:
     (ROOT / OUT / "figures.json").write_text(
         json.dumps(figures | {"speaker's pitch": renderings.pitch}, indent=2) + "\n"
     )
-    return found["before"], found["after"]
+    return found["before"], found["after"], renderings.pitch
 
 
 def write_sounds(models: dict[str, Pretrained], drawn: dict[str, sampler.Samples]) -> None:
@@ -194,18 +197,13 @@ def held_out_losses(run_folder: Path) -> tuple[float, float]:
     return losses[0][1], min(loss for _, loss in losses)
 
 
-def show(before: Figures, after: Figures, loss_before: float, loss_after: float) -> None:
-    figures = json.loads((ROOT / OUT / "figures.json").read_text())
+def show(before: Figures, after: Figures, pitch: float, loss_before: float, loss_after: float) -> None:
     lines = {
         "held-out mel loss": (f"{loss_before:.2f}", f"{loss_after:.2f}", "nats per code"),
         "say their own sentence": (f"{before.nearest:.0%}", f"{after.nearest:.0%}", "nearest of 40"),
         "distance to the speaker": (f"{before.ratio:.2f}", f"{after.ratio:.2f}", "1 is what the codes alone lose"),
         "stop by themselves": (f"{before.stops:.0%}", f"{after.stops:.0%}", ""),
-        "pitch": (
-            f"{before.pitch:.0f}",
-            f"{after.pitch:.0f}",
-            f"Hz; the speaker's is {figures['speaker' + chr(39) + 's pitch']:.0f}",
-        ),
+        "pitch": (f"{before.pitch:.0f}", f"{after.pitch:.0f}", f"Hz; the speaker's is {pitch:.0f}"),
         "mean spectrum": (f"{before.level:.1f}", f"{after.level:.1f}", "dB away from the speaker's"),
     }
     print(f"\n{'':26}{'before':>8}{'after':>8}")

@@ -48,7 +48,7 @@ def diffusion_inputs(
     fixed = repaired(codes, total, silence, ending)
     prompt = prompt_arrays(config, [text_ids], extra_text_stop=True)
     p, room = int(prompt["lengths"][0]), prompt["tokens"].shape[1]
-    # The codes follow the prompt without a gap; its padding is behind them, where nothing sees it.
+    # The codes follow the prompt without a gap; its padding comes after them, where nothing sees it.
     read = {
         "tokens": np.concatenate([[config.start_mel], fixed[:-1]]),
         "token_types": np.full(total, MEL),

@@ -144,7 +144,9 @@ def speech_of(
     ar, keep = pretrained.ar, len(said[0].kept)
     rows = [(part, one) for part in said for one in part.kept]
     waveforms: list[np.ndarray] = []
-    with tqdm(total=len(rows), unit="row", desc="diffusion and vocoder", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(rows), unit="row", desc="diffusion and vocoder", leave=False, dynamic_ncols=True, disable=None
+    ) as bar:
         for first in range(0, len(rows), rendering.RENDERED_AT_ONCE):
             now = rows[first : first + rendering.RENDERED_AT_ONCE]
             numbers = range(first, first + len(now))

@@ -39,7 +39,7 @@ class Subject:
 
 AR_MODEL = Subject(
     panels={"mel": "mel (codes)", "text": "text", "stop": "stop token"},
-    axis="cross-entropy, nats a token",
+    axis="cross-entropy, nats per token",
     samples="Drafts go through the dVAE and Griffin-Lim: rough, but words, pace and stops can be judged.",
     use=lambda folder: [
         f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
