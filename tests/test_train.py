@@ -203,7 +203,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
     done = subprocess.run(
         [python, "-c", limited, *arguments],
         cwd=runs.ROOT,
-        env=runs.environment(project),
+        env=runs.environment(),
         capture_output=True,
         text=True,
     )

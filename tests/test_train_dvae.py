@@ -111,7 +111,7 @@ def test_data_sets_of_the_old_dvae_are_refused_with_the_reason(project: Path, tu
     checkpoint = tmp_path / "both"
     subprocess.run(
         [*runs.command(project, tuned)[:1], "-c", JOIN, str(project / "checkpoint"), str(tuned), str(checkpoint)],
-        cwd=runs.ROOT, env=runs.environment(project), check=True,
+        cwd=runs.ROOT, env=runs.environment(), check=True,
     )  # fmt: skip
     done = runs.train(project, tmp_path / "run", checkpoint=checkpoint)
     assert_one_line(done, "another dVAE", "its codes stand for other sounds", "prepare it again")
@@ -149,9 +149,7 @@ def test_two_hosts_train_the_dvae_of_one(project: Path, tmp_path: Path) -> None:
     ended = runs.outputs(runs.start_hosts(project, tmp_path / "two", 2, 2, **fields))
     for code, out, errors in ended:
         assert code == 0, out + errors
-    environment = runs.environment(project) | {"JAX_NUM_CPU_DEVICES": "4"}
-    alone = runs.command(project, tmp_path / "one", **fields)
-    done = subprocess.run(alone, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
+    done = runs.train(project, tmp_path / "one", devices=4, **fields)
     assert done.returncode == 0, done.stderr
     ours, theirs = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert ours.keys() == theirs.keys()

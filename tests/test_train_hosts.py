@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_host(project: Path) -> Path:
     """Four devices of one host."""
     run = project / "one-host"
-    environment = runs.environment(project) | {"JAX_NUM_CPU_DEVICES": "4"}
-    done = subprocess.run(
-        runs.command(project, run, **FIELDS), cwd=runs.ROOT, env=environment, capture_output=True, text=True
-    )
+    done = runs.train(project, run, devices=4, **FIELDS)
     assert done.returncode == 0, done.stderr
     return run
 

@@ -33,10 +33,6 @@ def save(path: Path, content: Any) -> Path:
 # --- AR model: variants that convert ----------------------------------------------------------------------------------
 
 
-def layers_of(state: Mapping[str, Any]) -> int:
-    return sum(key.startswith("gpt.h.") and key.endswith("ln_1.weight") for key in state)
-
-
 def with_masks(state: State) -> State:
     """As transformers before 4.30 saved it: two buffers a layer, in front of the attention's own weights."""
     rows = state["mel_pos_embedding.emb.weight"].shape[0] + state["text_pos_embedding.emb.weight"].shape[0]

@@ -101,17 +101,18 @@ def command(project: Path, run: Path, *more: str, kind: str = "ar", **fields: An
     return [sys.executable, "train.py", "--config", f"configs/{kind}.py", *flags, f"--workdir={run}", *more]
 
 
-def environment(project: Path) -> dict[str, str]:
-    """One CPU device; programs compiled quickly, and once for all runs of a project."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """So many simulated CPU devices; programs compiled quickly."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
 
 
-def train(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+def train(project: Path, run: Path, *more: str, devices: int = 1, **fields: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(project, run, *more, **fields), cwd=ROOT, env=environment(project), capture_output=True, text=True
+        command(project, run, *more, **fields), cwd=ROOT, env=environment(devices), capture_output=True, text=True
     )
 
 
@@ -119,7 +120,7 @@ def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Pop
     return subprocess.Popen(
         command(project, run, *more, **fields),
         cwd=ROOT,
-        env=environment(project),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -157,7 +158,7 @@ def start_hosts(
             subprocess.Popen(
                 [*limited, python, str(ROOT / script if folders else script), *flags],
                 cwd=folders[host] if folders else ROOT,
-                env=environment(project) | limits | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                env=environment(devices) | limits,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

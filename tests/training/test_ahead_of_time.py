@@ -329,7 +329,7 @@ def test_rows_without_a_clip_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show_plan(project: Path, *flags: str, **fields: Any) -> subprocess.CompletedProcess[str]:
-    environment = runs.environment(project) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    environment = runs.environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
     command = runs.command(project, project / "run", *flags, **fields)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
