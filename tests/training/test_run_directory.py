@@ -16,7 +16,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.support import runs, small
-from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tortoise_jax.checkpoints.pretrained import load_pretrained
+from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, steps_folder
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay, report, run_directory
 from tortoise_jax.training.run_directory import History
@@ -62,6 +63,30 @@ def test_saves_that_were_killed_are_removed(tmp_path: Path) -> None:
     assert half.exists(), "a run may be writing it"
     RunCheckpoints(tmp_path)
     assert not half.exists()
+
+
+@pytest.mark.parametrize("killed_at", ["config.json", "steps.txt", "tortoise.json"])
+def test_a_start_that_is_killed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str) -> None:
+    """Its steps go where they were meant to go, whichever file it did not come to write."""
+    pretrained = load_pretrained(runs.write_checkpoint(tmp_path / "checkpoint"))
+    run, settings = tmp_path / "run", {"save_to": str(tmp_path / "bucket"), "data_digest": ""}
+    run.mkdir()
+    write_atomically, write_metadata = run_directory.write_atomically, run_directory.write_metadata
+
+    def killed(path: Path, *content: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    write_until = lambda path, content: (killed if path.name == killed_at else write_atomically)(path, content)
+    monkeypatch.setattr(run_directory, "write_atomically", write_until)
+    monkeypatch.setattr(run_directory, "write_metadata", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_directory.write_beginning(run, settings, pretrained, "ar")
+    monkeypatch.setattr(run_directory, "write_atomically", write_atomically)
+    monkeypatch.setattr(run_directory, "write_metadata", write_metadata)
+    run_directory.check_folder(run)
+    run_directory.write_beginning(run, settings, pretrained, "ar")
+    assert str(steps_folder(run)) == str(tmp_path / "bucket")
+    assert (run / "tortoise.json").exists()
 
 
 def test_one_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
