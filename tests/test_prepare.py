@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -665,3 +668,22 @@ def test_a_vanished_group_is_said(growing, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "read_group", lambda out, key, verify=False: None)
     with pytest.raises(UserError, match="vanished while it was needed; run again"):
         prepare(growing, checkpoint, tmp_path / "set", SMALL)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_a_minute_in_a_file(monkeypatch, capsys):
+    heard = [SimpleNamespace(seconds=3600.0)] * 2
+    monkeypatch.setattr(groups, "SECONDS_PER_LINE", 0)
+    with groups.Progress(4, "encoding") as progress:
+        progress.add(heard)
+    assert capsys.readouterr() == ("encoding: 2 of 4 clips\n", "")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with groups.Progress(4, "encoding") as progress:
+        progress.add(heard)
+    assert "2/4" in sys.stderr.getvalue()
+    assert "h of audio a minute" in sys.stderr.getvalue()
+    assert capsys.readouterr().out == ""
