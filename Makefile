@@ -24,7 +24,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plan]'
 	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cudnn-cu12  # to compile for
-	$(BIN)/python -m pytest -m slow; status=$$?; $(BIN)/python -m pip uninstall --quiet --yes jax-cuda12-plugin \
+	$(BIN)/python -m pytest -m slow --timeout 7200 -o faulthandler_timeout=0; status=$$?; $(BIN)/python -m pip uninstall --quiet --yes jax-cuda12-plugin \
 	  jax-cuda12-pjrt; exit $$status  # the plugin says in every process that there is no card; quick tests listen
 
 lint: $(INSTALLED)
