@@ -78,7 +78,7 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
 
     # 2. Checkpoint; a plan needs no weights.
     pretrained = kind.load(settings, not flags.plan)
-    parallel.check_same_everywhere("the checkpoint", {name: part.digest for name, part in pretrained.parts.items()})
+    parallel.check_same_everywhere("the checkpoint", pretrained.identity)
     at = "" if pretrained.step is None else f", step {pretrained.step}"
     parallel.say(f"checkpoint: {settings.checkpoint or 'none, random weights'}{at}")
 

@@ -65,6 +65,11 @@ class Pretrained:
     def dvae(self) -> Part:
         return self.part(DVAE)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its weights from others: a digest by part, and a run's step."""
+        return {name: part.digest for name, part in self.parts.items()} | {"step": self.step}
+
     def only(self, *names: str) -> Pretrained:
         """The same without the parts that are not named."""
         kept = {name: part for name, part in self.parts.items() if name in names}
