@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -139,6 +140,20 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path)
             UserError, match=rf"^--out {re.escape(str(path))}: cannot be written: {re.escape(folder)}: \w"
         ):
             files.check_writable(path, "--out")
+
+
+def test_storage_that_knows_no_locks_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    for _ in range(2):
+        with files.locked(tmp_path / "run"):
+            pass
+    said = f"{tmp_path / 'run'}: its storage knows no locks; see to it that only one command writes there\n"
+    assert capsys.readouterr().err == said
 
 
 def test_deeply_nested_json_is_damaged(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import runs
 from tests.support.recordings import RECORDINGS
 
 # Root may read everything, so it becomes somebody else; after a first run, for Python's own files may be root's alone.
@@ -82,6 +83,20 @@ def test_a_file_that_may_not_be_read_is_one_rejected_clip(voices: Path, closed: 
     assert f"{voices}/bob/voice-05.txt:1: " in done.stdout
     assert "cannot be read (Permission denied)" in done.stdout
     assert "kept                                    7" in done.stdout
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(voices: Path) -> None:
+    checkpoint = runs.write_checkpoint(voices.parent / "checkpoint")
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    what = ("--checkpoint", checkpoint, "--text", "Hi", "--voice", voices / "ann", "--out", "/dev/shm/a.wav")
+    for name in ("ar", "tortoise.json"):
+        (checkpoint / name).chmod(0)
+        done = run(voices, "tortoise_jax.speak", *what)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {checkpoint / name} cannot be read: "), done.stderr
+        assert done.stderr.count("\n") == 1
+        (checkpoint / name).chmod(0o755)
 
 
 def test_a_place_that_may_not_be_written_is_named_before_the_work(voices: Path) -> None:

@@ -7,6 +7,7 @@ import datetime
 import errno
 import fcntl
 import fnmatch
+import functools
 import glob
 import hashlib
 import json
@@ -80,7 +81,7 @@ def _opened_alone(path: Path) -> IO[str]:
 
 
 def _lock(file: IO[Any]) -> bool:
-    """Locks an open file until it is closed; whether no other process has. True on storage that knows no locks."""
+    """Locks an open file until it is closed; whether no other process has. Storage that knows no locks is told of."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,7 +89,13 @@ def _lock(file: IO[Any]) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
             raise
+        _say_unlocked(Path(file.name).parent)
     return True
+
+
+@functools.cache
+def _say_unlocked(folder: Path) -> None:
+    print(f"{folder}: its storage knows no locks; see to it that only one command writes there", file=sys.stderr)
 
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------
@@ -230,7 +237,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
