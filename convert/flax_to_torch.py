@@ -71,9 +71,10 @@ def export(
         added |= masks
     state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(checkpoint))
 
-    write_state_dict(out, state, model.wrapper)
     facts = facts_of(pretrained, model)
-    write_json(out.with_suffix(".json"), export_metadata(pretrained, model, facts, checkpoint, step, dtype))
+    metadata = export_metadata(pretrained, model, facts, checkpoint, step, dtype)
+    # The .json first: by it the next export knows a file for ours, wherever this one is killed.
+    write_state_dict(out, state, model.wrapper, before=lambda: write_json(out.with_suffix(".json"), metadata))
     at = f" of step {step}" if step is not None else ""
     beside = out.with_suffix(".json").name
     lines = [f"{out}: {own} tensors{at}, {dtype}, read back and equal bit for bit; keep {beside} beside it"]

@@ -220,10 +220,12 @@ def cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.n
     return done
 
 
-def write_state_dict(path: Path, state: dict[str, np.ndarray], wrapper: str = "") -> None:
+def write_state_dict(
+    path: Path, state: dict[str, np.ndarray], wrapper: str = "", before: Callable[[], None] = lambda: None
+) -> None:
     """Writes a flat .pth. It appears whole or not at all, after it was read back and compared bit for bit.
 
-    wrapper: a key under which the whole is put. Raises UserError.
+    wrapper: a key under which the whole is put. before: called just before it appears. Raises UserError.
     """
     try:
         remove_partials(path.parent, path.name)
@@ -232,6 +234,7 @@ def write_state_dict(path: Path, state: dict[str, np.ndarray], wrapper: str = ""
                 content = {key: as_torch(value) for key, value in state.items()}
                 torch.save({wrapper: content} if wrapper else content, file)
             check_written(partial, path, state)
+            before()
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"{path}: cannot be written: {reason}") from None

@@ -521,6 +521,25 @@ def test_a_write_that_goes_wrong_is_noticed(converted, tmp_path, monkeypatch) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["voice.json", "voice.pth"]
 
 
+def test_an_export_that_is_killed_is_made_anew(converted, tmp_path, monkeypatch) -> None:
+    """It was killed between its two files; the next took the one that was there for another program's."""
+    out = tmp_path / "voice.pth"
+    rename = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(converted, out)
+    assert (out.exists(), out.with_suffix(".json").exists()) == (False, True)
+    export(converted, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["voice.json", "voice.pth"]
+
+
 def test_nobody_elses_file_is_written_over(converted, tmp_path) -> None:
     (tmp_path / "autoregressive.pth").write_text("the original")
     (tmp_path / "tortoise.json").write_text("{}")
