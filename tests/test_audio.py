@@ -53,6 +53,13 @@ def test_silence_at_the_ends_is_cut_but_a_tenth_of_a_second(before, after):
     assert np.abs(trimmed).sum() >= np.abs(spoken).sum(), "nothing that is spoken is lost"
 
 
+@pytest.mark.parametrize("samples", [0, 100, 256 * 4096, 256 * 4096 + 1, 3 * 256 * 4096 + 300])
+def test_levels_block_by_block_are_librosas(samples):
+    noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+    whole = librosa.feature.rms(y=noise, frame_length=audio.N_FFT, hop_length=audio.HOP)[0]
+    np.testing.assert_allclose(audio.frame_levels(noise), whole, rtol=1e-6)
+
+
 def test_a_pause_and_a_silent_clip_are_left_alone():
     spoken = 0.3 * np.sin(np.arange(8192) / 5).astype(np.float32)
     pause = np.concatenate([spoken, np.zeros(22050, np.float32), spoken])
