@@ -40,7 +40,7 @@ def voice_folder(tmp_path: Path) -> Path:
     return tmp_path / "ann"
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(voice_folder, tmp_path, dvae: Twin, voice: Twin, kills):
     checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
     command = [

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -13,16 +16,18 @@ import pytest
 import torch
 
 from convert import inspect_checkpoint, mapping, torch_to_flax
+from convert.flax_to_torch import export
 from convert.source import open_source
 from convert.tables import MODELS
 from convert.torch_files import load, read_state_dict
 from convert.torch_to_flax import convert, convert_part
 from tests.support import checkpoint_files as files
-from tests.support.conversion import HEADS, run
+from tests.support.conversion import HEADS, assert_same, run
 from tests.support.torch_reference import tiny_unified_voice
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 FUZZ_ROUNDS = 1000
 LONGEST = 10.0  # seconds for one damaged file; usual are milliseconds
 
@@ -252,4 +257,28 @@ def test_damaged_files_leave_no_half_written_directory(state, tmp_path) -> None:
         else:
             assert sorted(path.name for path in tmp_path.iterdir()) == ["given.pth", "good", "out"]
             assert len(read_state_dict(tmp_path / "good")) == len(state)
-            __import__("shutil").rmtree(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_there_is_a_whole_checkpoint_or_none(tmp_path) -> None:
+    model = tiny_unified_voice(seed=4)
+    given = files.save(tmp_path / "given.pth", files.state_of(model))
+    out, draw, whole = tmp_path / "out", random.Random(0), 0
+    command = [sys.executable, "convert/torch_to_flax.py", "--ar", given, "--heads", str(HEADS), "--out", out]
+    began = time.monotonic()
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
+    longest = time.monotonic() - began
+    for _ in range(20):
+        shutil.rmtree(out, ignore_errors=True)
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as converting:
+            time.sleep(draw.uniform(0.5, 1) * longest)  # before, it imports
+            converting.kill()
+        if out.exists():
+            whole += 1
+            export(out, tmp_path / "back.pth")
+            assert_same(read_state_dict(tmp_path / "back.pth"), model)
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out"], "what killed ones left is gone"
+    assert whole < 20, "some were killed before the end"
