@@ -217,7 +217,7 @@ def check_writable(path: Path, flag: str = "") -> None:
     path = path.absolute()
     folder = path
     try:
-        folder = next(place for place in (path, *path.parents) if place.is_dir() or (place != path and place.exists()))
+        folder = next(one for one in (path, *path.parents) if one.is_dir() or (one != path and one.exists()))
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -91,13 +91,13 @@ class DVAEStep:
         Which one depends on (seed, step) alone, so that devices agree without a word.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        by_row, by_place = jax.random.split(key)
+        by_row, by_code = jax.random.split(key)
         count = self.model.config.codes
         row = jax.random.randint(by_row, (1, count), 0, self.rows)
         real = batch["frames"] // self.model.config.frames_per_code  # (b,)
-        place = jnp.floor(jax.random.uniform(by_place, (1, count)) * real[:, None].astype(jnp.float32))  # (b, n)
+        index = jnp.floor(jax.random.uniform(by_code, (1, count)) * real[:, None].astype(jnp.float32))  # (b, n)
         here = (batch["row"][:, None] == row) & (real[:, None] > 0)  # (b, n)
-        return jax.nn.one_hot(place.astype(jnp.int32), codes, axis=1) * here[:, None].astype(jnp.float32)
+        return jax.nn.one_hot(index.astype(jnp.int32), codes, axis=1) * here[:, None].astype(jnp.float32)
 
     def loss(self, sums: Sums, counts: Sums) -> Array:
         commitment = sums["commit_sum"] / counts["commit_count"]
