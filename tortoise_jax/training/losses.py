@@ -24,11 +24,6 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def zero_sums() -> Sums:
-    """What loss sums start from."""
-    return {f"{name}_sum": jnp.zeros(()) for name in STREAMS} | {"position_sum": jnp.zeros(POSITION_BUCKETS)}
-
-
 def stream_weights(token_types: Array, weights: Array, targets: Array, stop_mel: int) -> dict[str, Array]:
     """The weight (b, s) with which each position counts as text, as mel, and as the stop of mel.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,14 +19,25 @@ SMOOTHING = 0.9
 SECONDS_PER_LINE = 60  # where the progress goes into a file
 
 
+def summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported without torch: that would take seconds of each start, for nothing."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class MetricWriter:
     """Writes for the main host; silent on the others."""
 
     def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
-        from tensorboardX import SummaryWriter  # imports torch where that is installed, which takes seconds
-
         self.active = active
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None) if active else None
+        self.writer = summary_writer()(str(run / "tensorboard"), purge_step=first_step or None) if active else None
         self.bar = tqdm(
             total=steps,
             initial=first_step,

@@ -170,11 +170,9 @@ def global_counts(config: Objective, batch: Batch) -> Sums:
     return sum_over_devices(config.counts(batch), config.axis)
 
 
-def zero_sums(config: Objective, params: Tree, batch: Batch, step: Array | np.ndarray | None) -> Sums:
-    """What the sums of the micro-batches of a batch (a, b, …) start from."""
-    micro = {name: value[0] for name, value in batch.items()}
-    shapes = jax.eval_shape(config.sums, params, micro, step)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def over_micro_batches(sums: Sums) -> Sums:
+    """The sums of the micro-batches (a, …) -> of the batch (…)."""
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), sums)
 
 
 def gradients(config: Objective, params: Tree, batch: Batch, step: Array | np.ndarray) -> tuple[Tree, Sums, Sums]:
@@ -189,13 +187,12 @@ def gradients(config: Objective, params: Tree, batch: Batch, step: Array | np.nd
         sums = config.sums(merge(trained, frozen), micro, step)
         return config.loss(sums, total), sums
 
-    def accumulate(carry: tuple[Tree, Sums], micro: Batch) -> tuple[tuple[Tree, Sums], None]:
+    def accumulate(before: Tree, micro: Batch) -> tuple[Tree, Sums]:
         (_, sums), gradient = jax.value_and_grad(share, has_aux=True)(trained, micro)
-        return jax.tree.map(jnp.add, carry, (gradient, sums)), None
+        return jax.tree.map(jnp.add, before, gradient), sums
 
-    start = (jax.tree.map(jnp.zeros_like, trained), zero_sums(config, params, batch, step))
-    (gradient, sums), _ = jax.lax.scan(accumulate, start, batch)
-    return *sum_over_devices((gradient, sums), config.axis), total
+    gradient, sums = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trained), batch)
+    return *sum_over_devices((gradient, over_micro_batches(sums)), config.axis), total
 
 
 def train_step(config: Objective, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -233,10 +230,7 @@ def padding_share(token_types: Array, axis: str | None) -> Array:
 def eval_step(config: Objective, params: Tree, batch: Batch) -> Sums:
     """Global sums and counts of one batch, without dropout; add them up over the batches, then divide once."""
 
-    def accumulate(carry: Sums, micro: Batch) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, carry, config.sums(params, micro, None)), None
-
-    sums, _ = jax.lax.scan(accumulate, zero_sums(config, params, batch, None), batch)
+    sums = over_micro_batches(jax.lax.map(lambda micro: config.sums(params, micro, None), batch))
     return sum_over_devices(sums, config.axis) | global_counts(config, batch)
 
 
