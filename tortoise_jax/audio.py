@@ -97,9 +97,8 @@ def frame_levels(waveform: np.ndarray) -> np.ndarray:
     Block by block: librosa squares every frame at once, which takes eight times the memory of an hours-long recording.
     """
     padded, count = np.pad(waveform, N_FFT // 2), 1 + len(waveform) // HOP
-    blocks = (
-        padded[first * HOP : (first + FRAMES_AT_ONCE - 1) * HOP + N_FFT] for first in range(0, count, FRAMES_AT_ONCE)
-    )
+    starts = range(0, count * HOP, FRAMES_AT_ONCE * HOP)
+    blocks = (padded[start : start + (FRAMES_AT_ONCE - 1) * HOP + N_FFT] for start in starts)
     rms = lambda block: librosa.feature.rms(y=block, frame_length=N_FFT, hop_length=HOP, center=False)[0]
     return np.concatenate([rms(block) for block in blocks])
 
