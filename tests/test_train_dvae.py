@@ -126,6 +126,7 @@ save_pretrained(load_pretrained(start).with_part("dvae", load_pretrained(tuned).
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(project: Path, tmp_path: Path) -> None:
     """From scratch, with dead codes revived, cut in two."""
     fields = TINY | {"checkpoint": None, "kind": "dvae", "optimizer__schedule": "constant"}
@@ -143,6 +144,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(project: Path, tmp_path: Path) -> Non
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_the_dvae_of_one(project: Path, tmp_path: Path) -> None:
     """2 x 2 processes x devices against 1 x 4, from scratch, from recordings, with dead codes revived."""
     fields = TINY | {"checkpoint": None, "kind": "dvae", "optimizer__learning_rate": 1e-5, "sample_every": 6}
