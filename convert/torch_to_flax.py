@@ -2,6 +2,7 @@
 
   python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out checkpoints/tortoise
   python convert/torch_to_flax.py --models DIR        takes every file in DIR that has its published name
+  python convert/torch_to_flax.py --models DIR --add --out checkpoints/tortoise     adds those that it lacks
   python convert/torch_to_flax.py --download          fetches all these files into checkpoints/ first
   python convert/torch_to_flax.py                     takes the files in checkpoints/
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,9 +30,19 @@ from convert.tables import MODELS
 from convert.tables.dvae import PUBLIC_CODEBOOK_DIM
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
-from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
+from tortoise_jax.checkpoints.pretrained import (
+    MEL_NORMS,
+    TOKENIZER,
+    Pretrained,
+    added_whole,
+    load_pretrained,
+    mel_norms_digest,
+    write_metadata,
+)
+from tortoise_jax.checkpoints.run_checkpoints import is_run
+from tortoise_jax.checkpoints.trees import save_tree
 from tortoise_jax.errors import UserError, bytes_in_words, exit_with_one_line, first_line
-from tortoise_jax.files import check_new, check_readable
+from tortoise_jax.files import check_new, check_readable, written_whole
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -44,6 +56,7 @@ def convert(
     out: Path,
     heads: int | None = None,
     *,
+    add: bool = False,
     codebook_dim: int | None = None,
     tokenizer: Path | None = None,
     mel_norms: Path | None = None,
@@ -52,34 +65,73 @@ def convert(
 ) -> list[str]:
     """Converts the given files into the directory `out`, whole or not at all; returns the lines of the summary.
 
+    One part after another is converted and written, so that the largest decides how much memory it takes.
+
     files: torch files by part ("ar", "dvae", …). heads: of the AR model, where its .json or width / 64 is wrong.
-    codebook_dim: only compared with the dVAE's. tokenizer, mel_norms: files, where they are not the released ones.
-    allow_nonfinite: convert NaN and infinite values too. checksums: verify those of .pth files. Raises UserError.
+    add: `out` is a checkpoint already, which lacks these parts. codebook_dim: only compared with the dVAE's. tokenizer,
+    mel_norms: files, where they are not the released ones. allow_nonfinite: convert NaN and infinite values too.
+    checksums: verify those of .pth files. Raises UserError.
     """
-    check_new(out, "--out")
+    before = to_add_to(out, files, tokenizer, mel_norms) if add else None
+    if before is None:
+        check_new(out, "--out")
     sources = {part: open_with_bar(files[part], part, heads, checksums) for part in MODELS if part in files}
     if not sources:
         raise UserError(f"nothing to convert: give a file, as {options(TRAINED_WITH)}")
     check_codebook_dim(sources.get(DVAE), codebook_dim)
-    check_fit(sources)
+    check_fit(sources, before)
     check_room(out, 4 * sum(source.parameters for source in sources.values()))
-    norms = choose_mel_norms(sources, mel_norms)
-    bpe = choose_tokenizer(sources.get(AR), tokenizer)
+    norms = choose_mel_norms(sources, out / MEL_NORMS if before else mel_norms)
+    bpe = choose_tokenizer(sources.get(AR), out / TOKENIZER if before else tokenizer)
 
+    if before is None:
+        with written_whole(out) as folder:
+            parts, origin, lines = convert_all(sources, folder, allow_nonfinite)
+            write_metadata(folder, Pretrained(parts, bpe, norms, origin))
+    else:
+        with added_whole(out) as (folder, add_parts):
+            parts, origin, lines = convert_all(sources, folder, allow_nonfinite)
+            add_parts(dataclasses.replace(before, parts=before.parts | parts, source=before.source | origin))
+    size = sum(4 * leaf.size for part in parts.values() for leaf in jax.tree.leaves(part.variables))
+    return [*lines, f"{'added' if add else 'written'} to {out} ({bytes_in_words(size)}, float32)"]
+
+
+def convert_all(
+    sources: dict[str, Source], folder: Path, allow_nonfinite: bool
+) -> tuple[dict[str, Part], dict[str, Any], list[str]]:
+    """Writes each model into `folder`; the parts without their weights, where they came from, lines of the summary."""
     lines: list[str] = []
     parts: dict[str, Part] = {}
     origin: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(1) as hashing:  # on another core while this one converts
-        for part in list(sources):
-            source = sources.pop(part)  # so that its memory-mapped file is closed before the next one is read
+        for name in list(sources):
+            source = sources.pop(name)  # so that its memory-mapped file is closed before the next one is read
             checksum = hashing.submit(sha256, source.path)
-            parts[part], remarks = convert_part(source, allow_nonfinite)
-            origin[part] = origin_of(source, checksum.result())
+            part, remarks = convert_part(source, allow_nonfinite)
+            origin[name] = origin_of(source, checksum.result())
             lines += describe(source, checksum.result()) + remarks
             del source
-    size = sum(leaf.nbytes for part in parts.values() for leaf in jax.tree.leaves(part.variables))
-    save_pretrained(Pretrained(parts, bpe, norms, origin), out)
-    return [*lines, f"written to {out} ({bytes_in_words(size)}, float32)"]
+            save_tree(folder / name, part.tree)
+            parts[name] = part.on_disk()
+            del part
+    return parts, origin, lines
+
+
+def to_add_to(out: Path, files: Mapping[str, Path], tokenizer: Path | None, mel_norms: Path | None) -> Pretrained:
+    """The checkpoint without its weights. Raises UserError for what nothing can be added to, and for what it has."""
+    before = load_pretrained(out, ())
+    if is_run(out):
+        raise UserError(f"--add: {out} is a run; add to the checkpoint that it began with, a run takes parts from there")
+    for part in files:
+        if part in before.parts:
+            raise UserError(
+                f"--add: {out} has a {PART_TYPES[part].title} already; leave {files[part]} out, or convert to another "
+                "--out"
+            )
+    for name, given in (("tokenizer", tokenizer), ("mel_norms", mel_norms)):
+        if given:
+            raise UserError(f"--{name} does not go with --add: {out} keeps its own")
+    return before
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -155,21 +207,26 @@ def check_codebook_dim(dvae: Source | None, stated: int | None) -> None:
         )
 
 
-def check_fit(sources: dict[str, Source]) -> None:
-    """Raises UserError if a dVAE and an AR model that are given together have other codes or mels."""
-    if not {AR, DVAE} <= sources.keys():
+def check_fit(sources: dict[str, Source], before: Pretrained | None = None) -> None:
+    """Raises UserError if a dVAE and an AR model that come together have other codes or mels.
+
+    before: the checkpoint to which they are added.
+    """
+    known = {part: (one.config, before.path) for part, one in (before.parts if before else {}).items()}
+    known |= {part: (source.config, source.path) for part, source in sources.items()}
+    if not {AR, DVAE} <= known.keys():
         return
-    dvae, ar = sources[DVAE].config, sources[AR].config
+    (dvae, dvae_path), (ar, ar_path) = known[DVAE], known[AR]
     assert isinstance(dvae, DVAEConfig)
     assert isinstance(ar, UnifiedVoiceConfig)
     if ar.codes != dvae.codes:
         raise UserError(
-            f"{sources[DVAE].path} and {sources[AR].path} do not belong together: codebook.embed has {dvae.codes} "
+            f"{dvae_path} and {ar_path} do not belong together: codebook.embed has {dvae.codes} "
             f"codes, mel_embedding.weight has room for {ar.codes} (its {ar.mel_tokens} rows less start and stop)"
         )
     if ar.mel_channels != dvae.channels:
         raise UserError(
-            f"{sources[DVAE].path} and {sources[AR].path} do not belong together: encoder.0.0.weight reads mels of "
+            f"{dvae_path} and {ar_path} do not belong together: encoder.0.0.weight reads mels of "
             f"{dvae.channels} bands, conditioning_encoder.init.weight of {ar.mel_channels}"
         )
 
@@ -240,21 +297,24 @@ def read_mel_norms(path: Path) -> np.ndarray:
 def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
     """The files by part: those that were named, and those of a folder that have their published names.
 
-    The folder is that of --models, else checkpoints/ where nothing was named or --download filled it.
+    The folder is that of --models, else checkpoints/ where nothing was named or --download filled it. With --add, of
+    the folder only what the checkpoint lacks.
     """
+    has = load_pretrained(args.out, ()).parts if args.add else {}
     named: dict[str, Path] = {part: getattr(args, part) for part in MODELS if getattr(args, part)}
     if named and not args.models and not args.download:
         return named
     folder = args.models or LOOK_IN
+    lacking = {part: model for part, model in MODELS.items() if part not in has}
     if args.download:
-        for line in download.fetch([model.file for part, model in MODELS.items() if part not in named], folder):
+        for line in download.fetch([model.file for part, model in lacking.items() if part not in named], folder):
             print(line, flush=True)
-    files = {part: folder / model.file for part, model in MODELS.items()} | named
+    files = {part: folder / model.file for part, model in lacking.items()} | named
     existing = {part: path for part, path in files.items() if part in named or path.exists()}
     if not existing:
         raise UserError(f"which files? {options(TRAINED_WITH)}; or put them into {folder}/, or use --download")
     for part in TRAINED_WITH:
-        if part not in existing:
+        if part not in existing and part not in has:
             others = ", ".join(str(other) for other in existing.values())
             print(
                 f"{files[part]} does not exist: only {others} is converted; training needs both (--{part} FILE, or "
@@ -275,6 +335,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=LOOK_IN / "tortoise", help="what to write (default: %(default)s)"
     )
+    parser.add_argument("--add", action="store_true", help="--out is a checkpoint: add what is given to it")
     parser.add_argument(
         "--heads", type=positive, metavar="N", help="attention heads, where the file's .json or width / 64 is wrong"
     )
@@ -299,11 +360,13 @@ def main() -> None:
         help=f"fetch what is missing into {LOOK_IN}/ or --models ({size / 1e9:.1f} GB)",
     )
     args = parser.parse_args()
-    check_new(args.out, "--out")
+    if not args.add:
+        check_new(args.out, "--out")
     lines = convert(
         find_inputs(args),
         args.out,
         args.heads,
+        add=args.add,
         codebook_dim=args.codebook_dim,
         tokenizer=args.tokenizer,
         mel_norms=args.mel_norms,

@@ -66,8 +66,7 @@ def to_torch(source: Path, out: Path, diffusion: Path | None) -> list[str]:
             "--preset fast --save_voice), or give TorToiSe's own of the same voice: --diffusion FILE.pth"
         )
     save(out, (torch.from_numpy(arrays[VECTOR][None]), torch.from_numpy(np.asarray(half, np.float32)[None])))
-    origin = diffusion or "the file this voice was converted from"
-    return [f"{out}: a voice for TorToiSe; the diffusion model's half is from {origin}"]
+    return [f"{out}: a voice for TorToiSe; the diffusion model's half is from {diffusion or source}"]
 
 
 def latents_to_torch(source: Path, out: Path) -> list[str]:

@@ -19,6 +19,7 @@ from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.errors import UserError
 from tortoise_jax.synthesis import drafts, speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs
+from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.text.tokenizer import Tokenizer
 
 NORMS = default_mel_norms()
@@ -52,7 +53,7 @@ def quick_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, out: Path, *changes: str, text: str = "Hi there.") -> None:
     given = {"checkpoint": folder / "checkpoint", "text": text, "voice": folder / "voice.npz", "out": out / "draft.wav"}
-    given |= {"n": 3, "max_codes": 6, "dtype": "float32"}
+    given |= {"candidates": 3, "max_codes": 6, "dtype": "float32"}
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     speak.main([*arguments, *changes])
 
@@ -142,15 +143,15 @@ def test_letters_the_cleaner_changes_are_named(
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no candidates": (["--n", "0"], r"--n is 0, expected at least 1"),
+    "no candidates": (["--candidates", "0"], r"--candidates is 0, expected at least 1"),
     "keep nothing": (["--keep", "0"], r"--keep is 0, expected at least 1"),
-    "keep more than drawn": (["--keep", "4"], r"--keep 4 of --n 3 candidates: there are not so many"),
-    "not a number": (["--n", "many"], r"argument --n: invalid int value: 'many' \(see --help\)"),
-    "unknown flag": (["--candidates", "3"], r"unrecognized arguments: --candidates 3"),
+    "keep more than drawn": (["--keep", "4"], r"--keep 4 of 3 candidates: there are not so many"),
+    "not a number": (["--keep", "many"], r"argument --keep: invalid int value: 'many' \(see --help\)"),
+    "unknown flag": (["--n", "3"], r"unrecognized arguments: --n 3"),
     "no batch": (["--batch", "-1"], r"--batch is -1, expected at least 1"),
-    "negative seed": (["--seed", "-1"], r"--seed is -1, expected 0 to 1073741824"),
-    "seed of more than 32 bits": (["--seed", str(2**32)], r"--seed is 4294967296, expected 0 to 1073741824"),
-    "empty text": (["--text", "  "], r'--text "  " has nothing to say'),
+    "negative seed": (["--seed", "-1"], r"seed is -1, expected 0 to 1073741824"),
+    "seed of more than 32 bits": (["--seed", str(2**32)], r"seed is 4294967296, expected 0 to 1073741824"),
+    "empty text": (["--text", "  "], r'the text "  " has nothing to say'),
     "text of marks": (["--text", '"...!"'], r"has nothing to say: no letter or digit is left"),
     "unknown characters": (
         ["--text", "a {b} = c"],
@@ -165,7 +166,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "temperature": (["--temperature", "-1"], r"temperature is -1.0, expected at least 0"),
     "top_p": (["--top_p", "2"], r"top_p is 2.0, expected above 0 up to 1"),
     "dtype": (["--dtype", "half"], r"dtype is half, expected auto, float32 or bfloat16"),
-    "too many codes": (["--max_codes", "43"], r"--max_codes is 43, the model has room for 42"),
+    "too many codes": (["--max_codes", "43"], r"max_codes is 43, the model has room for 42"),
     "out is no wav": (["--out", "draft.mp3"], r"--out draft.mp3: expected a name ending in .wav"),
     "codes are no npy": (["--codes", "codes.txt"], r"--codes codes.txt: expected a name ending in .npy"),
     "latents of a small model": (["--latents", "x.npz"], r"this model has 64 codes, but TorToiSe's decoder"),
@@ -185,7 +186,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, changes: list[str],
 def test_no_clips_and_no_dvae_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty holds no clips"):
         run(folder, tmp_path, "--voice", str(folder / "empty"))
-    with pytest.raises(UserError, match=r"no_dvae holds no dVAE; convert one with --dvae"):
+    with pytest.raises(UserError, match=r"no_dvae: without dVAE; convert all files"):
         run(folder, tmp_path, "--checkpoint", str(folder / "no_dvae"))
     with pytest.raises(UserError, match=r"clips holds no tortoise.json"):
         run(folder, tmp_path, "--checkpoint", str(folder / "clips"))
@@ -208,6 +209,7 @@ def test_numbered_names() -> None:
 
 def test_defaults_are_tortoises() -> None:
     """temperature 0.8, top-k 50, top-p 0.8, repetition penalty 2, 500 codes, an extra text stop."""
-    options = speak.check(speak.parse(["--checkpoint", "c", "--text", "t", "--voice", "v", "--out", "o.wav"]))
+    arguments = speak.parse(["--checkpoint", "c", "--text", "t", "--voice", "v", "--out", "o.wav"])
+    options = SamplingOptions(**speak.sampling_of(arguments))
     want = {"temperature": 0.8, "top_k": 50, "top_p": 0.8, "repetition_penalty": 2.0, "max_codes": 500}
     assert dataclasses.asdict(options) == want | {"extra_text_stop": True, "dtype": "auto"}

@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "api",
     "Tortoise": "api",
+    "Voice": "synthesis.voices",
     "read_audio": "audio",
+    "write_wav": "synthesis.drafts",
     "log_mel": "audio",
     "DiscreteVAE": "models.dvae",
     "UnifiedVoice": "models.unified_voice",

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tortoise_jax import audio
-from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, RANDOM_AR, RANDOM_DIFFUSION, VOCODER, Part
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.data import batches
 from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.errors import UserError
@@ -29,7 +30,10 @@ from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.dvae import DiscreteVAE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
-from tortoise_jax.synthesis import voices
+from tortoise_jax.synthesis import presets, prompts, rendering, sampler, speech, voices
+from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, diffusion_inputs
+from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
+from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training import losses
 
@@ -114,6 +118,151 @@ class Tortoise:
             raise UserError("conditioning needs at least one clip")
         clips = [audio.crop_conditioning(clip_of(waveform)) for waveform in waveforms]
         return jnp.asarray(voices.condition(self.params, self.model.config, self.pretrained.mel_norms, clips))
+
+    # Speech: all at once, or stage by stage.
+
+    def speak(
+        self,
+        text: str,
+        voice: str | Path | Voice,
+        preset: str = "fast",
+        *,
+        cleaner: str | None = None,
+        candidates: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        max_codes: int | None = None,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, int]:
+        """A text of any length said by a voice -> waveform (samples,) float32 in [-1, 1] and its rate in Hz.
+
+        voice: a folder of clips, one clip, a saved .npz, "random", or what `voice` returns. preset: "ultra_fast",
+        "fast", "standard", "high_quality", "hifigan" (each at 24 kHz) or "draft". candidates, steps, guidance,
+        max_codes: in the place of the preset's. Raises UserError.
+        """
+        chosen = presets.choose(preset, steps, guidance)
+        speech.check_seed(seed)
+        cleaner = cleaner or recorded(self.pretrained.source)
+        speech.check_text(self.pretrained, text, cleaner)
+        texts = speech.split_text(self.pretrained, text, cleaner)
+        count = whole_number(chosen.candidates if candidates is None else candidates, "candidates")
+        options = speech.options_for(self.pretrained, chosen, **({} if max_codes is None else {"max_codes": max_codes}))
+        parts = self._with(*chosen.needs(random_voice=False))
+        presets.check_fit(parts, chosen)
+        who = voice if isinstance(voice, Voice) else self.voice(voice, both=chosen.diffuses, seed=seed)
+        self._check_voice(who, chosen.diffuses)
+        weights = self._sampler_weights
+        said = speech.say(parts, weights, chosen, who.conditioning, texts, cleaner, seed, options, count)
+        return speech.speech_of(parts, chosen, said, who, seed)[0], chosen.rate
+
+    def voice(self, source: str | Path, both: bool = True, seed: int = 0) -> Voice:
+        """A folder of clips, one clip, a saved .npz, or "random" -> its vectors: conditioning (d,) and diffusion (e,).
+
+        both: False for what draft and hifigan need, the first alone. seed: where long clips are cropped, or which
+        random voice.
+        """
+        path = Path(source)
+        halves = (RANDOM_AR, RANDOM_DIFFUSION)[: 1 + both] if voices.is_random(path) else ()
+        made_by = halves or ((AR, DIFFUSION) if both else (AR,))
+        found = voices.load(path, self._with(*made_by, AR), both, seed)
+        self._check_voice(found, both)
+        return found
+
+    def sample(
+        self, text_ids: Sequence[int], voice: Voice, candidates: int = 1, seed: int = 0, max_codes: int = 500
+    ) -> list[np.ndarray]:
+        """Text ids without start and stop -> the codes (c,) int32 of each candidate, without the stop."""
+        self._check_voice(voice, both=False)
+        room = min(max_codes, prompts.max_codes(self.model.config))
+        options = SamplingOptions(max_codes=room)
+        ids = self._ids_to_say(text_ids)
+        count = whole_number(candidates, "candidates")
+        drawn = sampler.sample(
+            self._sampler_weights, self.model.config, voice.conditioning, ids, seed, options, count
+        )
+        return [drawn.row(i) for i in range(len(drawn.lengths))]
+
+    def score(self, text_ids: Sequence[int], codes: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """How well each row of codes, without stops, says the text, by the CLVP: (rows,) float32, higher is better."""
+        clvp = self._with(CLVP).part(CLVP)
+        ids = self._ids_to_say(text_ids, clvp.config.text_tokens)
+        return rendering.scores(clvp, ids, self._rows(codes))
+
+    def latents(
+        self, text_ids: Sequence[int], codes: Sequence[int] | np.ndarray, voice: Voice
+    ) -> np.ndarray:
+        """Codes (c,) without the stop -> what the diffusion decoder reads: the AR model's hidden states (s, d) at them.
+
+        At the codes as TorToiSe repairs them, cut where they fall silent: s is mostly c + 8.
+        """
+        self._check_voice(voice, both=False)
+        ids, (row,) = self._ids_to_say(text_ids), self._rows([codes])
+        return diffusion_inputs(self.params, self.model.config, voice.conditioning, ids, row)[1]
+
+    def diffuse(
+        self, latents: np.ndarray, voice: Voice, steps: int = 80, guidance: float = 2.0, seed: int = 0
+    ) -> np.ndarray:
+        """Hidden states (s, d) -> a mel (t, 100) at 24 kHz, natural logarithms, t = s * 4 * 24000 // 22050."""
+        diffusion = self._with(DIFFUSION).part(DIFFUSION)
+        check_table(latents, "latents", diffusion.config.latent_width)
+        self._check_voice(voice, both=True)
+        presets.check_steps(steps)
+        presets.check_guidance(guidance)
+        states, vector = np.asarray(latents, np.float32), np.asarray(voice.diffusion)
+        return rendering.diffuse(diffusion, [states], vector, steps, guidance or None, seed)[0]
+
+    def vocode(self, mel: np.ndarray, seed: int = 0) -> np.ndarray:
+        """A mel (t, 100) at 24 kHz, natural logarithms -> waveform (256 t,) float32 in [-1, 1]."""
+        vocoder = self._with(VOCODER).part(VOCODER)
+        check_table(mel, "a mel at 24 kHz", vocoder.config.mel_channels)
+        return rendering.vocode(vocoder, [np.asarray(mel, np.float32)], seed)[0]
+
+    @functools.cached_property
+    def _sampler_weights(self) -> SamplerWeights:
+        """Laid out once for many texts."""
+        return SamplerWeights.of(self.params, self.model.config)
+
+    @functools.cached_property
+    def _lent(self) -> dict[str, Part]:
+        """What a run lacks, of the checkpoint it began with, read when it is first needed."""
+        return {}
+
+    def _with(self, *names: str) -> Pretrained:
+        """The checkpoint with these parts. Raises UserError where some are missing."""
+        has = dataclasses.replace(self.pretrained, parts=self._lent | self.pretrained.parts)
+        found = with_parts_of_origin(has, names)
+        self._lent.update({name: found.part(name) for name in names})
+        return found
+
+    def _check_voice(self, voice: Voice, both: bool) -> None:
+        """Raises UserError for a voice of another model, or one half of one where both are needed."""
+        if not isinstance(voice, Voice):
+            raise UserError(f"voice is a {type(voice).__name__}, expected what model.voice(…) returns")
+        widths = {"conditioning": (voice.conditioning, self.model.config.width)}
+        if both:
+            if voice.diffusion is None:
+                raise UserError("the voice has no vector for the diffusion decoder; make it with model.voice(clips)")
+            widths["diffusion"] = (voice.diffusion, 2 * self._with(DIFFUSION).part(DIFFUSION).config.width)
+        for name, (vector, width) in widths.items():
+            if np.shape(vector) != (width,) or not is_finite(vector):
+                raise UserError(
+                    f"the voice's {name} has the shape {np.shape(vector)}, expected finite numbers of ({width},)"
+                )
+
+    def _ids_to_say(self, text_ids: Sequence[int], table: int | None = None) -> list[int]:
+        config = self.model.config
+        ids = stream(text_ids, "text ids", table or config.text_tokens - 1, config.text_positions - 1, config.stop_text)
+        return ids.tolist()
+
+    def _rows(self, codes: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
+        """Rows of codes for the decoder, each at most as long as TorToiSe's."""
+        if not len(codes):
+            raise UserError("there are no codes: expected rows of them")
+        config, longest = self.model.config, DIFFUSION_CODES + 2
+        check = lambda i, row: stream(row, f"row {i}: codes", config.mel_tokens, longest, config.stop_mel)
+        return [check(i, row) if len(row) else np.zeros(0, np.int32) for i, row in enumerate(codes)]
+
+    # Training's side.
 
     def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:
         """(text ids, codes) of b clips, without start and stop -> arrays (b, s).
@@ -201,6 +350,21 @@ def whole_numbers(values: Any, what: str, end: int) -> np.ndarray:
     if not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
         raise UserError(f"{what} must lie in 0..{end - 1}, found {numbers.min()}..{numbers.max()}")
     return numbers
+
+
+def check_table(values: Any, what: str, width: int) -> None:
+    """Raises UserError for what is no array (n, width) of finite floating-point numbers, n at least 1."""
+    if np.ndim(values) != 2 or np.shape(values)[1] != width or not len(values):
+        raise UserError(f"{what} of the shape {np.shape(values)}, expected (frames, {width})")
+    if not jnp.issubdtype(dtype_of(values), jnp.floating) or not is_finite(values):
+        raise UserError(f"{what} of {dtype_of(values)}, expected floating-point numbers, all finite")
+
+
+def whole_number(value: Any, what: str) -> int:
+    """A number of at least 1. Raises UserError."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{what} is {value!r}, expected a whole number of at least 1")
+    return int(value)
 
 
 def stream(values: Any, what: str, end: int, positions: int, stop: int | None = None) -> np.ndarray:

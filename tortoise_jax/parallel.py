@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -527,28 +528,66 @@ def device_memory() -> int | None:
 # Rows shared out over this host's devices, each running its own loop: what generation needs.
 
 
-def local_mesh() -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+def local_mesh(devices: int | None = None) -> jax.sharding.Mesh:
+    """All local devices, or the first so many."""
+    return jax.sharding.Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
 
 
-def on_every_device(tree: Tree) -> Tree:
-    """One copy of every array on each local device."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec()))
+def on_every_device(tree: Tree, devices: int | None = None) -> Tree:
+    """One copy of every array on each local device, or on the first so many."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(devices), jax.sharding.PartitionSpec()))
 
 
-def rows_on_devices(tree: Tree) -> Tree:
-    """Arrays (rows, ...) shared out over the local devices, which must divide the rows."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS)))
+def rows_on_devices(tree: Tree, devices: int | None = None) -> Tree:
+    """Arrays (rows, ...) shared out over the local devices, or the first so many, which must divide the rows."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(local_mesh(devices), jax.sharding.PartitionSpec(AXIS)))
 
 
 def by_rows(
-    function: Callable[..., Any], replicated: int, sharded: int, donate: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    replicated: int,
+    sharded: int,
+    donate: tuple[int, ...] = (),
+    devices: int | None = None,
 ) -> Callable[..., Any]:
     """One program a device for its own rows: first `replicated` arguments all devices have alike, then `sharded` ones.
 
-    What it returns has rows too. Devices do not wait for each other inside.
+    What it returns has rows too. Devices do not wait for each other inside. devices: of the local ones, the first so
+    many; all by default.
     """
     every, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
     specs = (every,) * replicated + (rows,) * sharded
-    mapped = jax.shard_map(function, mesh=local_mesh(), in_specs=specs, out_specs=rows, check_vma=False)
+    mapped = jax.shard_map(function, mesh=local_mesh(devices), in_specs=specs, out_specs=rows, check_vma=False)
     return jax.jit(mapped, donate_argnums=donate)
+
+
+def run_by_rows(
+    function: Callable[..., jax.Array],
+    alike: tuple[Tree, ...],
+    rows: tuple[Any, ...],
+    at_once: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """function(*alike, *rows) of arrays (b, ...) -> (b, ...), numpy: in batches, shared out over the local devices.
+
+    function: the same object for the same program, so that it is compiled once for a shape. at_once: rows a device
+    takes at most; fewer are padded to a power of two, so that another number is seldom another program. progress(n): n
+    rows more are done.
+    """
+    count = len(rows[0])
+    devices = min(local_device_count(), count)
+    each = min(at_once, 1 << (-(-count // devices) - 1).bit_length())
+    everywhere = on_every_device(alike, devices)
+    program = _by_rows(function, len(alike), len(rows), devices)
+    done = []
+    for first in range(0, count, each * devices):
+        index = np.minimum(np.arange(first, first + each * devices), count - 1)
+        made = program(*everywhere, *rows_on_devices(tuple(np.asarray(array)[index] for array in rows), devices))
+        done.append(np.asarray(made)[: count - first])
+        progress(len(done[-1]))
+    return np.concatenate(done)
+
+
+@functools.cache
+def _by_rows(function: Callable[..., jax.Array], alike: int, rows: int, devices: int) -> Callable[..., Any]:
+    return by_rows(function, alike, rows, devices=devices)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,7 @@ from tests.support.torch_reference import (
     tiny_unified_voice,
     tiny_vocoder,
 )
+from tortoise_jax.checkpoints import pretrained
 from tortoise_jax.checkpoints.parts import (
     AR,
     CLVP,
@@ -111,6 +113,65 @@ def test_what_is_missing_in_a_folder_is_left_out(folder: Path, tmp_path: Path, m
     )
     assert code == 2
     assert f"or put them into {tmp_path / 'none'}/" in err
+
+
+@pytest.fixture
+def started(folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint of what training needs."""
+    convert({part: folder / MODELS[part].file for part in (DVAE, AR)}, tmp_path / "tortoise", HEADS)
+    return tmp_path / "tortoise"
+
+
+def test_parts_are_added_to_a_checkpoint(
+    folder: Path, converted: Path, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it lacks of a folder; the same as if all had been converted at once."""
+    code, said, err = run(monkeypatch, capsys, torch_to_flax.main, "--models", folder, "--add", "--out", started)
+    assert (code, err) == (0, "")
+    assert f"added to {started}" in said
+    assert "does not exist" not in said
+    for name in ("tortoise.json", "tokenizer.json", "mel_norms.txt"):
+        assert (started / name).read_text() == (converted / name).read_text()
+    one, other = load_pretrained(started), load_pretrained(converted)
+    assert list(one.parts) == list(other.parts) == list(PART_TYPES)
+    for name, part in one.parts.items():
+        jax.tree.map(np.testing.assert_array_equal, part.tree, other.part(name).tree)
+    assert sorted(path.name for path in started.iterdir()) == sorted(path.name for path in converted.iterdir())
+
+
+def test_an_adding_that_fails_changes_nothing(folder: Path, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of its steps; and the next one succeeds."""
+    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    files = {part: folder / MODELS[part].file for part in (CLVP, VOCODER)}
+    for module, name, calls in ((torch_to_flax, "save_tree", 2), (pretrained, "write_json", 1)):
+        right, count = getattr(module, name), iter(range(calls))
+
+        def fails(*arguments: Any, right: Any = right, count: Any = count, calls: int = calls) -> None:
+            if next(count) + 1 == calls:
+                raise OSError(28, "No space left on device")
+            right(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, fails)
+            with pytest.raises(UserError, match=r"tortoise: cannot be written: No space left"):
+                convert(files, started, add=True)
+        assert list(load_pretrained(started).parts) == [AR, DVAE]
+        assert {path: path.read_bytes() for path in before} == before
+    convert(files, started, add=True)
+    assert list(load_pretrained(started).parts) == [AR, DVAE, CLVP, VOCODER]
+
+
+def test_what_cannot_be_added_is_said(folder: Path, started: Path, tmp_path: Path) -> None:
+    clvp = {CLVP: folder / MODELS[CLVP].file}
+    with pytest.raises(UserError, match=r"tortoise has a AR model already; leave .*autoregressive.pth out"):
+        convert({AR: folder / MODELS[AR].file}, started, add=True)
+    with pytest.raises(UserError, match=r"none does not exist; expected a converted checkpoint"):
+        convert(clvp, tmp_path / "none", add=True)
+    with pytest.raises(UserError, match=r"--mel_norms does not go with --add"):
+        convert(clvp, started, add=True, mel_norms=tmp_path / "norms.txt")
+    (started / "steps").mkdir()
+    with pytest.raises(UserError, match=r"tortoise is a run; add to the checkpoint that it began with"):
+        convert(clvp, started, add=True)
 
 
 @pytest.mark.parametrize("part", [CLVP, DIFFUSION, VOCODER, HIFIGAN, RANDOM_AR, RANDOM_DIFFUSION])

@@ -12,7 +12,7 @@ from tortoise_jax.checkpoints import parts
 from tortoise_jax.models.diffusion import frames_of
 from tortoise_jax.synthesis import rendering
 from tortoise_jax.synthesis.diffusion_inputs import repaired
-from tortoise_jax.synthesis.rendering import PRESETS, Preset
+from tortoise_jax.synthesis.presets import PRESETS
 
 CHAIN = 1e-3
 TEXT = [5, 9, 30, 31, 7]
@@ -67,6 +67,8 @@ def test_a_code_that_clvp_does_not_know_is_the_worst(clvp: Twin) -> None:
 def test_presets_are_upstreams() -> None:
     found = {name: (preset.candidates, preset.steps, preset.guidance) for name, preset in PRESETS.items()}
     assert found == {
+        "draft": (4, 0, None),
+        "hifigan": (1, 0, None),
         "ultra_fast": (16, 30, None),
         "fast": (96, 80, 2.0),
         "standard": (256, 200, 2.0),
@@ -79,12 +81,12 @@ def test_a_row_is_rendered_alike_alone_and_beside_others() -> None:
     vocoder = twin_of(parts.VOCODER, tiny_vocoder(n_mel_channels=100, strides=(4, 2)))
     random = np.random.default_rng(0)
     latents = [random.standard_normal((n, 24)).astype(np.float32) for n in (8, 60)]
-    voice, preset = random.standard_normal(128).astype(np.float32), Preset(1, 3, 2.0)
-    together = rendering.diffuse(diffusion.part, latents, voice, preset, seed=4)
+    voice, how = random.standard_normal(128).astype(np.float32), {"steps": 3, "guidance": 2.0}
+    together = rendering.diffuse(diffusion.part, latents, voice, **how, seed=4)
     assert [mel.shape for mel in together] == [(frames_of(8), 100), (frames_of(60), 100)]
-    alone = rendering.diffuse(diffusion.part, latents[:1], voice, preset, seed=4, rows=[0])[0]
+    alone = rendering.diffuse(diffusion.part, latents[:1], voice, **how, seed=4, rows=[0])[0]
     assert_close(together[0], alone, CHAIN)
-    assert np.abs(rendering.diffuse(diffusion.part, latents[:1], voice, preset, seed=5)[0] - alone).max() > 0.1
+    assert np.abs(rendering.diffuse(diffusion.part, latents[:1], voice, **how, seed=5)[0] - alone).max() > 0.1
     waveforms = rendering.vocode(vocoder.part, together, seed=4)
     assert [len(waveform) for waveform in waveforms] == [8 * frames_of(8), 8 * frames_of(60)]
     assert_close(rendering.vocode(vocoder.part, together[:1], seed=4)[0], waveforms[0], MODULE)
@@ -93,10 +95,3 @@ def test_a_row_is_rendered_alike_alone_and_beside_others() -> None:
 
 def test_new_lengths_in_a_bucket_are_not_new_programs() -> None:
     assert {rendering.bucket(n) for n in range(1, 501)} == set(range(50, 501, 50))
-
-
-def test_the_halves_of_a_random_voice_are_unrelated() -> None:
-    part = twin_of(parts.RANDOM_AR, tiny_random_voice()).part
-    first, again, other = (rendering.random_vector(part, 3, stage) for stage in (2, 2, 3))
-    assert np.array_equal(first, again)
-    assert np.abs(first - other).max() > 0.1

@@ -11,6 +11,7 @@ from tests.support.parity import Twin
 from tortoise_jax.audio import SAMPLE_RATE, default_mel_norms
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.synthesis import sampler, speech
+from tortoise_jax.synthesis.presets import PRESETS
 from tortoise_jax.synthesis.sampler import Samples, SamplingOptions
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ def test_flagged_candidates_are_kept_last(voice: Twin, dvae: Twin, monkeypatch: 
     )
     monkeypatch.setattr(sampler, "sample", lambda *_, **__: drawn)
     pretrained = Pretrained({"ar": voice.part, "dvae": dvae.part}, Tokenizer.default(), default_mel_norms(), {})
-    settings: Any = (np.zeros(64), ["Hi."], "tortoise", 0, SamplingOptions())
+    settings: Any = (PRESETS["draft"], np.zeros(64), ["Hi."], "tortoise", 0, SamplingOptions())
     [part] = speech.say(pretrained, None, *settings, candidates=2, keep=2, batch=2)  # type: ignore[arg-type]
     assert [one.index for one in part.kept] == [1, 0]
     assert part.kept[0].codes.tolist() == [5, 6, 7]

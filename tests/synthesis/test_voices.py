@@ -12,8 +12,9 @@ import torch
 
 from convert import voices as convert_voices
 from tests.support import torch_reference
-from tests.support.parity import STACK, Twin, assert_close
+from tests.support.parity import STACK, Twin, assert_close, twin_of
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, default_mel_norms
+from tortoise_jax.checkpoints import parts
 from tortoise_jax.errors import UserError
 from tortoise_jax.synthesis import voices
 
@@ -161,6 +162,17 @@ def test_a_saved_voice_is_the_same_voice(tmp_path: Path, voice: Twin) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["voice.npz"]
     with pytest.raises(UserError, match=r"voice\.pt: a voice is saved as \.npz"):
         voices.save_voice(tmp_path / "voice.pt", vector)
+
+
+# Random voices
+
+
+def test_the_halves_of_a_random_voice_are_unrelated() -> None:
+    part = twin_of(parts.RANDOM_AR, torch_reference.tiny_random_voice()).part
+    first, again, other = (voices.random_vector(part, 3, half) for half in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - voices.random_vector(part, 4, 0)).max() > 0.1
 
 
 # TorToiSe's files

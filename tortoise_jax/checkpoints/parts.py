@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tortoise_jax.checkpoints.trees import Tree, digest
+from tortoise_jax.checkpoints.trees import Tree, checksum, digest
 from tortoise_jax.models import clvp, diffusion, hifigan, random_voice, vocoder
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
@@ -83,17 +83,23 @@ class Part:
     """One model of a checkpoint.
 
     variables: arrays by collection; only their shapes where the weights were not asked for.
-    digest: sha256 of the weights that were converted; "" where an old checkpoint does not state it.
+    digest: sha256 of the weights that were converted; "" where an old checkpoint does not state it. checksum: of the
+    weights on disk, where they are on disk alone.
     """
 
     config: Any
     variables: Variables
     digest: str = ""
+    checksum: int | None = None
 
     @classmethod
     def of_tree(cls, config: Any, tree: Tree) -> Part:
         """A part with the weights of one tree, as a converter makes it or a disk holds it."""
         return cls(config, in_collections(config, tree), digest(tree))
+
+    def on_disk(self) -> Part:
+        """The same without its weights, whose memory is free again."""
+        return dataclasses.replace(self, variables=abstract_variables(self.config), checksum=checksum(self.tree))
 
     @property
     def params(self) -> Tree:

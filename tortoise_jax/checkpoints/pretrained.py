@@ -10,9 +10,11 @@ of the one it trains ("trains" in the metadata; the AR model where nothing is sa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part, abstract_
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import Tree, checksum, digest, restore_tree, save_tree
 from tortoise_jax.errors import UserError, first_line
-from tortoise_jax.files import read_json, write_json, written_whole
+from tortoise_jax.files import locked, read_json, sync, write_json, written_whole
 from tortoise_jax.models import dvae, unified_voice
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -100,25 +102,30 @@ def undamaged(path: Path, tree: Tree, metadata: dict[str, Any]) -> Tree:
     return tree
 
 
-def write_metadata(folder: Path, pretrained: Pretrained, trains: str = "") -> None:
-    """Everything of a checkpoint but its weights, of which it holds the checksums.
-
-    trains: which part a run's steps are of.
-    """
+def metadata_of(pretrained: Pretrained, trains: str = "") -> dict[str, Any]:
+    """What METADATA says of a checkpoint. trains: which part a run's steps are of."""
     parts = pretrained.parts
-    metadata = {
+    checksum_of = lambda part: checksum(part.tree) if part.checksum is None else part.checksum
+    return {
         "format": FORMAT,
         **{name: dataclasses.asdict(parts[name].config) if name in parts else None for name in PART_TYPES},
         "digests": {name: part.digest for name, part in parts.items()},
         "dvae_digest": parts[DVAE].digest if DVAE in parts else "",  # what versions before "digests" read
         "tokenizer_digest": pretrained.tokenizer.digest,
         "mel_norms_digest": mel_norms_digest(pretrained.mel_norms),
-        "checksums": {name: checksum(part.tree) for name, part in parts.items()},
+        "checksums": {name: checksum_of(part) for name, part in parts.items()},
         "source": pretrained.source,
     } | ({"trains": trains} if trains else {})
+
+
+def write_metadata(folder: Path, pretrained: Pretrained, trains: str = "") -> None:
+    """Everything of a checkpoint but its weights, of which it holds the checksums.
+
+    trains: which part a run's steps are of.
+    """
     (folder / TOKENIZER).write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
     np.savetxt(folder / MEL_NORMS, pretrained.mel_norms, fmt="%.9g")
-    write_json(folder / METADATA, metadata)
+    write_json(folder / METADATA, metadata_of(pretrained, trains))
 
 
 def save_pretrained(pretrained: Pretrained, target: Path) -> None:
@@ -127,6 +134,32 @@ def save_pretrained(pretrained: Pretrained, target: Path) -> None:
         for name, part in pretrained.parts.items():
             save_tree(folder / name, part.tree)
         write_metadata(folder, pretrained)
+
+
+@contextlib.contextmanager
+def added_whole(checkpoint: Path) -> Iterator[tuple[Path, Callable[[Pretrained], None]]]:
+    """A folder to write more parts of a checkpoint into, and what adds them: all of them, or none if anything fails.
+
+    What adds them is given the checkpoint as it then is. Raises UserError where another process writes it.
+    """
+    partial = checkpoint / "added.partial"
+    with locked(checkpoint, "--out"):
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+
+        def add(pretrained: Pretrained) -> None:
+            sync(partial)
+            for part in partial.iterdir():
+                shutil.rmtree(checkpoint / part.name, ignore_errors=True)  # likewise: no metadata names it
+                part.rename(checkpoint / part.name)
+            write_json(checkpoint / METADATA, metadata_of(pretrained))  # from here on they are its parts
+
+        try:
+            partial.mkdir()
+            yield partial, add
+        except OSError as error:
+            raise UserError(f"--out {checkpoint}: cannot be written: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -217,7 +250,11 @@ def read_parts(path: Path, metadata: dict[str, Any]) -> dict[str, Part]:
         configs = {name: kind.config(**metadata[name]) for name, kind in PART_TYPES.items() if metadata.get(name)}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
-    return {name: Part(config, abstract_variables(config), digests.get(name, "")) for name, config in configs.items()}
+    stated = metadata.get("checksums", {})
+    return {
+        name: Part(config, abstract_variables(config), digests.get(name, ""), stated.get(name))
+        for name, config in configs.items()
+    }
 
 
 def read_front_end(path: Path, metadata: dict[str, Any]) -> tuple[Tokenizer, np.ndarray]:

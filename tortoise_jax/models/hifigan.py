@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from tortoise_jax.models.convolutions import Conv, ConvTranspose
 from tortoise_jax.models.layers import FRAMES_PER_CODE, Array, frames_of, mask_of, zero_padding
@@ -58,12 +59,13 @@ RELEASED = HifiganConfig(
 def interpolated(x: Array, scale: float, frames: int, lengths: Array) -> Array:
     """x (b, t, d) at `frames` positions a row, linearly between the two nearest. lengths (b,): of what is real.
 
-    torch's: half-pixel centres, positions in float32, and the scale as given, not the ratio of the lengths.
+    torch's: half-pixel centres, positions in float32 (rounded once, of the rounded scale), and the scale as given, not
+    the ratio of the lengths.
     """
-    step = jnp.float32(1.0 / scale)
-    position = jnp.maximum((jnp.arange(frames, dtype=jnp.float32) + 0.5) * step - 0.5, 0.0)
-    below = position.astype(jnp.int32)
-    fraction = (position - below.astype(jnp.float32))[None, :, None].astype(x.dtype)
+    step = float(np.float32(1.0 / scale))
+    position = np.maximum((np.arange(frames) + 0.5) * step - 0.5, 0.0).astype(np.float32)
+    below = position.astype(np.int32)
+    fraction = jnp.asarray(position - below.astype(np.float32), x.dtype)[None, :, None]
     last = lengths[:, None] - 1
     pick = lambda index: jnp.take_along_axis(x, jnp.minimum(index[None], last)[..., None], axis=1)
     return (1 - fraction) * pick(below) + fraction * pick(below + 1)

@@ -1,17 +1,18 @@
-"""What TorToiSe's diffusion model takes: repaired codes, and the AR model's hidden states at them.
+"""What decoders take of the AR model: its hidden states at drawn codes; for the diffusion model at repaired codes.
 
 As tortoise does it (its fix_autoregressive_output, and the cut before diffusion).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from tortoise_jax import parallel
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.unified_voice import MEL, UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis.prompts import max_codes, prompt_arrays
 
@@ -21,6 +22,46 @@ DIFFUSION_CODES = 500
 SILENCE_CODE = 83
 ENDING_CODES = (45, 45, 248)
 SILENCE_RUN = 9  # the latents end where so many silent codes in a row have been seen
+CODE_BUCKET = 50  # codes a row is padded to a multiple of
+ROWS_AT_ONCE = 4  # that a device reads
+
+
+def bucket(codes: int) -> int:
+    """The length that so many codes are padded to, so that a new one is no new program."""
+    return max(1, -(-codes // CODE_BUCKET)) * CODE_BUCKET
+
+
+def hidden_states(
+    params: Tree,
+    config: UnifiedVoiceConfig,
+    conditioning: np.ndarray,
+    text_ids: Sequence[Sequence[int]],
+    codes: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """Of each row the AR model's hidden states (c, d) float32, from which it would draw its codes (c,), a stop too.
+
+    conditioning (d,); text_ids of each row without stops: texts have their extra one, as at synthesis. The states are
+    those at the start token and at all codes but the last.
+    """
+    prompt = prompt_arrays(config, text_ids, extra_text_stop=True)
+    rows = len(codes)
+    room = prompt["tokens"].shape[1] + bucket(max(map(len, codes)))
+    arrays = {name: np.zeros((rows, room), np.int32) for name in ("tokens", "token_types", "positions")}
+    for i, (p, row) in enumerate(zip(prompt["lengths"], codes, strict=True)):
+        # The codes follow the prompt without a gap; all padding comes after them, where nothing sees it.
+        c = len(row)
+        read = (np.concatenate([[config.start_mel], row[:-1]]), np.full(c, MEL), np.arange(c))
+        for (name, array), values in zip(arrays.items(), read, strict=True):
+            array[i, :p], array[i, p : p + c] = prompt[name][i, :p], values
+    voices = np.broadcast_to(np.asarray(conditioning, np.float32), (rows, 1, config.width))
+    hidden = parallel.run_by_rows(_reader(config), (params,), (voices, *arrays.values()), ROWS_AT_ONCE)
+    return [hidden[i, p : p + len(row)] for i, (p, row) in enumerate(zip(prompt["lengths"], codes, strict=True))]
+
+
+@functools.cache
+def _reader(config: UnifiedVoiceConfig) -> Callable[..., Any]:
+    model = UnifiedVoice(config)
+    return lambda params, *arrays: model.apply({"params": params}, *arrays, method="hidden_states")
 
 
 def diffusion_inputs(
@@ -46,20 +87,8 @@ def diffusion_inputs(
         )
     check_diffusion_inputs(config, total, max(silence, *ending))
     fixed = repaired(codes, total, silence, ending)
-    prompt = prompt_arrays(config, [text_ids], extra_text_stop=True)
-    p, room = int(prompt["lengths"][0]), prompt["tokens"].shape[1]
-    # The codes follow the prompt without a gap; its padding comes after them, where nothing sees it.
-    read = {
-        "tokens": np.concatenate([[config.start_mel], fixed[:-1]]),
-        "token_types": np.full(total, MEL),
-        "positions": np.arange(total),
-    }
-    rows = {name: np.zeros((1, room + total), np.int32) for name in read}
-    for name, row in rows.items():
-        row[:, :p], row[:, p : p + total] = prompt[name][:, :p], read[name]
-    voice = np.asarray(conditioning, np.float32)[None, None]
-    hidden = apply(UnifiedVoice(config), "hidden_states", {"params": params}, voice, *rows.values())
-    return fixed, np.asarray(hidden)[0, p : p + silent_from(fixed, silence)]
+    (hidden,) = hidden_states(params, config, conditioning, [text_ids], [fixed])
+    return fixed, hidden[: silent_from(fixed, silence)]
 
 
 def repaired(

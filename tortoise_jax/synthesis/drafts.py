@@ -43,8 +43,8 @@ def draft_waveform(mel: np.ndarray, mel_norms: np.ndarray) -> np.ndarray:
     return griffin_lim(mel, mel_norms) if len(mel) else np.zeros(0, np.float32)
 
 
-def write_wav(path: Path, waveform: np.ndarray, rate: int = SAMPLE_RATE) -> None:
+def write_wav(path: str | Path, waveform: np.ndarray, rate: int = SAMPLE_RATE) -> None:
     """Writes a waveform (samples,) in [-1, 1] with 16 bits."""
     content = io.BytesIO()
     soundfile.write(content, waveform, rate, format="WAV", subtype="PCM_16")
-    write_atomically(path, content.getvalue())
+    write_atomically(Path(path), content.getvalue())

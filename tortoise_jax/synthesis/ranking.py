@@ -20,7 +20,7 @@ class Candidate:
     """One way to say a text: its number among the candidates, what is wrong with it (nothing: empty), how likely it is.
 
     log_likelihood: the model's own mean log-probability per code. codes (c,) int32, without the stop. score: CLVP's,
-    None where it was not asked.
+    None where it was not asked. stopped: whether the stop came.
     """
 
     index: int
@@ -28,6 +28,7 @@ class Candidate:
     log_likelihood: float
     codes: np.ndarray
     score: float | None = None
+    stopped: bool = True
 
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:
@@ -40,8 +41,8 @@ def by_score(candidates: list[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda one: (-(one.score or 0.0), one.index))
 
 
-def flags(codes: np.ndarray, stopped: bool, mel: np.ndarray, mel_norms: np.ndarray) -> tuple[str, ...]:
-    """What is wrong with codes (c,) and the log-mel (4 c, m) they decode to, in words."""
+def flags(codes: np.ndarray, stopped: bool, mel: np.ndarray | None, mel_norms: np.ndarray) -> tuple[str, ...]:
+    """What is wrong with codes (c,) and the log-mel (4 c, m) they decode to, where there is one, in words."""
     found = []
     if not len(codes):
         return ("says nothing",)
@@ -50,7 +51,7 @@ def flags(codes: np.ndarray, stopped: bool, mel: np.ndarray, mel_norms: np.ndarr
     looping = longest_loop(codes) * SAMPLES_PER_CODE / SAMPLE_RATE
     if looping >= LOOP_SECONDS:
         found.append(f"loops for {looping:.1f} s")
-    silence = trailing_silence(mel, mel_norms)
+    silence = trailing_silence(mel, mel_norms) if mel is not None else 0.0
     if silence > SILENT_SECONDS:
         found.append(f"{silence:.1f} s of silence after")
     return tuple(found)

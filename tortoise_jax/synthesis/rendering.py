@@ -1,136 +1,173 @@
-"""From drawn codes to 24 kHz speech, stage by stage: CLVP's scores, the diffusion decoder, the vocoder.
+"""From drawn codes to 24 kHz speech, stage by stage: CLVP's scores, the diffusion decoder, the vocoders.
 
 Lengths go in a few buckets and are masked, so that a new sentence compiles nothing, and changes nothing: a padded row
-comes out as it would alone. Axis letters: c codes, s codes of a row in its bucket, t mel frames, l latent width.
+comes out as it would alone. Rows are shared out over this host's devices. Axis letters: c codes, s codes of a row in
+its bucket, t mel frames, l latent width, v width of the AR model's voice.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.parts import Part
-from tortoise_jax.models import vocoder
+from tortoise_jax.models import hifigan, vocoder
 from tortoise_jax.models.clvp import CLVP
 from tortoise_jax.models.compiled import apply
-from tortoise_jax.models.diffusion import DiffusionDecoder
-from tortoise_jax.models.layers import codes_of, frames_of
-from tortoise_jax.models.random_voice import RandomVoice
+from tortoise_jax.models.diffusion import DiffusionConfig, DiffusionDecoder
+from tortoise_jax.models.layers import Array, codes_of, frames_of, mask_of
 from tortoise_jax.synthesis import denoising
-from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, repaired
+from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, bucket, repaired
 
 TEXT_BUCKET = 32  # text ids a row of CLVP's text side is padded to a multiple of
-CODE_BUCKET = 50  # codes a row of the diffusion decoder is padded to a multiple of
-SCORED_AT_ONCE = 16
+SCORED_AT_ONCE = 16  # rows of a device
 RENDERED_AT_ONCE = 4
+DIFFUSION_NOISE, VOCODER_NOISE = 0, 1  # each stage draws its own
+
+Progress = Callable[[int], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """What upstream's preset of this name asks for. guidance: its strength, None for none."""
-
-    candidates: int
-    steps: int
-    guidance: float | None
-
-
-PRESETS = {
-    "ultra_fast": Preset(candidates=16, steps=30, guidance=None),
-    "fast": Preset(candidates=96, steps=80, guidance=2.0),
-    "standard": Preset(candidates=256, steps=200, guidance=2.0),
-    "high_quality": Preset(candidates=256, steps=400, guidance=2.0),
-}
+def unseen(done: int) -> None:
+    """No progress is shown."""
 
 
 def scores(
-    clvp: Part, text_ids: Sequence[int], codes: Sequence[np.ndarray], total: int = DIFFUSION_CODES
+    clvp: Part,
+    text_ids: Sequence[int],
+    codes: Sequence[np.ndarray],
+    total: int = DIFFUSION_CODES,
+    progress: Progress = unseen,
 ) -> np.ndarray:
     """How well each row of codes (c,), without stops, says the text: (rows,) float32, higher is better.
 
     As upstream: of the repaired codes with all their padding, and of the text with an extra 0. A row with a code that
     CLVP's table has not (a model may draw its own start token) scores -inf: upstream would end there.
     """
-    model = CLVP(clvp.config)
     ids = [*text_ids, 0]
     padded = np.zeros((1, -(-len(ids) // TEXT_BUCKET) * TEXT_BUCKET), np.int32)
     padded[0, : len(ids)] = ids
     mask = np.arange(padded.shape[1])[None] < len(ids)
-    latent = apply(model, "text_latent", clvp.variables, padded, mask)[0]
+    latent = np.asarray(apply(CLVP(clvp.config), "text_latent", clvp.variables, padded, mask)[0])
     fixed = np.stack([repaired(row, total) for row in codes])
     known = (fixed < clvp.config.speech_tokens).all(axis=1)
     fixed = np.minimum(fixed, clvp.config.speech_tokens - 1)
-    found = []
-    for first in range(0, len(fixed), SCORED_AT_ONCE):
-        batch = fixed[first : first + SCORED_AT_ONCE]
-        filled = np.concatenate([batch, np.repeat(batch[-1:], SCORED_AT_ONCE - len(batch), axis=0)])
-        found.append(np.asarray(apply(model, "score", clvp.variables, latent, filled))[: len(batch)])
-    return np.where(known, np.concatenate(found), -np.inf).astype(np.float32)
+    alike = (clvp.variables, latent)
+    found = parallel.run_by_rows(_scorer(CLVP(clvp.config)), alike, (fixed,), SCORED_AT_ONCE, progress)
+    return np.where(known, found, -np.inf).astype(np.float32)
 
 
-def bucket(codes: int) -> int:
-    """The length that so many codes are padded to."""
-    return max(1, -(-codes // CODE_BUCKET)) * CODE_BUCKET
+@functools.cache
+def _scorer(model: CLVP) -> Callable[..., Any]:
+    return lambda variables, latent, codes: model.apply(variables, latent, codes, method="score")
 
 
-def keys_of(seed: int, rows: Sequence[int], stage: int) -> jax.Array:
-    """One key for each row, by its number, so that what a row draws depends on nothing else."""
+def keys_of(seed: int, rows: Sequence[int], stage: int) -> np.ndarray:
+    """One key's data for each row (b, 2), by its number, so that what a row draws depends on nothing else."""
     root = jax.random.fold_in(jax.random.key(seed), stage)
-    return jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.asarray(rows, jnp.int32))
+    keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.asarray(rows, jnp.int32))
+    return np.asarray(jax.random.key_data(keys))
+
+
+def padded_to(length: int, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows (n, d) of several lengths -> (b, length, d) float32, zeros after each."""
+    return np.stack([np.pad(row, ((0, length - len(row)), (0, 0))) for row in rows]).astype(np.float32)
+
+
+def lengths_of(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([len(row) for row in rows], np.int32)
 
 
 def diffuse(
     diffusion: Part,
     latents: Sequence[np.ndarray],
     voice: np.ndarray,
-    preset: Preset,
+    steps: int,
+    guidance: float | None,
     seed: int = 0,
     rows: Sequence[int] | None = None,
     temperature: float = 1.0,
+    progress: Progress = unseen,
 ) -> list[np.ndarray]:
     """Hidden states (s, l) of each row and the voice's diffusion vector (2 d,) -> log-mels (t, m), t = frames_of(s).
 
-    rows: numbers that the rows' noise is drawn by, 0, 1, … by default.
+    guidance: its strength, None for none. rows: numbers that the rows' noise is drawn by, 0, 1, … by default.
     """
-    lengths = np.array([len(row) for row in latents], np.int32)
+    lengths = lengths_of(latents)
     s = bucket(int(lengths.max()))
-    padded = np.stack([np.pad(row, ((0, s - len(row)), (0, 0))) for row in latents]).astype(np.float32)
-    voices = np.repeat(np.asarray(voice, np.float32)[None], len(latents), axis=0)
-    decoder = DiffusionDecoder(diffusion.config)
-    frames = [frames_of(int(length)) for length in lengths]
-    mask = np.arange(frames_of(s))[None] < np.array(frames)[:, None]
-    mel = denoising.denoise(
-        decoder,
-        diffusion.variables,
-        denoising.align(decoder, diffusion.variables, padded, voices, frames_of(s), lengths),
-        mask,
-        keys_of(seed, rows if rows is not None else range(len(latents)), stage=0),
-        denoising.coefficients(preset.steps, preset.guidance),
-        np.float32(temperature),
-        preset.guidance is not None,
-    )
-    return [row[:t] for row, t in zip(np.asarray(mel), frames, strict=True)]
+    alike = (diffusion.variables, denoising.coefficients(steps, guidance), np.float32(temperature))
+    keys = keys_of(seed, range(len(latents)) if rows is None else rows, DIFFUSION_NOISE)
+    voices = np.broadcast_to(np.asarray(voice, np.float32), (len(latents), len(voice)))
+    denoise = _denoiser(diffusion.config, frames_of(s), guidance is not None)
+    given = (padded_to(s, latents), voices, lengths, keys)
+    mels = parallel.run_by_rows(denoise, alike, given, RENDERED_AT_ONCE, progress)
+    return [mel[: frames_of(len(row))] for mel, row in zip(mels, latents, strict=True)]
+
+
+@functools.cache
+def _denoiser(config: DiffusionConfig, frames: int, guided: bool) -> Callable[..., Any]:
+    decoder = DiffusionDecoder(config)
+
+    def denoise(
+        variables: Any, steps: Any, temperature: Array, latents: Array, voices: Array, lengths: Array, keys: Array
+    ) -> Array:
+        aligned = denoising.align(decoder, variables, latents, voices, frames, lengths)
+        mask: Any = mask_of(frames_of(lengths), frames)
+        drawn_by = jax.random.wrap_key_data(keys)
+        return denoising.denoise(decoder, variables, aligned, mask, drawn_by, steps, temperature, guided)
+
+    return denoise
 
 
 def vocode(
-    part: Part, mels: Sequence[np.ndarray], seed: int = 0, rows: Sequence[int] | None = None
+    part: Part,
+    mels: Sequence[np.ndarray],
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    progress: Progress = unseen,
 ) -> list[np.ndarray]:
     """Log-mels (t, m) at 24 kHz -> waveforms (t hop,) float32 in [-1, 1]."""
-    config = part.config
-    lengths = np.array([len(mel) for mel in mels], np.int32)
-    longest = frames_of(bucket(codes_of(int(lengths.max()))))
-    padded = np.stack([np.pad(mel, ((0, longest - len(mel)), (0, 0))) for mel in mels]).astype(np.float32)
-    shape = (longest + vocoder.TAIL_FRAMES, config.noise_channels)
-    keys = keys_of(seed, rows if rows is not None else range(len(mels)), stage=1)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    waveforms = apply(vocoder.UnivNet(config), "vocode", part.variables, padded, noise, lengths)
-    return [row[: n * config.hop] for row, n in zip(np.asarray(waveforms), lengths, strict=True)]
+    lengths = lengths_of(mels)
+    frames = frames_of(bucket(codes_of(int(lengths.max()))))
+    keys = keys_of(seed, range(len(mels)) if rows is None else rows, VOCODER_NOISE)
+    given = (padded_to(frames, mels), keys, lengths)
+    waveforms = parallel.run_by_rows(_vocoder(part.config), (part.variables,), given, RENDERED_AT_ONCE, progress)
+    return [waveform[: len(mel) * part.config.hop] for waveform, mel in zip(waveforms, mels, strict=True)]
 
 
-def random_vector(part: Part, seed: int, stage: int) -> np.ndarray:
-    """One half of a voice out of nothing, (d,) float32; the two halves are unrelated, as upstream draws them."""
-    noise = jax.random.normal(keys_of(seed, [0], stage)[0], (1, part.config.width))
-    return np.asarray(apply(RandomVoice(part.config), "__call__", part.variables, noise))[0]
+@functools.cache
+def _vocoder(config: vocoder.VocoderConfig) -> Callable[..., Any]:
+    def vocode(variables: Any, mels: Array, keys: Array, lengths: Array) -> Any:
+        shape = (mels.shape[1] + vocoder.TAIL_FRAMES, config.noise_channels)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jax.random.wrap_key_data(keys))
+        return vocoder.UnivNet(config).apply(variables, mels, noise, lengths, method="vocode")
+
+    return vocode
+
+
+def vocode_latents(
+    part: Part, latents: Sequence[np.ndarray], voice: np.ndarray, progress: Progress = unseen
+) -> list[np.ndarray]:
+    """The fast path: hidden states (c, l) of each row, the stop's among them, and the AR model's voice (v,) -> waveforms.
+
+    Each is (frames_of(c) hop,) float32 in [-1, 1].
+    """
+    lengths = lengths_of(latents)
+    s = bucket(int(lengths.max()))
+    voices = np.broadcast_to(np.asarray(voice, np.float32), (len(latents), len(voice)))
+    decode, given = _fast_decoder(part.config, frames_of(s)), (padded_to(s, latents), voices, lengths)
+    waveforms = parallel.run_by_rows(decode, (part.variables,), given, RENDERED_AT_ONCE, progress)
+    return [made[: frames_of(len(row)) * part.config.hop] for made, row in zip(waveforms, latents, strict=True)]
+
+
+@functools.cache
+def _fast_decoder(config: hifigan.HifiganConfig, frames: int) -> Callable[..., Any]:
+    def decode(variables: Any, latents: Array, voices: Array, lengths: Array) -> Any:
+        return hifigan.Hifigan(config).apply(variables, latents, voices, frames, lengths, method="decode")
+
+    return decode

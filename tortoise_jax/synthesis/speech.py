@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tortoise_jax.audio import DIFFUSION_RATE, SAMPLE_RATE
-from tortoise_jax.checkpoints.parts import DIFFUSION, VOCODER, Part
+from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.checkpoints.parts import CLVP, DIFFUSION, DVAE, HIFIGAN, VOCODER, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
+from tortoise_jax.errors import UserError
 from tortoise_jax.synthesis import ranking, rendering, sampler
-from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs
+from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, SILENCE_CODE, hidden_states, repaired, silent_from
 from tortoise_jax.synthesis.drafts import decode_mel, draft
-from tortoise_jax.synthesis.prompts import max_text_ids
+from tortoise_jax.synthesis.presets import Preset
+from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import Candidate
-from tortoise_jax.synthesis.rendering import Preset
 from tortoise_jax.synthesis.sampler import SamplerWeights, Samples, SamplingOptions
+from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text import sentences
+from tortoise_jax.text.cleaners import clean
 
+MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
 PAUSE_SECONDS = 0.3  # between the parts of a long text
 COMFORTABLE_TOKENS = 150  # of one part: 500 codes hold it, and the released models were trained on up to 200
 
@@ -34,6 +38,20 @@ class Utterance:
     kept: list[Candidate]
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}, expected 0 to {MAX_SEED}")
+
+
+def check_text(pretrained: Pretrained, text: str, cleaner: str) -> None:
+    """Raises UserError for a text with nothing to say, and for characters the model does not know."""
+    if not any(character.isalnum() for character in clean(text, cleaner)):
+        raise UserError(f'the text "{text}" has nothing to say: no letter or digit is left of it after cleaning')
+    unknown = pretrained.tokenizer.unknown_in_words(text, cleaner)
+    if unknown:
+        raise UserError(f"the text holds characters the tokenizer does not know: {unknown}")
+
+
 def split_text(pretrained: Pretrained, text: str, cleaner: str) -> list[str]:
     """A text in parts that a prompt has room for. Raises UserError for a sentence that is too long."""
     encode = lambda part: pretrained.tokenizer.encode(part, cleaner)
@@ -41,23 +59,34 @@ def split_text(pretrained: Pretrained, text: str, cleaner: str) -> list[str]:
     return sentences.split(text, encode, min(COMFORTABLE_TOKENS, room), room)
 
 
+def options_for(pretrained: Pretrained, preset: Preset, **given: Any) -> SamplingOptions:
+    """How codes are drawn: what is given, and as many codes as preset and model have room for. Raises UserError."""
+    room = max_codes(pretrained.ar.config)
+    longest = given.pop("max_codes", None)
+    if longest is not None and longest > room:
+        raise UserError(f"max_codes is {longest}, the model has room for {room}")
+    if longest is not None and preset.diffuses and longest > DIFFUSION_CODES:
+        raise UserError(f"max_codes is {longest}, TorToiSe's diffusion decoder is handed at most {DIFFUSION_CODES}")
+    return SamplingOptions(max_codes=longest if longest is not None else min(preset.max_codes, room), **given)
+
+
 def say(
     pretrained: Pretrained,
     weights: SamplerWeights,
+    preset: Preset,
     voice: np.ndarray,
     texts: list[str],
     cleaner: str,
     seed: int,
     options: SamplingOptions,
     candidates: int,
-    keep: int,
-    batch: int,
-    clvp: Part | None = None,
+    keep: int = 1,
+    batch: int = 16,
 ) -> list[Utterance]:
     """Draws candidates for each part of a text and keeps the best. voice (d,); batch: candidates drawn at once.
 
-    The parts draw with seeds that follow each other from `seed` on; the batch does not change what is drawn. clvp:
-    ranks them, as in TorToiSe; without it a candidate's flaws and likelihood do.
+    The parts draw with seeds that follow each other from `seed` on; the batch does not change what is drawn. Where the
+    preset has a CLVP it ranks them, as in TorToiSe; without it a candidate's flaws and likelihood do.
     """
     said = []
     for i, text in enumerate(texts):
@@ -68,44 +97,37 @@ def say(
             draw = functools.partial(
                 sampler.sample, weights, pretrained.ar.config, voice, text_ids, seed + i, options, count, first
             )
-            drawn = with_bar(draw, options.max_codes, f"part {i + 1}, {count} candidates")
-            found += scored(clvp, text_ids, drawn, first) if clvp else evaluate(pretrained, drawn, first)
-        ranked = ranking.by_score(found) if clvp else ranking.rank(found)
+            with bar(options.max_codes, "code", f"part {i + 1}, {count} candidates") as shown:
+                drawn = draw(progress=lambda done, shown=shown: shown.update(done - shown.n))
+            found += evaluate(pretrained, preset, drawn, first)
+        if CLVP in preset.parts:
+            found = scored(pretrained.part(CLVP), text_ids, found, f"part {i + 1}, scores")
+        ranked = ranking.by_score(found) if CLVP in preset.parts else ranking.rank(found)
         said.append(Utterance(text, text_ids, ranked[:keep]))
     return said
 
 
-def scored(clvp: Part, text_ids: list[int], drawn: Samples, first: int) -> list[Candidate]:
-    """Drawn rows as candidates with CLVP's scores, numbered from `first` on."""
+def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: str) -> list[Candidate]:
+    """The candidates with CLVP's scores."""
+    with bar(len(candidates), "candidate", title) as shown:
+        found = rendering.scores(clvp, text_ids, [one.codes for one in candidates], progress=shown.update)
+    return [dataclasses.replace(one, score=float(score)) for one, score in zip(candidates, found, strict=True)]
+
+
+def bar(total: int, unit: str, title: str) -> tqdm:
+    """A progress bar with the time left, where a person watches."""
+    return tqdm(total=total, unit=unit, desc=title, leave=False, dynamic_ncols=True, disable=None)
+
+
+def evaluate(pretrained: Pretrained, preset: Preset, drawn: Samples, first: int) -> list[Candidate]:
+    """Drawn rows as candidates, numbered from `first` on; without the dVAE, silence after speech is not looked for."""
     rows = [drawn.row(i) for i in range(len(drawn.lengths))]
-    return [
-        Candidate(
-            first + i,
-            () if drawn.stopped[i] else ("never stops",),
-            float(drawn.log_likelihood[i]),
-            rows[i],
-            float(score),
-        )
-        for i, score in enumerate(rendering.scores(clvp, text_ids, rows))
-    ]
-
-
-def with_bar(draw: Callable[..., Samples], total: int, title: str) -> Samples:
-    """A draw under a progress bar that counts the codes of a candidate."""
-    with tqdm(total=total, unit="code", desc=title, leave=False, dynamic_ncols=True, disable=None) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        return draw(progress=show)
-
-
-def evaluate(pretrained: Pretrained, drawn: Samples, first: int) -> list[Candidate]:
-    """Drawn rows as candidates, numbered from `first` on."""
+    mels = candidate_mels(pretrained, drawn) if DVAE in preset.parts else [None] * len(rows)
     found = []
-    for i, mel in enumerate(candidate_mels(pretrained, drawn)):
-        flags = ranking.flags(drawn.row(i), bool(drawn.stopped[i]), mel, pretrained.mel_norms)
-        found.append(Candidate(first + i, flags, float(drawn.log_likelihood[i]), drawn.row(i)))
+    for i, (codes, mel) in enumerate(zip(rows, mels, strict=True)):
+        stopped = bool(drawn.stopped[i])
+        flags = ranking.flags(codes, stopped, mel, pretrained.mel_norms)
+        found.append(Candidate(first + i, flags, float(drawn.log_likelihood[i]), codes, stopped=stopped))
     return found
 
 
@@ -122,39 +144,66 @@ def candidate_mels(pretrained: Pretrained, drawn: Samples) -> list[np.ndarray]:
     return [mel[: config.frames_per_code * length] for mel, length in zip(mels, drawn.lengths, strict=True)]
 
 
-def draft_of(pretrained: Pretrained, said: list[Utterance], index: int) -> np.ndarray:
-    """A draft waveform (samples,) of the index-th best candidate of every part, with pauses between the parts."""
-    dvae, norms = pretrained.dvae, pretrained.mel_norms
-    return join([draft(dvae.variables, dvae.config, norms, part.kept[index].codes) for part in said])
+Rows = list[tuple[Utterance, Candidate]]
 
 
 def speech_of(
-    pretrained: Pretrained,
-    said: list[Utterance],
-    voice: np.ndarray,
-    diffusion_voice: np.ndarray,
-    preset: Preset,
-    seed: int,
+    pretrained: Pretrained, preset: Preset, said: list[Utterance], voice: Voice, seed: int
 ) -> list[np.ndarray]:
-    """Speech at 24 kHz, (samples,) for each kept candidate, best first, with pauses between the parts.
+    """The sound of what was said at the preset's rate, (samples,) for each kept candidate, best first.
 
-    voice (d,) and diffusion_voice (2 d,): both halves of a voice. Several parts and candidates are rendered at once; a
-    row's noise depends on the seed and its number alone.
+    With pauses between the parts. Several parts and candidates are rendered at once; a row's noise depends on the seed
+    and its number alone.
     """
-    ar, keep = pretrained.ar, len(said[0].kept)
-    rows = [(part, one) for part in said for one in part.kept]
-    waveforms: list[np.ndarray] = []
-    with tqdm(
-        total=len(rows), unit="row", desc="diffusion and vocoder", leave=False, dynamic_ncols=True, disable=None
-    ) as bar:
-        for first in range(0, len(rows), rendering.RENDERED_AT_ONCE):
-            now = rows[first : first + rendering.RENDERED_AT_ONCE]
-            numbers = range(first, first + len(now))
-            latents = [diffusion_inputs(ar.params, ar.config, voice, part.text_ids, one.codes)[1] for part, one in now]
-            mels = rendering.diffuse(pretrained.part(DIFFUSION), latents, diffusion_voice, preset, seed, list(numbers))
-            waveforms += rendering.vocode(pretrained.part(VOCODER), mels, seed, list(numbers))
-            bar.update(len(now))
-    return [join(waveforms[index::keep], DIFFUSION_RATE) for index in range(keep)]
+    rows, keep = [(part, one) for part in said for one in part.kept], len(said[0].kept)
+    waveforms = waveforms_of(pretrained, preset, rows, voice, seed)
+    return [join(waveforms[index::keep], preset.rate) for index in range(keep)]
+
+
+def waveforms_of(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voice, seed: int) -> list[np.ndarray]:
+    """Each row's sound (samples,) at the preset's rate."""
+    if preset.diffuses:
+        return diffused(pretrained, preset, rows, voice, seed)
+    if HIFIGAN in preset.parts:
+        return fast(pretrained, rows, voice)
+    dvae = pretrained.dvae
+    return [draft(dvae.variables, dvae.config, pretrained.mel_norms, one.codes) for _, one in rows]
+
+
+def diffused(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voice, seed: int) -> list[np.ndarray]:
+    """Each row by the diffusion decoder and the vocoder, (samples,) at 24 kHz."""
+    fixed = [repaired(one.codes) for _, one in rows]
+    latents = [
+        states[: silent_from(codes, SILENCE_CODE)]
+        for states, codes in zip(latents_of(pretrained, rows, voice, fixed), fixed, strict=True)
+    ]
+    with bar(len(rows), "row", "diffusion") as shown:
+        mels = rendering.diffuse(
+            pretrained.part(DIFFUSION),
+            latents,
+            np.asarray(voice.diffusion),
+            preset.steps,
+            preset.guidance,
+            seed,
+            progress=shown.update,
+        )
+    with bar(len(rows), "row", "vocoder") as shown:
+        return rendering.vocode(pretrained.part(VOCODER), mels, seed, progress=shown.update)
+
+
+def fast(pretrained: Pretrained, rows: Rows, voice: Voice) -> list[np.ndarray]:
+    """Each row by the fast path's decoder, (samples,) at 24 kHz: codes as they were drawn, the stop among them."""
+    stop = pretrained.ar.config.stop_mel
+    codes = [np.append(one.codes, stop) if one.stopped else one.codes for _, one in rows]
+    latents = latents_of(pretrained, rows, voice, codes)
+    with bar(len(rows), "row", "decoder") as shown:
+        return rendering.vocode_latents(pretrained.part(HIFIGAN), latents, voice.conditioning, shown.update)
+
+
+def latents_of(pretrained: Pretrained, rows: Rows, voice: Voice, codes: list[np.ndarray]) -> list[np.ndarray]:
+    """The AR model's hidden states (c, d) at each row's codes."""
+    ar, texts = pretrained.ar, [part.text_ids for part, _ in rows]
+    return hidden_states(ar.params, ar.config, voice.conditioning, texts, codes)
 
 
 def join(waveforms: list[np.ndarray], rate: int = SAMPLE_RATE) -> np.ndarray:

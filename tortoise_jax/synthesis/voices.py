@@ -1,13 +1,15 @@
-"""Who speaks: clips of a voice, or a saved vector, to the conditioning vector the model reads first."""
+"""Who speaks: clips of a voice, a saved one or a random one, to the vectors that the models read."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from tortoise_jax.audio import (
@@ -21,15 +23,54 @@ from tortoise_jax.audio import (
     loudness_db,
     read_audio,
 )
+from tortoise_jax.checkpoints import parts
 from tortoise_jax.checkpoints.parts import Part
+from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import check_readable, write_atomically
 from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.diffusion import DiffusionConfig, DiffusionDecoder
+from tortoise_jax.models.random_voice import RandomVoice
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
 VECTOR = "conditioning"  # its name in a .npz
 DIFFUSION = "diffusion"  # the other half of tortoise's voice files, carried along where there was one
+RANDOM = Path("random")  # in the place of clips: a voice out of nothing, unless there is something of this name
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """conditioning (d,), which the AR model reads; diffusion (e,), which the diffusion decoder reads, None without one.
+
+    Both float32.
+    """
+
+    conditioning: np.ndarray
+    diffusion: np.ndarray | None = None
+
+
+def is_random(source: Path) -> bool:
+    return source == RANDOM and not source.exists()
+
+
+def load(source: Path, pretrained: Pretrained, both: bool, seed: int) -> Voice:
+    """A folder of clips, one clip, a saved .npz or "random" -> a voice. Raises UserError naming the file.
+
+    both: with the half that the diffusion decoder reads. pretrained: with the weights of the parts that make it. seed:
+    where long clips are cropped, or which random voice.
+    """
+    ar = pretrained.ar
+    if is_random(source):
+        first = random_vector(pretrained.part(parts.RANDOM_AR), seed, 0)
+        return Voice(first, random_vector(pretrained.part(parts.RANDOM_DIFFUSION), seed, 1) if both else None)
+    vector = load_voice(source, ar.params, ar.config, pretrained.mel_norms, seed)
+    return Voice(vector, load_diffusion_half(source, pretrained.part(parts.DIFFUSION)) if both else None)
+
+
+def random_vector(part: Part, seed: int, half: int) -> np.ndarray:
+    """One half of a voice out of nothing, (d,) float32; the two halves are unrelated, as upstream draws them."""
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), half), (1, part.config.width))
+    return np.asarray(apply(RandomVoice(part.config), "__call__", part.variables, noise))[0]
 
 
 def load_voice(source: Path, params: Any, config: UnifiedVoiceConfig, mel_norms: np.ndarray, seed: int) -> np.ndarray:
@@ -62,7 +103,7 @@ def load_diffusion_half(source: Path, diffusion: Part) -> np.ndarray:
 def find_clips(source: Path) -> list[Path]:
     """One clip, or a folder's clips by name."""
     if not source.exists():
-        raise UserError(f"voice {source} does not exist; give a folder of clips, one clip, or a saved .npz")
+        raise UserError(f"voice {source} does not exist; give a folder of clips, one clip, a saved .npz, or random")
     if not source.is_dir():
         return [source]
     clips = sorted(path for path in source.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())

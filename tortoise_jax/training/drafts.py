@@ -1,4 +1,4 @@
-"""Drafts to listen to while training: fixed prompts by fixed voices, through the dVAE and Griffin-Lim."""
+"""Drafts to listen to while training: fixed prompts by fixed voices, as the configuration's preset makes sound of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
 from tortoise_jax.audio import crop_conditioning, waveform_from_int16
-from tortoise_jax.checkpoints.pretrained import Pretrained
+from tortoise_jax.checkpoints.parts import AR, DIFFUSION, Part
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError, count_of
-from tortoise_jax.synthesis import drafts, sampler, voices
+from tortoise_jax.synthesis import drafts, presets, sampler, speech, voices
+from tortoise_jax.synthesis.presets import Preset
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
-from tortoise_jax.synthesis.ranking import trailing_silence
+from tortoise_jax.synthesis.ranking import Candidate, trailing_silence
+from tortoise_jax.synthesis.speech import Utterance
+from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training.run_directory import Run
 
@@ -48,24 +52,36 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
             raise UserError(
                 f"config: prompts: {prompt!r} has {len(ids)} text tokens, the model has room for 1 to {room}"
             )
+    # One candidate of each: what the model says, not the best of many.
+    preset = presets.choose(settings.sample_preset).without_candidates()
+    decoders = decoders_of(settings, pretrained, preset) if parallel.is_main() else pretrained
     speakers = fixed_voices(dataset)
+    heard = {voice: diffusion_half(decoders, preset, clips) for voice, clips in speakers.items()}
     options = sampler.SamplingOptions(max_codes=min(500, max_codes(config)))
 
     def draft(step: int, params: Any, run: Run) -> None:
         if run.history.has("sample", step):
             return
         weights = sampler.SamplerWeights.of(params, config, options.dtype)
+        now = decoders.with_part(AR, Part(config, {"params": params}))
         entries: list[dict[str, Any]] = []
         for voice, clips in speakers.items():
             vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)
             drawn = sampler.sample(weights, config, vectors, text_ids, SEED, options)
-            for i, prompt in enumerate(settings.prompts):
+            rows = [
+                (
+                    Utterance(prompt, ids, []),
+                    Candidate(i, (), float(drawn.log_likelihood[i]), drawn.row(i), stopped=bool(drawn.stopped[i])),
+                )
+                for i, (prompt, ids) in enumerate(zip(settings.prompts, text_ids, strict=True))
+            ]
+            waveforms = speech.waveforms_of(now, preset, rows, Voice(vector, heard[voice]), SEED)
+            for i, (prompt, waveform) in enumerate(zip(settings.prompts, waveforms, strict=True)):
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
                 mel = drafts.draft_mel(dvae.variables, dvae.config, drawn.row(i))
-                waveform = drafts.draft_waveform(mel, pretrained.mel_norms)
-                drafts.write_wav(run.folder / FOLDER / name, waveform)
-                run.writer.audio(step, f"draft/{voice}/{i}", waveform)
+                drafts.write_wav(run.folder / FOLDER / name, waveform, preset.rate)
+                run.writer.audio(step, f"draft/{voice}/{i}", waveform, preset.rate)
                 entries.append(
                     {
                         "prompt": prompt,
@@ -86,6 +102,26 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         )
 
     return draft if parallel.is_main() else None
+
+
+def decoders_of(settings: ConfigDict, pretrained: Pretrained, preset: Preset) -> Pretrained:
+    """The run's models and what the preset needs besides, of the checkpoint that it begins with. Raises UserError."""
+    has = load_pretrained(settings.checkpoint, ()).parts
+    lacking = [name for name in preset.parts if name not in pretrained.parts]
+    found = load_pretrained(settings.checkpoint, [name for name in lacking if name in has])
+    found = with_parts_of_origin(found, lacking)
+    for name in lacking:
+        pretrained = pretrained.with_part(name, found.part(name))
+    presets.check_fit(pretrained, preset)
+    return pretrained
+
+
+def diffusion_half(decoders: Pretrained, preset: Preset, clips: np.ndarray) -> np.ndarray | None:
+    """Of a voice's clips (clips, 132300) what the diffusion decoder reads, where the preset has one."""
+    if not preset.diffuses or not parallel.is_main():
+        return None
+    part = decoders.part(DIFFUSION)
+    return voices.condition_diffusion(part.variables, part.config, list(clips))
 
 
 def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -95,6 +95,6 @@ class MetricWriter:
                 if math.isfinite(value):  # TensorBoard warns of others, in many lines
                     self.writer.add_scalar(name, value, step)
 
-    def audio(self, step: int, name: str, waveform: np.ndarray) -> None:
+    def audio(self, step: int, name: str, waveform: np.ndarray, rate: int = SAMPLE_RATE) -> None:
         if self.writer and len(waveform):
-            self.writer.add_audio(name, waveform[:, None], step, sample_rate=SAMPLE_RATE)
+            self.writer.add_audio(name, waveform[:, None], step, sample_rate=rate)

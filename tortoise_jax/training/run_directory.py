@@ -81,7 +81,7 @@ def begin(
     check_part(run, part)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else now
-    before = {"save_to": ""} | {renamed.get(name, name): value for name, value in before.items()}
+    before = {"save_to": "", "sample_preset": "draft"} | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
     differ = {name for name in FIXED if name in before and before[name] != now[name]}
     if differ:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, Compute
+from tortoise_jax.synthesis.presets import PRESETS
 from tortoise_jax.training.config import ONE_OR_MORE, ZERO_OR_MORE, Schema
 from tortoise_jax.training.dvae_step import RECONSTRUCTIONS
 from tortoise_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
@@ -46,6 +47,7 @@ def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
         choices={
             "dtype": ("auto", "float32", "bfloat16"),
             "attention": ATTENTION_IMPLEMENTATIONS,
+            "sample_preset": tuple(PRESETS),
             **COMMON_CHOICES,
         },
         ranges={
