@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
         "Yes.",
         "I never thought that it would come to this, but here we are.",
     )
-    config.sample_preset = "draft"  # or hifigan, ultra_fast …: TorToiSe's sound, where the checkpoint has the parts for it
+    config.sample_preset = "draft"  # how drafts become sound: hifigan, ultra_fast …, if the checkpoint has the parts
     config.keep_last = 2  # checkpoints; the best is kept besides
     config.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient before the run ends
     config.export = "voice.pth"  # in the run's directory, written at the end where torch is installed; "" for none

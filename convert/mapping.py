@@ -69,6 +69,11 @@ class Row:
         return re.compile(re.escape(self.torch).replace(r"\{i\}", r"(?P<i>0|[1-9]\d*)").replace(r"\*", r"(?P<rest>.+)"))
 
     @functools.cached_property
+    def stem(self) -> str:
+        """What every key of this row begins with."""
+        return re.split(r"\{i\}|\*", self.torch)[0]
+
+    @functools.cached_property
     def flax_pattern(self) -> re.Pattern[str]:
         return re.compile(re.escape(self.flax).replace(r"\{i\}", r"(\d+)"))
 
@@ -178,6 +183,8 @@ class KeyPlan:
 def match(table: Iterable[Row], key: str) -> Match:
     """The first row whose pattern is the whole key. Raises UserError if no row matches."""
     for row_index, row in enumerate(table):
+        if not key.startswith(row.stem):  # which says it of most rows, in a fraction of the time
+            continue
         found = row.pattern.fullmatch(key)
         groups = found.groupdict() if found else {}
         number = int(groups.get("i", row.numbers[0]))

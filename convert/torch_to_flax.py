@@ -121,7 +121,7 @@ def to_add_to(out: Path, files: Mapping[str, Path], tokenizer: Path | None, mel_
     """The checkpoint without its weights. Raises UserError for what nothing can be added to, and for what it has."""
     before = load_pretrained(out, ())
     if is_run(out):
-        raise UserError(f"--add: {out} is a run; add to the checkpoint that it began with, a run takes parts from there")
+        raise UserError(f"--add: {out} is a run; add to the checkpoint that it began with, where it looks for parts")
     for part in files:
         if part in before.parts:
             raise UserError(
@@ -212,7 +212,7 @@ def check_fit(sources: dict[str, Source], before: Pretrained | None = None) -> N
 
     before: the checkpoint to which they are added.
     """
-    known = {part: (one.config, before.path) for part, one in (before.parts if before else {}).items()}
+    known = {part: (one.config, before.path) for part, one in before.parts.items()} if before else {}
     known |= {part: (source.config, source.path) for part, source in sources.items()}
     if not {AR, DVAE} <= known.keys():
         return

@@ -29,11 +29,12 @@ LATENTS = "latents"
 def read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """TorToiSe's voice file -> vectors (d,) of the autoregressive and (e,) of the diffusion model, float32."""
     loaded = load(path).content
-    if (
-        not isinstance(loaded, (tuple, list))
-        or len(loaded) != 2
-        or not all(isinstance(x, torch.Tensor) for x in loaded)
-    ):
+    if isinstance(loaded, list) and loaded and all(isinstance(x, torch.Tensor) for x in loaded):
+        raise UserError(
+            f"{path} holds a list of {len(loaded)} waveforms, as TorToiSe keeps them beside the clips it read, not a "
+            "voice's pair of vectors; give the clips to speak: --voice FOLDER --save_voice voice.npz"
+        )
+    if not isinstance(loaded, tuple) or len(loaded) != 2 or not all(isinstance(x, torch.Tensor) for x in loaded):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected TorToiSe's pair of voice vectors")
     first, second = (vector.detach().float().numpy().copy() for vector in loaded)
     for vector in (first, second):

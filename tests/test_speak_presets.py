@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import tortoise_jax as tj
 from tests.support.parity import assert_close, twin_of, voice_twin
 from tests.support.torch_reference import (
     tiny_clvp,
@@ -21,7 +22,6 @@ from tests.support.torch_reference import (
     tiny_unified_voice,
     tiny_vocoder,
 )
-import tortoise_jax as tj
 from tortoise_jax import speak
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints import parts
@@ -133,15 +133,14 @@ def test_something_called_random_is_a_voice(tmp_path: Path, monkeypatch: pytest.
 def test_rows_that_never_stop_are_said_to_the_end(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """500 codes without a stop: upstream warns and leaves them as they are."""
+    """Upstream warns and goes on; a row of 500 is left as it is (test_rendering.py), a shorter one padded."""
     never = load_pretrained(folder / "whole")
     params = {**never.ar.params, "mel_head": {**never.ar.params["mel_head"]}}
     params["mel_head"]["bias"] = np.where(np.arange(302) == 301, np.float32(-1e4), params["mel_head"]["bias"])
     save_pretrained(never.with_part(parts.AR, parts.Part.of_tree(never.ar.config, params)), tmp_path / "never")
-    given = without(arguments(folder, tmp_path, "--checkpoint", str(tmp_path / "never")), "--max_codes")
-    speak.main([*given, "--candidates", "1", "--steps", "2"])
+    speak.main(arguments(folder, tmp_path, "--checkpoint", str(tmp_path / "never")))
     assert "never stops" in capsys.readouterr().out
-    assert soundfile.info(tmp_path / "speech.wav").frames == 256 * frames_of(500)
+    assert soundfile.info(tmp_path / "speech.wav").frames == 256 * frames_of(12 + 8)
 
 
 def test_a_short_clip_and_a_text_of_one_word(folder: Path, tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such preset": (["--preset", "faster"], r"preset is 'faster', expected draft, hifigan, ultra_fast, fast, stan"),
     "one step": (["--steps", "1"], r"steps is 1, expected 2 to 4000"),
     "negative guidance": (["--guidance", "-1"], r"guidance is -1.0, expected at least 0"),
-    "steps of a draft": (["--preset", "draft", "--steps", "3"], r"steps is of the diffusion decoder, which preset draft"),
+    "steps of a draft": (["--preset", "draft", "--steps", "3"], r"steps is of the diffusion decoder, which"),
     "guidance of the fast path": (["--preset", "hifigan", "--guidance", "3"], r"guidance is of the diffusion decoder"),
     "models that do not fit": (["--checkpoint", "{few_codes}"], r"the AR model's codes and CLVP's differ, 300 and 200"),
     "more codes than the decoder takes": (["--max_codes", "501"], r"max_codes is 501, .* is handed at most 500"),
@@ -253,7 +252,7 @@ def test_speak_is_what_the_command_writes(folder: Path, tmp_path: Path, model: t
     quick, rate = model.speak("Hi there.", "random", "hifigan", max_codes=12)
     assert rate == 24000
     assert len(quick) > 0
-    with pytest.raises(UserError, match="holds no dVAE|without dVAE"):
+    with pytest.raises(UserError, match="without dVAE; convert all files"):
         model.speak("Hi there.", "random", "draft", max_codes=12)
 
 
@@ -287,7 +286,7 @@ WRONG: dict[str, tuple[Callable[[tj.Tortoise], object], str]] = {
     "guidance": (lambda m: m.speak("Hi.", "random", guidance=-1.0), r"guidance is -1.0, expected at least 0"),
     "guidance of the fast path": (lambda m: m.speak("Hi.", "random", "hifigan", guidance=1.0), r"guidance is of the d"),
     "candidates": (lambda m: m.speak("Hi.", "random", candidates=0), r"candidates is 0, expected a whole number of a"),
-    "max_codes": (lambda m: m.speak("Hi.", "random", max_codes=603), r"max_codes is 603, the model has room for 602|at"),
+    "max_codes": (lambda m: m.speak("Hi.", "random", max_codes=603), r"max_codes is 603, .* is handed at most 500"),
     "seed": (lambda m: m.speak("Hi.", "random", seed=-1), r"seed is -1, expected 0 to 1073741824"),
     "empty text": (lambda m: m.speak(" ", "random"), r'the text " " has nothing to say'),
     "characters": (lambda m: m.speak("a {b}", "random"), r"the text holds characters the tokenizer does not know"),

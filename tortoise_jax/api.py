@@ -177,9 +177,7 @@ class Tortoise:
         options = SamplingOptions(max_codes=room)
         ids = self._ids_to_say(text_ids)
         count = whole_number(candidates, "candidates")
-        drawn = sampler.sample(
-            self._sampler_weights, self.model.config, voice.conditioning, ids, seed, options, count
-        )
+        drawn = sampler.sample(self._sampler_weights, self.model.config, voice.conditioning, ids, seed, options, count)
         return [drawn.row(i) for i in range(len(drawn.lengths))]
 
     def score(self, text_ids: Sequence[int], codes: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -188,9 +186,7 @@ class Tortoise:
         ids = self._ids_to_say(text_ids, clvp.config.text_tokens)
         return rendering.scores(clvp, ids, self._rows(codes))
 
-    def latents(
-        self, text_ids: Sequence[int], codes: Sequence[int] | np.ndarray, voice: Voice
-    ) -> np.ndarray:
+    def latents(self, text_ids: Sequence[int], codes: Sequence[int] | np.ndarray, voice: Voice) -> np.ndarray:
         """Codes (c,) without the stop -> what the diffusion decoder reads: the AR model's hidden states (s, d) at them.
 
         At the codes as TorToiSe repairs them, cut where they fall silent: s is mostly c + 8.

@@ -139,6 +139,40 @@ def test_trap_10_without_clipping_it_is_another_loop(decoder: Twin, monkeypatch:
         assert_close(ours(decoder, True), plain(decoder, True), CHAIN)
 
 
+class VarianceOfBothPasses(DiffusionDecoder):
+    """The variance of the other half of the batch."""
+
+    def estimate(self, *given: Any) -> jax.Array:
+        out = super().estimate(*given)
+        half = out.shape[-1] // 2
+        return jnp.concatenate([out[..., :half], jnp.roll(out[..., half:], len(out) // 2, axis=0)], axis=-1)
+
+
+def test_trap_9_the_variance_is_the_conditional_passs(decoder: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = plain(decoder, True)
+    monkeypatch.setattr(f"{__name__}.DiffusionDecoder", VarianceOfBothPasses)
+    with pytest.raises(AssertionError):
+        assert_close(ours(decoder, True), want, CHAIN)
+
+
+def test_trap_10_the_temperature_is_of_the_first_noise_alone(decoder: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        denoising, "loop", lambda *given: (seen.update(start=given[4], later=given[5](jnp.int32(1))) or given[4], {})
+    )
+    keys, steps = jax.random.split(jax.random.key(5), 2), denoising.coefficients(3, 2.0)
+    given = (jnp.zeros((2, 7, 64)), jnp.ones((2, 7), bool), keys, steps, jnp.float32(0.5), True)
+    denoising.denoise.__wrapped__(DiffusionDecoder(decoder.config), decoder.variables, *given)
+    drawn = lambda j: [jax.random.normal(jax.random.fold_in(key, j), (7, 20)) for key in keys]
+    assert_close(seen["start"], 0.5 * np.stack(drawn(3)), 1e-6)
+    assert_close(seen["later"], np.stack(drawn(1)), 1e-6)
+
+
+def test_trap_22_the_first_step_amplifies_what_is_not_clipped() -> None:
+    """Why chains are compared at 1e-3 of the largest value, and single evaluations at 1e-5."""
+    assert schedule.spaced(80).recipm1[-1] == pytest.approx(153.45, abs=0.05)
+
+
 def test_a_rows_mel_depends_neither_on_others_nor_on_padding(decoder: Twin) -> None:
     model, steps = DiffusionDecoder(decoder.config), denoising.coefficients(3, 2.0)
     keys = jax.random.split(jax.random.key(5), 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.parity import MODULE, Twin, assert_close, twin_of
-from tests.support.torch_reference import CLVP, tiny_clvp, tiny_diffusion, tiny_random_voice, tiny_vocoder
+from tests.support.torch_reference import CLVP, tiny_clvp, tiny_diffusion, tiny_vocoder
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.models.diffusion import frames_of
 from tortoise_jax.synthesis import rendering

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -15,8 +16,11 @@ from tests.support import torch_reference
 from tests.support.parity import STACK, Twin, assert_close, twin_of
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, default_mel_norms
 from tortoise_jax.checkpoints import parts
+from tortoise_jax.checkpoints.parts import Part
+from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.errors import UserError
 from tortoise_jax.synthesis import voices
+from tortoise_jax.text.tokenizer import Tokenizer
 
 NORMS = default_mel_norms()
 
@@ -242,6 +246,37 @@ def test_what_is_no_tortoise_voice_is_named(tmp_path: Path, content: Any, messag
     with pytest.raises(UserError, match=rf"voice\.pth {message}|voice\.pth.*{message}"):
         convert_voices.convert(tmp_path / "voice.pth", tmp_path / "voice.npz")
     assert not (tmp_path / "voice.npz").exists()
+
+
+def test_trap_20_waveforms_that_tortoise_keeps_are_no_voice(tmp_path: Path) -> None:
+    """Its newer versions write NAME.pth beside the clips they load: a list, where a voice is a tuple."""
+    for clips in (2, 3):
+        torch.save([torch.zeros(1, 30000) for _ in range(clips)], tmp_path / "clips.pth")
+        with pytest.raises(UserError, match=rf"clips\.pth holds a list of {clips} waveforms, .*; give the clips to"):
+            convert_voices.convert(tmp_path / "clips.pth", tmp_path / "voice.npz")
+    assert not (tmp_path / "voice.npz").exists()
+
+
+def test_trap_21_after_fine_tuning_the_first_half_alone_is_another(tmp_path: Path, voice: Twin) -> None:
+    write(tmp_path / "clip.wav", noise(2, seed=2))
+    diffusion = twin_of(parts.DIFFUSION, torch_reference.tiny_diffusion(num_layers=1)).part
+    tuned = jax.tree.map(lambda leaf: leaf * np.float32(1.1), voice.params)
+    before, after = (
+        voices.load(
+            tmp_path / "clip.wav",
+            Pretrained(
+                {parts.AR: Part(voice.config, {"params": params}), parts.DIFFUSION: diffusion},
+                Tokenizer.default(),
+                NORMS,
+                {},
+            ),
+            both=True,
+            seed=0,
+        )
+        for params in (voice.params, tuned)
+    )
+    assert np.abs(before.conditioning - after.conditioning).max() > 1e-2
+    np.testing.assert_array_equal(before.diffusion, after.diffusion)
 
 
 def test_kinds_of_files_that_do_not_go_together(tmp_path: Path, pair: tuple[Path, torch.Tensor, torch.Tensor]) -> None:

@@ -7,6 +7,7 @@ model keeps (the dVAE: "codebook"). On disk a part is one tree, all collections 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,8 +112,9 @@ class Part:
         return joined(self.variables)
 
 
+@functools.cache
 def abstract_variables(config: Any) -> Variables:
-    """The variables of a model of these dimensions as shapes, without computing anything."""
+    """The variables of a model of these dimensions as shapes, without computing anything. Not to be changed."""
     init = next(kind.init for kind in PART_TYPES.values() if isinstance(config, kind.config))
     return jax.eval_shape(lambda: init(config))
 

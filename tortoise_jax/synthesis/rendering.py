@@ -153,7 +153,7 @@ def _vocoder(config: vocoder.VocoderConfig) -> Callable[..., Any]:
 def vocode_latents(
     part: Part, latents: Sequence[np.ndarray], voice: np.ndarray, progress: Progress = unseen
 ) -> list[np.ndarray]:
-    """The fast path: hidden states (c, l) of each row, the stop's among them, and the AR model's voice (v,) -> waveforms.
+    """The fast path: hidden states (c, l) of each row, the stop's too, and the AR model's voice (v,) -> waveforms.
 
     Each is (frames_of(c) hop,) float32 in [-1, 1].
     """

@@ -98,7 +98,7 @@ def say(
                 sampler.sample, weights, pretrained.ar.config, voice, text_ids, seed + i, options, count, first
             )
             with bar(options.max_codes, "code", f"part {i + 1}, {count} candidates") as shown:
-                drawn = draw(progress=lambda done, shown=shown: shown.update(done - shown.n))
+                drawn = draw(progress=functools.partial(show, shown))
             found += evaluate(pretrained, preset, drawn, first)
         if CLVP in preset.parts:
             found = scored(pretrained.part(CLVP), text_ids, found, f"part {i + 1}, scores")
@@ -112,6 +112,11 @@ def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: 
     with bar(len(candidates), "candidate", title) as shown:
         found = rendering.scores(clvp, text_ids, [one.codes for one in candidates], progress=shown.update)
     return [dataclasses.replace(one, score=float(score)) for one, score in zip(candidates, found, strict=True)]
+
+
+def show(shown: tqdm, done: int) -> None:
+    """Moves a bar to what is done."""
+    shown.update(done - shown.n)
 
 
 def bar(total: int, unit: str, title: str) -> tqdm:

@@ -1,4 +1,4 @@
-"""Drafts to listen to while training: fixed prompts by fixed voices, as the configuration's preset makes sound of them."""
+"""Drafts to listen to while training: fixed prompts by fixed voices, made sound of by the configured preset."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def begin(
     check_part(run, part)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else now
-    before = {"save_to": "", "sample_preset": "draft"} | {renamed.get(name, name): value for name, value in before.items()}
+    older = {"save_to": "", "sample_preset": "draft"}  # what runs did before they had these settings
+    before = older | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
     differ = {name for name in FIXED if name in before and before[name] != now[name]}
     if differ:
