@@ -221,3 +221,19 @@ def test_what_cannot_be_tried_out_is_not_left_to_triton(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     parallel.prepare_process(deterministic)
     assert os.environ["XLA_FLAGS"] == flags
+
+
+@pytest.mark.parametrize(("rows", "shapes"), [(1, [1]), (3, [3]), (9, [16]), (16, [16]), (40, [32, 32])])
+def test_rows_are_run_in_batches_of_few_sizes(rows: int, shapes: list[int]) -> None:
+    """Eight devices at most, four rows each: fewer rows take fewer devices, then powers of two of each."""
+    given, seen, done = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2), [], []
+    program = lambda alike, one, other: jnp.stack([one.sum(axis=1), other], axis=1) * alike["by"]
+    on_devices = parallel.rows_on_devices
+    with pytest.MonkeyPatch.context() as patched:
+        place = lambda tree, devices: (seen.append(len(tree[0])), on_devices(tree, devices))[1]
+        patched.setattr(parallel, "rows_on_devices", place)
+        alike = ({"by": np.float32(2)},)
+        made = parallel.run_by_rows(program, alike, (given, given[:, 0]), at_once=4, progress=done.append)
+    np.testing.assert_array_equal(made, 2 * np.stack([given.sum(axis=1), given[:, 0]], axis=1))
+    assert seen == shapes
+    assert sum(done) == rows

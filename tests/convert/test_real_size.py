@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert.mapping import same_bits
+from convert.tables import MODELS
 from convert.torch_files import read_state_dict
 from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
 
@@ -23,14 +24,13 @@ def test_real_sizes_there_and_back_within_memory_and_time(tmp_path: Path, capsys
     with capsys.disabled():
         print("", done.stdout, sep="\n")
     assert done.returncode == 0, done.stderr
-    for name, exported, model in (
-        ("autoregressive.pth", "voice.pth", UnifiedVoice),
-        ("dvae.pth", "dvae-back.pth", DiscreteVAE),
-    ):
-        original, back = read_state_dict(folder / name), read_state_dict(folder / exported)
+    for part, model in MODELS.items():
+        original, back = read_state_dict(folder / model.file), read_state_dict(folder / f"{part}-back.pth")
         assert list(back) == list(original)
         for key, value in original.items():
             assert same_bits(back[key], value), key
+    for part, build in (("ar", UnifiedVoice), ("dvae", DiscreteVAE)):
         with torch.device("meta"):
-            empty = model()
-        empty.load_state_dict(torch.load(folder / exported, weights_only=True, mmap=True), strict=True, assign=True)
+            empty = build()
+        exported = torch.load(folder / f"{part}-back.pth", weights_only=True, mmap=True)
+        empty.load_state_dict(exported, strict=True, assign=True)
