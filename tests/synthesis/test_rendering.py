@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import jax
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,9 @@ import torch
 from tests.support.parity import MODULE, Twin, assert_close, twin_of
 from tests.support.torch_reference import CLVP, tiny_clvp, tiny_diffusion, tiny_vocoder
 from tortoise_jax.checkpoints import parts
+from tortoise_jax.models.clvp import CLVP as CLVPModel
 from tortoise_jax.models.diffusion import frames_of
-from tortoise_jax.synthesis import rendering
+from tortoise_jax.synthesis import denoising, rendering
 from tortoise_jax.synthesis.diffusion_inputs import repaired
 from tortoise_jax.synthesis.presets import PRESETS
 
@@ -62,6 +66,24 @@ def test_a_code_that_clvp_does_not_know_is_the_worst(clvp: Twin) -> None:
     drawn[1][4] = 300
     scores = rendering.scores(clvp.part, TEXT, drawn, TOTAL)
     assert np.isneginf(scores).tolist() == [False, True, False, False]
+
+
+def test_products_are_no_coarser_than_upstreams(clvp: Twin) -> None:
+    """TF32 on NVIDIA cards, three bfloat16 products on TPUs: one alone would be multiplied by 153 in the first step."""
+    diffusion = twin_of(parts.DIFFUSION, tiny_diffusion(num_layers=1, model_channels=16))
+    row = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
+    steps, temperature = denoising.coefficients(2, 2.0), np.float32(1)
+    rows = (row(np.float32, 5, 24), row(np.float32, 32), row(np.int32), row(np.uint32, 2))
+    lowered = [
+        jax.jit(rendering._denoiser(diffusion.config, 21, True)).lower(diffusion.variables, steps, temperature, *rows),
+        jax.jit(rendering._scorer(CLVPModel(clvp.config))).lower(
+            clvp.variables, jax.ShapeDtypeStruct((40,), np.float32), row(np.int32, 9)
+        ),
+    ]
+    for program in lowered:
+        products = re.findall(r".*stablehlo\.(?:dot_general|convolution).*", program.as_text())
+        assert len(products) > 5
+        assert all(re.search(r"precision(?:_config)? = \[.*HIGH.*, .*HIGH", line) for line in products), products[0]
 
 
 def test_presets_are_upstreams() -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-5
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products as they are: by default TPUs take bf16 and NVIDIA cards TF32
+HIGH = "high"  # between the two: TF32 on NVIDIA cards, as torch convolves there, three bf16 products on TPUs
 FRAMES_PER_CODE = 4
 ATTENTION_IMPLEMENTATIONS = ("plain", "xla", "cudnn")
 

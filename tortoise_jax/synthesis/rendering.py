@@ -1,8 +1,10 @@
 """From drawn codes to 24 kHz speech, stage by stage: CLVP's scores, the diffusion decoder, the vocoders.
 
 Lengths go in a few buckets and are masked, so that a new sentence compiles nothing, and changes nothing: a padded row
-comes out as it would alone. Rows are shared out over this host's devices. Axis letters: c codes, s codes of a row in
-its bucket, t mel frames, l latent width, v width of the AR model's voice.
+comes out as it would alone. Rows are shared out over this host's devices. All is float32: in bfloat16 one evaluation of
+a small random decoder moves by 1.6 % of its largest value, and a guided mel of ten steps by up to 28 %.
+
+Axis letters: c codes, s codes of a row in its bucket, t mel frames, l latent width, v width of the AR model's voice.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from tortoise_jax.models import hifigan, vocoder
 from tortoise_jax.models.clvp import CLVP
 from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.diffusion import DiffusionConfig, DiffusionDecoder
-from tortoise_jax.models.layers import Array, codes_of, frames_of, mask_of
+from tortoise_jax.models.layers import HIGH, Array, codes_of, frames_of, mask_of
 from tortoise_jax.synthesis import denoising
 from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, bucket, repaired
 
@@ -64,7 +66,11 @@ def scores(
 
 @functools.cache
 def _scorer(model: CLVP) -> Callable[..., Any]:
-    return lambda variables, latent, codes: model.apply(variables, latent, codes, method="score")
+    def score(variables: Any, latent: Array, codes: Array) -> Any:
+        with jax.default_matmul_precision(HIGH):
+            return model.apply(variables, latent, codes, method="score")
+
+    return score
 
 
 def keys_of(seed: int, rows: Sequence[int], stage: int) -> np.ndarray:
@@ -116,10 +122,11 @@ def _denoiser(config: DiffusionConfig, frames: int, guided: bool) -> Callable[..
     def denoise(
         variables: Any, steps: Any, temperature: Array, latents: Array, voices: Array, lengths: Array, keys: Array
     ) -> Array:
-        aligned = denoising.align(decoder, variables, latents, voices, frames, lengths)
-        mask: Any = mask_of(frames_of(lengths), frames)
-        drawn_by = jax.random.wrap_key_data(keys)
-        return denoising.denoise(decoder, variables, aligned, mask, drawn_by, steps, temperature, guided)
+        with jax.default_matmul_precision(HIGH):
+            aligned = denoising.align(decoder, variables, latents, voices, frames, lengths)
+            mask: Any = mask_of(frames_of(lengths), frames)
+            drawn_by = jax.random.wrap_key_data(keys)
+            return denoising.denoise(decoder, variables, aligned, mask, drawn_by, steps, temperature, guided)
 
     return denoise
 
