@@ -170,7 +170,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(state, tmp_path, monkey
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tortoise_jax.checkpoints.pretrained.write_metadata", interrupted)
+    monkeypatch.setattr("convert.torch_to_flax.write_metadata", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert({AR: path}, tmp_path / "out", HEADS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
