@@ -3,9 +3,9 @@
   python -m benchmarks.synthesis                       5 s of speech: one diffusion evaluation, CLVP, both vocoders
   python -m benchmarks.synthesis --only diffusion --frames 2176
 
-Random weights, float32, all cores; the reference's UnivNet filters all frames at once, as upstream. One evaluation is the conditional and the unconditional pass: one batch of two
-here, two batches of one upstream. Sixteen candidates are scored: the text side once here, once for each upstream. The
-median of several alternating rounds counts.
+Random weights, float32, all cores; the reference's UnivNet filters all frames at once, as upstream. One evaluation is
+the conditional and the unconditional pass: one batch of two here, two batches of one upstream. Sixteen candidates are
+scored: the text side once here, once for each upstream. The median of several alternating rounds counts.
 """
 
 from __future__ import annotations
