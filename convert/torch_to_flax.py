@@ -131,7 +131,8 @@ def to_add_to(out: Path, files: Mapping[str, Path], tokenizer: Path | None, mel_
     for name, given in (("tokenizer", tokenizer), ("mel_norms", mel_norms)):
         if given:
             raise UserError(f"--{name} does not go with --add: {out} keeps its own")
-    return before
+    # An older checkpoint may state no checksums: they are taken of its weights.
+    return load_pretrained(out, [name for name, part in before.parts.items() if part.checksum is None])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

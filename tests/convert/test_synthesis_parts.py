@@ -140,6 +140,17 @@ def test_parts_are_added_to_a_checkpoint(
     assert sorted(path.name for path in started.iterdir()) == sorted(path.name for path in converted.iterdir())
 
 
+def test_a_checkpoint_without_checksums_gets_them_where_parts_are_added(folder: Path, started: Path) -> None:
+    """As older versions wrote them."""
+    metadata = json.loads((started / "tortoise.json").read_text())
+    stated = metadata.pop("checksums")
+    (started / "tortoise.json").write_text(json.dumps(metadata))
+    convert({RANDOM_AR: folder / MODELS[RANDOM_AR].file}, started, add=True)
+    now = json.loads((started / "tortoise.json").read_text())["checksums"]
+    assert {name: now[name] for name in stated} == stated
+    assert set(now) == {DVAE, AR, RANDOM_AR}
+
+
 def test_an_adding_that_fails_changes_nothing(folder: Path, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each of its steps; and the next one succeeds."""
     before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
