@@ -179,7 +179,10 @@ def test_check_lists_every_rejected_line_and_prepare_a_voice_on_another_channel(
         check(root, checkpoint, QUICK)
     listed = capsys.readouterr().out
     assert all(f"metadata.csv:{i + 2}: missing" in listed for i in range(60))
-    assert "silent: loudness -120 dB, at least -60 dB; channel 2 is not, and only the first is read" in listed
+    assert (
+        "loudness -120 dB, at least -60 dB; channel 2 is not: save it as the first, or give prepare --channel 2"
+        in listed
+    )
 
 
 def test_too_many_rejected_lines_fail_with_the_commonest_reason(faulty, checkpoint, tmp_path):

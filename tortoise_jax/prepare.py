@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "help": f"fail if more is rejected (default {MAX_REJECTED})",
         },
         "trim_silence": {"action": "store_true", "help": "cut silence off both ends of clips, but for 0.1 s"},
+        "channel": {"metavar": "N", "help": "of recordings with several: a number (default 1), or mix for their mean"},
         "cleaner": {
             "metavar": "NAME",
             "help": "tortoise (default; as the released models), english (says & % £ too), basic or none",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB, channel_of
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.data import dataset, report, shards
@@ -40,6 +40,7 @@ class Options:
     max_text: int | None = None
     max_rejected: float = MAX_REJECTED
     trim_silence: bool = False
+    channel: int | str = 1
     cleaner: str = DEFAULT
     tokenizer: Path | None = None
     validation: float = VALIDATION_PART
@@ -61,6 +62,7 @@ class Options:
         if self.cleaner not in CLEANERS:
             near = did_you_mean(self.cleaner, CLEANERS)
             raise UserError(f"--cleaner {self.cleaner}: there is none{near}, choose {', '.join(CLEANERS)}")
+        channel_of(self.channel, "--channel")
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -135,16 +137,17 @@ def limits_of(config: UnifiedVoiceConfig | None, options: Options) -> ClipLimits
 
     Raises UserError if more is asked for than they hold.
     """
-    trim = options.trim_silence
+    trim, channel = options.trim_silence, channel_of(options.channel)
     if config is None:  # a dVAE alone
-        return ClipLimits(options.max_seconds or MAX_SECONDS, options.max_text or MAX_TEXT, trim)
+        return ClipLimits(options.max_seconds or MAX_SECONDS, options.max_text or MAX_TEXT, trim, channel)
     # Start and stop take one position each; a clip of up to 1024 n - 1 samples has n codes.
     seconds = int(((config.mel_positions - 2) * SAMPLES_PER_CODE - 1) / SAMPLE_RATE * 100) / 100
     tokens = config.text_positions - 2
     for flag, asked, held in (("max_seconds", options.max_seconds, seconds), ("max_text", options.max_text, tokens)):
         if asked is not None and asked > held:
             raise UserError(f"--{flag} {asked:g}: the position table of the checkpoint's AR model holds {held:g}")
-    return ClipLimits(options.max_seconds or min(MAX_SECONDS, seconds), options.max_text or min(MAX_TEXT, tokens), trim)
+    seconds, tokens = options.max_seconds or min(MAX_SECONDS, seconds), options.max_text or min(MAX_TEXT, tokens)
+    return ClipLimits(seconds, tokens, trim, channel)
 
 
 def choose_tokenizer(file: Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
@@ -234,6 +237,7 @@ def assess(
         "cleaner": options.cleaner,
         "tokenizer_digest": tokenizer.digest,
         "trim_silence": options.trim_silence,
+        "channel": channel_of(options.channel),
         "max_rejected": options.max_rejected,
         "validation": options.validation,
         "seed": options.seed,
