@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,32 @@ def export(
     dtype: str = "float32",
     attn_masks: bool | None = None,
 ) -> list[str]:
+    """Writes one model of a checkpoint on disk, as `write`. step: of a run; None takes the best."""
+    check_names(out, source)
+    part = part or first_part(read_metadata(checkpoint))
+    check_step(checkpoint, part, step)
+    return write(load_pretrained(checkpoint, (part,), step), out, part, source, dtype, attn_masks)
+
+
+def write(
+    pretrained: Pretrained,
+    out: Path,
+    part: str | None = None,
+    source: Path | None = None,
+    dtype: str = "float32",
+    attn_masks: bool | None = None,
+) -> list[str]:
     """Writes one model of a checkpoint as `out` with its metadata in a .json beside it; returns the lines to print.
 
-    part: "ar", "dvae", …; None takes the first that the checkpoint has, the AR model before any other. step: of a run;
-    None takes the best.
+    part: "ar", "dvae", …; None takes the first that the checkpoint has, the AR model before any other.
     source: a torch file; its tensors that conversion dropped are added. dtype: a key of OUT_DTYPES. attn_masks: with
     the constant masks that transformers up to 4.29 saved; None: if `source` has them. Raises UserError.
     """
     check_names(out, source)
-    part = part or first_part(read_metadata(checkpoint))
-    model = MODELS[part]
-    check_step(checkpoint, part, step)
-    pretrained = load_pretrained(checkpoint, (part,), step)
-    step = pretrained.step
-    config = pretrained.part(part).config
+    if dtype not in OUT_DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(OUT_DTYPES)}")
+    part = part or first_part(pretrained.parts)
+    model, config, step = MODELS[part], pretrained.part(part).config, pretrained.step
     state = mapping.to_torch(model.table, pretrained.part(part).tree)
     own = len(state)
     masks = model.masks(config) if model.masks else {}
@@ -69,10 +82,10 @@ def export(
         added = {key: value for key, value in added.items() if key not in masks}
     if attn_masks:
         added |= masks
-    state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(checkpoint))
+    state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(pretrained.path))
 
     facts = facts_of(pretrained, model)
-    metadata = export_metadata(pretrained, model, facts, checkpoint, step, dtype)
+    metadata = export_metadata(pretrained, model, facts, dtype)
     # The .json first: by it the next export knows a file for ours, wherever this one is killed.
     write_state_dict(out, state, model.wrapper, before=lambda: write_json(out.with_suffix(".json"), metadata))
     at = f" of step {step}" if step is not None else ""
@@ -103,7 +116,7 @@ def check_names(out: Path, source: Path | None) -> None:
         )
 
 
-def first_part(metadata: dict[str, Any]) -> str:
+def first_part(metadata: Mapping[str, Any]) -> str:
     """The AR model if the checkpoint has one, else the first model that it has."""
     return next((part for part in PART_TYPES if metadata.get(part)), AR)
 
@@ -146,11 +159,9 @@ def facts_of(pretrained: Pretrained, model: TorchModel) -> dict[str, int]:
     return {name: int(origin.get(name, released)) for name, released in model.facts.items()}
 
 
-def export_metadata(
-    pretrained: Pretrained, model: TorchModel, facts: dict[str, int], checkpoint: Path, step: int | None, dtype: str
-) -> dict[str, Any]:
+def export_metadata(pretrained: Pretrained, model: TorchModel, facts: dict[str, int], dtype: str) -> dict[str, Any]:
     """What shapes cannot tell, for whoever converts the file again or builds the torch model."""
-    config = pretrained.part(model.part).config
+    config, checkpoint, step = pretrained.part(model.part).config, pretrained.path, pretrained.step
     content: dict[str, Any] = {
         "tortoise_jax": __version__,
         "model": model.part,

@@ -77,6 +77,44 @@ def test_a_run_leaves_what_the_readme_promises(undisturbed: Path) -> None:
     assert all((undisturbed / sample["file"]).stat().st_size > 44 for sample in summary["samples"])
 
 
+PYTHON = """
+import sys
+from pathlib import Path
+import tortoise_jax as tj
+
+project, fields = Path(sys.argv[1]), eval(sys.argv[2])
+checkpoint, data = project / "checkpoint", project / "python" / "data"
+report = tj.prepare(project / "recordings", checkpoint, data, workers=0)
+settings = tj.get_config(checkpoint=str(checkpoint), data=str(data), **fields)
+untouched = settings.to_json_best_effort()
+run = tj.train(settings, project / "python" / "run")
+assert settings.to_json_best_effort() == untouched
+print(tj.load(run).export(run / "again" / "voice.pth")[0])
+"""
+
+
+def test_python_makes_the_same_run_bit_for_bit(undisturbed: Path, project: Path) -> None:
+    """Data set, weights, losses and export of `tj.prepare`, `tj.train` and `model.export` are the commands'."""
+    fields = runs.FIELDS | {"sample_every": 6, "export": "voice.pth", "prompts": ("Yes.",)}
+    (project / "python" / "run" / "again").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON, str(project), repr(fields)],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    headers = [json.loads((project / of / "dataset.json").read_text())["sha256"] for of in ("data", "python/data")]
+    assert headers[0] == headers[1]
+    run = project / "python" / "run"
+    assert_same_run(run, undisturbed)
+    exported = [folder / "voice.pth" for folder in (undisturbed, run, run / "again")]
+    assert len({path.read_bytes() for path in exported}) == 1
+    assert f"{exported[2]}: " in done.stdout
+
+
 def test_tensorboards_own_reader_finds_the_curves(undisturbed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

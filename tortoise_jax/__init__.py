@@ -9,6 +9,11 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that `import tortoise_jax` and the command lines' --help stay quick.
 _PUBLIC = {
+    "prepare": "commands",
+    "check": "commands",
+    "get_config": "commands",
+    "train": "commands",
+    "Options": "data.preparation",
     "load": "api",
     "Tortoise": "api",
     "read_audio": "audio",

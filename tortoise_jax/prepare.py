@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,6 +91,18 @@ def main() -> None:
     parallel.end_at_sigterm()  # what is finished is kept
     with parallel.ending_together():
         prepare(arguments.data, arguments.checkpoint, arguments.out, options)
+
+
+class _Module(types.ModuleType):
+    """`tj.prepare(…)` stays the function: Python puts a module in its place where one of that name is imported."""
+
+    def __call__(self, *arguments: Any, **fields: Any) -> dict[str, Any]:
+        from tortoise_jax import commands
+
+        return commands.prepare(*arguments, **fields)
+
+
+sys.modules[__name__].__class__ = _Module
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +43,18 @@ class Options:
     trim_silence: bool = False
     channel: int | str = 1
     cleaner: str = DEFAULT
-    tokenizer: Path | None = None
+    tokenizer: str | Path | None = None
     validation: float = VALIDATION_PART
     seed: int = 0
     workers: int | None = None
     group: int = GROUP
 
     def check(self) -> None:
-        """Raises UserError for a value out of its range."""
+        """Raises UserError for a value of another type or out of its range."""
+        for name, hint in typing.get_type_hints(Options).items():
+            value, numbers = getattr(self, name), hint | int if float in (hint, *typing.get_args(hint)) else hint
+            if not isinstance(value, numbers) or (isinstance(value, bool) and hint is not bool):
+                raise UserError(f"--{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
         ranges = {
             "max_rejected": (0, 1),
             "validation": (0, 0.9),
@@ -150,7 +155,7 @@ def limits_of(config: UnifiedVoiceConfig | None, options: Options) -> ClipLimits
     return ClipLimits(seconds, tokens, trim, channel)
 
 
-def choose_tokenizer(file: Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
+def choose_tokenizer(file: str | Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
     """The user's own tokenizer, which must fill the checkpoint's text table, or the checkpoint's."""
     if file is None:
         return of_checkpoint
