@@ -22,7 +22,7 @@ from tortoise_jax.training.train import Asked, train
 
 def main() -> None:
     kind = KINDS.get(config.trains(config.with_packaged_file(sys.argv, KINDS[AR].schema)), KINDS[AR])
-    config.show_help_and_exit(sys.argv, kind.schema)
+    config.show_help_and_exit(sys.argv, kind.schema, kind.fill)
     settings = config.parse(sys.argv, kind.schema)
     flags = config.FLAGS
     parallel.prepare_process(settings.deterministic)
