@@ -84,9 +84,7 @@ def page(get_config: Callable[[], ConfigDict], values: dict[str, Any], example: 
         chosen = f" Chosen by the data set; here for {clips} clips." if values[name] is None else ""
         lines += ["", about.group] if about.group else []
         lines.append("  " + shlex.quote(f"--config.{name}={example[name]}"))
-        lines += textwrap.wrap(
-            _sentence(about.comment) + chosen, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
+        lines += [" " * 6 + line for line in textwrap.wrap(_sentence(about.comment) + chosen, WIDTH)]
     return "\n".join(lines).strip("\n")
 
 
