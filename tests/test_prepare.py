@@ -253,7 +253,8 @@ def test_long_recordings_are_cut_at_whispers_segments(checkpoint, tmp_path, monk
     (root / "long.json").write_text(json.dumps({"segments": segments}))
     read = []
     monkeypatch.setattr(
-        "tortoise_jax.data.recordings.read_audio", lambda path: (read.append(path), read_audio(path))[1]
+        "tortoise_jax.data.recordings.read_audio",
+        lambda path, channel: (read.append(path), read_audio(path, channel))[1],
     )
     prepare(root, checkpoint, tmp_path / "set", QUICK)
     made = Dataset.open(tmp_path / "set")

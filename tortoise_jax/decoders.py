@@ -168,5 +168,7 @@ def _av_blocks(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
             f"{path}: damaged after {read / stream.rate:.2f} s ({first_line(error)}); encode it again"
         ) from error
     promised = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    if not promised and not container.streams.video:  # which may go on after the sound
+        promised = (container.duration or 0) / 1_000_000
     if read and read / stream.rate < promised - SLACK_SECONDS:
         raise _truncated(path, read)

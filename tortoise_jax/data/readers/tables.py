@@ -215,15 +215,18 @@ def read_audio_folder(path: Path) -> Iterator[Clip]:
     Where no column says so, the folder's name does: train/a.wav is trained on, test/a.wav is held out.
     """
     root = path if path.is_dir() else path.parent
-    for table in audio_folder_tables(path) if path.is_dir() else [path]:
+    for table in (audio_folder_tables(path) or _metadata_below(path)) if path.is_dir() else [path]:
         clips = read_objects(table, "audiofolder") if table.suffix == ".jsonl" else read_table(table, "audiofolder")
         yield from (_of_its_folder(clip, root) for clip in clips)
 
 
 def audio_folder_tables(folder: Path) -> list[Path]:
     """The tables of an AudioFolder, none where a folder is in another format."""
-    found = [path for path in files_below(folder) if path.name in AUDIO_FOLDER_TABLES]
-    return [path for path in found if _is_audio_folder_table(path)]
+    return [path for path in _metadata_below(folder) if _is_audio_folder_table(path)]
+
+
+def _metadata_below(folder: Path) -> list[Path]:
+    return [path for path in files_below(folder) if path.name in AUDIO_FOLDER_TABLES]
 
 
 def _is_audio_folder_table(path: Path) -> bool:
