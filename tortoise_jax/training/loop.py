@@ -128,7 +128,9 @@ class Loop:
         speech = self.config.speech_seconds(metrics)
         self.run.writer.step(step, values, headline, clips=everywhere, speech=speech, log=log)
         by_name = {name.rpartition("/")[2]: value for name, value in values.items()}
-        self.run.history.add("train", step, {name: by_name[name] for name in (*self.config.curves, "total")})
+        self.run.history.add(
+            "train", step, {name: by_name[name] for name in (*self.config.curves, "total", run_directory.RATE)}
+        )
         return bool(values["finite"])
 
     def evaluate(self, step: int, state: TrainState) -> float | None:

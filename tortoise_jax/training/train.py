@@ -108,15 +108,17 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
                 parallel.say(f"stopped and saved at step {checkpoints.newest()}; to go on: {asked.again}")
                 return folder
             if parallel.is_main():
-                about = run_data.describe_data(dataset) | kind.describe(folder, settings, dataset)
-                report.write(folder, history, ended, config.flat(settings), about, kind.subject)
+                about = run_data.describe_data(dataset, feed) | kind.describe(folder, settings, dataset)
+                facts = report.write_summary(folder, history, ended, config.flat(settings), about, kind.subject)
+                if not loop.failure:
+                    kind.leave(folder, dataset)  # which the report names
+                report.write_page(folder, history, facts, kind.subject)
             parallel.say(f"{ended}; report: {folder / 'report.html'}")
             if loop.failure:
                 held_out = history.curve("validation", "total")
                 best = f", the best is step {checkpoints.best()}" if held_out else ""
                 raise UserError(f"{folder}: {loop.failure}; nothing was exported{best}")
             if parallel.is_main():
-                kind.leave(folder, dataset)
                 export(folder, settings.export, checkpoints.best(), asked.export)
     return folder
 
