@@ -26,6 +26,7 @@ from tortoise_jax import __version__
 from tortoise_jax.checkpoints.parts import AR, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     SUMMARY,
+    TOKENIZER,
     Pretrained,
     load_pretrained,
     mel_norms_digest,
@@ -35,6 +36,8 @@ from tortoise_jax.checkpoints.pretrained import (
 from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import check_writable, read_json, write_json
+from tortoise_jax.text.cleaners import recorded
+from tortoise_jax.text.tokenizer import Tokenizer
 
 
 def export(
@@ -95,7 +98,14 @@ def write(
         lines.append("  step 0 is the start of the run, before any training")
     reasons = Counter(mapping.match(model.table, key).row.reason for key in added)
     lines += [f"  added {count} tensors: {reason}" for reason, count in reasons.items()]
-    return lines + model.how_to_use(config, facts, out)
+    lines += model.how_to_use(config, facts, out)
+    if part == AR and pretrained.tokenizer.digest != Tokenizer.default().digest:
+        basic = recorded(pretrained.source) == "basic"
+        lines.append(
+            f"it reads text by its own tokenizer: TextToSpeech(tokenizer_vocab_file='{pretrained.path / TOKENIZER}', "
+            f"tokenizer_basic={basic})"
+        )
+    return lines
 
 
 def check_names(out: Path, source: Path | None) -> None:

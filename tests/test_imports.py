@@ -30,6 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "synthesis": (*FOUNDATION, "checkpoints"),
     "training": (*FOUNDATION, "checkpoints", "data", "synthesis"),
     "api": (*FOUNDATION, "checkpoints", "data", "synthesis", "training", "commands"),
+    "tokenizer": (*FOUNDATION, "data", "prepare"),
     "prepare": (*FOUNDATION, "checkpoints", "data", "commands"),
     "speak": (*FOUNDATION, "checkpoints", "synthesis"),
     "commands": (*FOUNDATION, "checkpoints", "data", "synthesis", "training"),

@@ -62,7 +62,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "metavar": "NAME",
             "help": "tortoise (default; as the released models), english (says & % £ too), basic or none",
         },
-        "tokenizer": {"type": Path, "metavar": "FILE", "help": "a BPE of one's own, as large as the checkpoint's"},
+        "tokenizer": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "a BPE of one's own: python -m tortoise_jax.tokenizer",
+        },
         "validation": {"type": float, "metavar": "PART", "help": f"held out if no split is given ({VALIDATION_PART})"},
         "seed": {"type": int, "metavar": "N", "help": "decides what is held out (default 0)"},
         "workers": {"type": int, "metavar": "N", "help": "processes that decode (default: one a processor; 0: none)"},

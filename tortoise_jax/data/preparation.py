@@ -19,10 +19,10 @@ from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLi
 from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_of, with_sounds
 from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION, VALIDATION_PART, assign_splits, moved_to_validation
-from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.errors import UserError
 from tortoise_jax.files import LOCK, is_partial
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
-from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, record
+from tortoise_jax.text.cleaners import DEFAULT, check_cleaner, record
 from tortoise_jax.text.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
@@ -64,9 +64,7 @@ class Options:
             "seed": (0, 2**31 - 1),
             "group": (1, 2**20),
         }
-        if self.cleaner not in CLEANERS:
-            near = did_you_mean(self.cleaner, CLEANERS)
-            raise UserError(f"--cleaner {self.cleaner}: there is none{near}, choose {', '.join(CLEANERS)}")
+        check_cleaner(self.cleaner, "--cleaner")
         channel_of(self.channel, "--channel")
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -156,15 +154,14 @@ def limits_of(config: UnifiedVoiceConfig | None, options: Options) -> ClipLimits
 
 
 def choose_tokenizer(file: str | Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
-    """The user's own tokenizer, which must fill the checkpoint's text table, or the checkpoint's."""
+    """The user's own tokenizer, or the checkpoint's."""
     if file is None:
         return of_checkpoint
     tokenizer = Tokenizer.from_file(file)
-    if config is not None and tokenizer.vocab_size != config.text_tokens - 1:
-        raise UserError(
-            f"{file}: {tokenizer.vocab_size} tokens, expected {config.text_tokens - 1}: the checkpoint's text table "
-            f"has {config.text_tokens} rows, one of them the start token, and cannot be resized yet; train a "
-            f"tokenizer with a vocabulary of {config.text_tokens - 1}"
+    if config is not None and tokenizer.digest != of_checkpoint.digest:
+        parallel.say(
+            f"tokenizer: {file}, {tokenizer.vocab_size} tokens; the checkpoint has {config.text_tokens - 1} others, so "
+            "train.py changes its text tables"
         )
     return tokenizer
 
