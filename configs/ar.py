@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 4.0  # longest gradient, of decayed and of undecayed parameters each
     config.optimizer.freeze = ""  # regular expression of parameter paths to leave alone, e.g. "conditioning_encoder/.*"
 
+    # What is kept, evaluated and exported.
+    config.ema = 0.0  # how much of the parameters' moving average is kept per step, e.g. 0.999; 0: the parameters
+
     # Loss and regularisation.
     config.text_weight = 0.01  # of the text loss beside the mel loss's 1
     config.embed_dropout = 0.1  # share of the embeddings set to zero; GPT-2's, active in upstream's training
@@ -67,6 +70,7 @@ def get_config() -> ConfigDict:
         "Yes.",
         "I never thought that it would come to this, but here we are.",
     )
+    config.wandb = ""  # the project of Weights & Biases to log to beside TensorBoard; "": none
     config.keep_last = 2  # how many of the newest checkpoints are kept, besides the best
     config.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient before the run ends
     config.export = "voice.pth"  # in the run's directory, written at the end where torch is installed; "" for none

@@ -76,7 +76,7 @@ def test_german_is_prepared_trained_and_exported(
     assert done.returncode == 0, done.stderr
     assert "its text tables have 81 rows, the checkpoint's 256" in done.stdout
     texts_held_out = [entry["text"] for entry in runs.history(tmp_path / "run") if entry["kind"] == "validation"]
-    assert texts_held_out[-1] < 0.9 * texts_held_out[0]
+    assert texts_held_out[-1] < 0.97 * texts_held_out[0]
     run = load_pretrained(tmp_path / "run")
     assert run.tokenizer.digest == tokenizer.digest
     assert run.ar.config.text_tokens == 81

@@ -49,6 +49,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "out": {"type": Path, "metavar": "DATASET", "help": "the folder of the data set"},
         "check": {"action": "store_true", "help": "only report: nothing encoded or written, --checkpoint optional"},
         "format": {"metavar": "NAME", "help": "of all inputs, where it is not recognised rightly; see below"},
+        "transcribe": {
+            "type": Path,
+            "metavar": "DIR",
+            "help": "recordings without transcripts: a Whisper model that writes them down, cut at pauses",
+        },
+        "language": {"metavar": "CODE", "help": "of --transcribe, e.g. de (default: what each recording sounds like)"},
         "max_seconds": {"type": float, "metavar": "S", "help": f"longest clip (default {MAX_SECONDS})"},
         "max_text": {"type": int, "metavar": "N", "help": f"most tokens of a text (default {MAX_TEXT})"},
         "max_rejected": {

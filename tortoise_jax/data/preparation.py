@@ -13,7 +13,7 @@ from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB, channel_of
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
-from tortoise_jax.data import dataset, report, shards
+from tortoise_jax.data import dataset, report, shards, transcription
 from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLimits, filter_clips
 from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_of, with_sounds
@@ -33,7 +33,7 @@ class Options:
     """The choices of a preparation, named as the flags of the command line.
 
     None stands for: the format that is recognised; DLAS's limits, or the model's where it holds less; the checkpoint's
-    tokenizer; one worker per processor.
+    tokenizer; transcripts that are there; the language that is heard; one worker per processor.
     """
 
     format: str | None = None
@@ -46,6 +46,8 @@ class Options:
     tokenizer: str | Path | None = None
     validation: float = VALIDATION_PART
     seed: int = 0
+    transcribe: str | Path | None = None
+    language: str | None = None
     workers: int | None = None
     group: int = GROUP
 
@@ -86,10 +88,23 @@ def prepare(
     options.check()
     out = Path(out)
     check_out(out)
-    inputs = read_inputs(_paths(data), options.format)
+    paths = _paths(data)
+    if options.transcribe is not None:
+        paths = [transcribed(paths, out, options)]
+    inputs = read_inputs(paths, options.format)
     check_inputs(out, inputs)
     with parallel.alone_in(out, "--out"):
         return prepare_inputs(inputs, checkpoint, out, options)
+
+
+def transcribed(paths: Sequence[Path], out: Path, options: Options) -> Path:
+    """The file of what is said in the recordings, beside the data set: made now, or added to."""
+    file = out.with_name(f"{out.name}-transcripts.jsonl")
+    longest = options.max_seconds or MAX_SECONDS
+    model = Path(options.transcribe or "")
+    listening = transcription.Listening(model, options.language, longest, channel_of(options.channel))
+    parallel.on_main(lambda: transcription.transcribe(paths, file, listening))
+    return file
 
 
 def prepare_inputs(
@@ -118,6 +133,8 @@ def prepare_inputs(
 def check(data: Paths, checkpoint: str | Path | None, options: Options = Options()) -> dict[str, Any]:
     """The report of `prepare` without encoding or writing anything; without a checkpoint, for the released model."""
     options.check()
+    if options.transcribe is not None:
+        raise UserError("--check with --transcribe: transcripts are written beside --out, so leave one of them out")
     inputs = read_inputs(_paths(data), options.format)
     pretrained = load_pretrained(checkpoint, parts=()) if checkpoint else None
     config = ar_config(pretrained) if pretrained else RELEASED

@@ -19,6 +19,7 @@ from tortoise_jax.data.batches import Batch, prefetch
 from tortoise_jax.training import replay, run_directory
 from tortoise_jax.training.drafts import Drafter
 from tortoise_jax.training.feed import Feed
+from tortoise_jax.training.optimizer import swapped
 from tortoise_jax.training.run_directory import Run
 from tortoise_jax.training.step import Objective, TrainState, eval_step, evaluation, train_step
 
@@ -134,13 +135,16 @@ class Loop:
         return bool(values["finite"])
 
     def evaluate(self, step: int, state: TrainState) -> float | None:
-        """The loss over all held-out clips, the same every time; None where there are none."""
-        loss = None
+        """The loss over all held-out clips, the same every time; None where there are none.
+
+        Of the average of the parameters, where the run has one.
+        """
+        loss, (params, _) = None, swapped(state.params, state.opt_state)
         batches = self.feed.validation.batches_per_epoch
         if batches:
             totals: dict[str, np.ndarray] = {}
             ahead = prefetch(placed_by(self.feed.validation_batch), range(batches))
-            for sums in one_behind(parallel.call(self.eval_fn, state.params, placed) for _, placed in ahead):
+            for sums in one_behind(parallel.call(self.eval_fn, params, placed) for _, placed in ahead):
                 totals = {name: totals.get(name, 0) + value for name, value in parallel.first_copy(sums).items()}
             losses = evaluation(self.config, totals)
             loss = losses["total"]
@@ -150,7 +154,7 @@ class Loop:
             self.run.writer.say(f"step {step}: held-out loss: {curves}")
             self.remark()
         if self.drafter and (step == 0 or self.due(step, self.settings.sample_every)):
-            self.drafter(step, parallel.first_copy(state.params), self.run)
+            self.drafter(step, parallel.first_copy(params), self.run)
         return loss
 
     def remark(self) -> None:
@@ -172,7 +176,7 @@ class Loop:
     def save(self, step: int, state: TrainState, loss: float | None) -> None:
         host = parallel.first_copy(state)
         progress = {"step": step, "skipped": int(host.skipped)}
-        self.run.checkpoints.save(step, host.params, host.opt_state, progress, loss)
+        self.run.checkpoints.save(step, *swapped(host.params, host.opt_state), progress, loss)
 
 
 def placed_by(make: Callable[[int], Batch]) -> Callable[[int], tuple[Batch, Any]]:

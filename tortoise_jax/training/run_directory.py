@@ -41,7 +41,8 @@ from tortoise_jax.training.metrics import MetricWriter
 
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
-FIXED = ("seed", "batch_size", "save_to", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+FIXED = ("seed", "batch_size", "save_to", "ema", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+ADDED = {"save_to": "", "ema": 0.0}  # fixed fields that runs begun with an older version do not have
 DIGESTS = ("data_digest", "text_digest")
 # What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
@@ -85,9 +86,10 @@ def begin(
     check_part(run, part)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else now
-    before = {"save_to": ""} | {renamed.get(name, name): value for name, value in before.items()}
+    older = {name: value for name, value in ADDED.items() if name in now}
+    before = older | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
-    differ = {name for name in FIXED if name in before and before[name] != now[name]}
+    differ = {name for name in FIXED if name in before and before[name] != now.get(name)}
     if differ:
         refused = [line for line in changed if line.split(":")[0] in differ - set(DIGESTS)]
         if differ & set(DIGESTS):

@@ -23,7 +23,8 @@ from tortoise_jax.files import check_writable
 from tortoise_jax.training import config, planning, replay, report, run_data, run_directory, stopping
 from tortoise_jax.training.kinds import Kind
 from tortoise_jax.training.loop import INTERRUPTED, Loop
-from tortoise_jax.training.metrics import MetricWriter
+from tortoise_jax.training.metrics import MetricWriter, check_wandb
+from tortoise_jax.training.optimizer import swapped
 from tortoise_jax.training.run_directory import History, Run
 from tortoise_jax.training.step import Objective, TrainState, initial_state
 
@@ -61,6 +62,7 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
 
         if not (asked.plan or asked.replay):
             check_writable(folder, "--workdir")
+            check_wandb(settings.wandb)
 
         # 2. Checkpoint; a plan needs no weights.
         pretrained = kind.load(settings, not asked.plan)
@@ -97,7 +99,8 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
             history = History(folder, first, parallel.is_main())
 
             # 6. Loop.
-            with MetricWriter(folder, first, settings.steps, parallel.is_main()) as writer:
+            named = config.flat(settings)
+            with MetricWriter(folder, first, settings.steps, parallel.is_main(), settings.wandb, named) as writer:
                 run = Run(folder, checkpoints, history, writer)
                 loop = Loop(settings, step_config, run, feed, drafter)
                 ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
@@ -137,7 +140,8 @@ def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params:
     found = checkpoints.restore_newest(blank.params, blank.opt_state, parallel.say)
     if found is None:
         return parallel.replicate(initial_state(params, step_config.optimizer))
-    restored, opt_state, progress = found
+    restored, opt_state = swapped(*found[:2])
+    progress = found[2]
     parallel.say(f"going on from step {progress['step']}")
     step, skipped = (np.asarray(progress[name], np.int32) for name in ("step", "skipped"))
     return parallel.replicate(TrainState(step, restored, opt_state, skipped))
