@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import families, mapping
+from convert import families, hub, mapping
 from convert.command_line import Parser
 from convert.source import metadata_beside
 from convert.tables import MODELS, TorchModel
@@ -212,10 +212,20 @@ def main() -> None:
         help="true: with the masks that strict loaders on transformers 4.29 and older ask for; false: without those of "
         "--source, which strict loaders on later ones reject (TorToiSe itself takes either)",
     )
+    parser.add_argument(
+        "--push_to_hub", metavar="USER/NAME", help="upload it with a model card; private unless --public"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push_to_hub: for everybody to see")
     args = parser.parse_args()
+    if args.push_to_hub:
+        hub.check(args.push_to_hub)
+    elif args.public:
+        raise UserError("--public is about --push_to_hub")
     attn_masks = None if args.attn_masks is None else args.attn_masks == "true"
-    for line in export(args.checkpoint, args.out, args.part, args.step, args.source, args.dtype, attn_masks):
-        print(line)
+    lines = export(args.checkpoint, args.out, args.part, args.step, args.source, args.dtype, attn_masks)
+    print("\n".join(lines))
+    if args.push_to_hub:
+        print(hub.push(args.out, args.checkpoint, args.push_to_hub, args.public, lines[1:]))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,24 @@ def test_the_report_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
     assert title.endswith("svg true AUDIO true AUDIO true"), title
 
 
+@pytest.mark.slow
+def test_a_run_with_an_average_goes_on_bit_for_bit(project: Path) -> None:
+    whole, stopped = project / "average", project / "average-stopped"
+    assert runs.train(project, whole, ema=0.9).returncode == 0
+    assert runs.train(project, stopped, ema=0.9, steps=3).returncode == 0
+    done = runs.train(project, stopped, ema=0.9)
+    assert "going on from step 3" in done.stdout, done.stderr
+    assert_same_run(stopped, whole)
+    plain = project / "no-average"
+    assert runs.train(project, plain).returncode == 0
+    losses = [[entry["mel"] for entry in runs.history(run) if entry["kind"] == "train"] for run in (whole, plain)]
+    assert losses[0] == losses[1], "the steps themselves are the same"
+    params = [jax.tree.leaves(load_pretrained(run, ("ar",), STEPS).ar.params) for run in (whole, plain)]
+    assert any((one != other).any() for one, other in zip(*params, strict=True)), "what is kept is the average"
+    refused = runs.train(project, whole, ema=0.5, steps=8)
+    assert "was begun with what cannot change: ema: 0.9 -> 0.5" in refused.stderr
+
+
 def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) -> None:
     before = runs.history(undisturbed)
     again = runs.train(project, undisturbed, sample_every=6, prompts="('Yes.',)")

@@ -111,7 +111,7 @@ def test_weights_and_biases_get_what_tensorboard_gets(tmp_path: Path, wandb: lis
 def test_what_is_wrong_with_weights_and_biases_is_one_line(
     tmp_path: Path, wandb: list[Logged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="config.wandb=closed: api_key not configured$"):
+    with pytest.raises(UserError, match=r"config\.wandb=closed: api_key not configured$"):
         MetricWriter(tmp_path, 0, 5, True, "closed")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     metrics.check_wandb("")
