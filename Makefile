@@ -1,4 +1,4 @@
-# make demo | pair | test | test-slow | lint, each from a machine that has only Python (3.11 or newer) and make.
+# make demo | pair | test | test-slow | lint | docs, each from a machine that has only Python (3.11 or newer) and make.
 # PIP_OPTIONS is handed to pip. On Linux, torch's CPU build saves gigabytes:
 #   make demo PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 WORKERS ?= 2
 
-.PHONY: demo pair test test-slow lint clean
+.PHONY: demo pair test test-slow lint docs verify clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tests.demo
@@ -32,10 +32,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A page of the Python API, docs-output/index.html.
+docs: $(INSTALLED)
+	$(BIN)/python -W error -m pdoc --docformat markdown --no-search --output-directory docs-output tortoise_jax
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS) --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output docs-output

@@ -70,8 +70,8 @@ tags: [tortoise-tts, text-to-speech, tortoise_jax]
 
 # {repository.partition("/")[2]}
 
-A model of [TorToiSe](https://github.com/neonbjb/tortoise-tts) (`{metadata.get("model", "ar")}`), fine-tuned and exported
-with tortoise_jax {__version__}.
+A model of [TorToiSe](https://github.com/neonbjb/tortoise-tts) (`{metadata.get("model", "ar")}`), fine-tuned and
+exported with tortoise_jax {__version__}.
 
 Use it only with the consent of the person whose voice it speaks in, and say that speech is synthetic where it could be
 taken for real.
