@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import random
 import re
@@ -58,6 +59,8 @@ def built_as_printed(lines: str) -> UnifiedVoice:
 def test_german_is_prepared_trained_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    whole = dataclasses.replace(runs.AR, conditioning_layers=6)  # as many as TorToiSe's constructor makes
+    monkeypatch.setattr(runs, "AR", whole)
     checkpoint, data = runs.write_checkpoint(tmp_path / "checkpoint"), german_metadata(tmp_path / "anna")
     own = tmp_path / "own.json"
     tokenizer_command(monkeypatch, "--data", data, "--out", own, "--size", 80)

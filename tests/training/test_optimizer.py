@@ -328,7 +328,8 @@ def test_the_average_follows_the_parameters_and_changes_no_step() -> None:
         gradient = {"a": {"kernel": rng.standard_normal((2, 3), np.float32)}, "b": {"bias": MaskedNode()}}
         for i, maker in enumerate(makers):
             trained, frozen = split(current[i], "b/.*")
-            updates, states[i] = maker.update(gradient, states[i], trained)
+            with jax.numpy_dtype_promotion("standard"):  # as in `train_step`
+                updates, states[i] = maker.update(gradient, states[i], trained)
             current[i] = merge(optax.apply_updates(trained, updates), frozen)
         kept = min(0.9, (1 + step) / (10 + step))
         mean = kept * mean + (1 - kept) * np.asarray(current[1]["a"]["kernel"])
