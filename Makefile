@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 
 # A page of the Python API, docs-output/index.html.
 docs: $(INSTALLED)
-	$(BIN)/python -W error -m pdoc --docformat markdown --no-search --output-directory docs-output tortoise_jax
+	$(BIN)/python -W error docs/build.py docs-output
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
