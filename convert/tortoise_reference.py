@@ -88,7 +88,7 @@ def main() -> None:
     for name in SIZES:
         if (folder / f"{name}.pth").exists():
             found |= {key: value.numpy() for key, value in outputs_of(name, built(name, folder, sizes), given).items()}
-    np.savez(outputs, **found)
+    np.savez(outputs, **found)  # type: ignore[arg-type]
     print(f"tortoise-tts: {', '.join(found)}")
 
 

@@ -162,7 +162,7 @@ def averaging(optimizer: optax.GradientTransformation, decay: float, frozen: Tre
         mean = lambda average, new: kept * average + (1 - kept) * new
         return updates, Averaged(inner, jax.tree.map(mean, state.average, optax.apply_updates(params, updates)))
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def swapped(params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
