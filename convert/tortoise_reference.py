@@ -76,7 +76,7 @@ def outputs_of(name: str, model: Any, given: dict[str, torch.Tensor]) -> dict[st
         out = model(given["noise"].T[None], given["step"], precomputed_aligned_embeddings=aligned)
         return {"diffusion_voice": voice[0], "denoised": out[0].T}
     if name == "vocoder":
-        return {"waveform": model(given["mel_24k"].T[None], given["vocoder_noise"].T[None])[0, 0]}
+        return {"waveform": model(given["vocoder_mel"].T[None], given["vocoder_noise"].T[None])[0, 0]}
     return {"random_voice": model.layers(given["random_noise"][None])[0]}
 
 
