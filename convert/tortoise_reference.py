@@ -8,8 +8,10 @@ arguments of the constructors than those of the released models, by the names be
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ CONSTANT = (".attn.bias", ".attn.masked_bias", "_solo_embedding")
 
 def built(name: str, folder: Path, sizes: dict[str, Any]) -> torch.nn.Module:
     """The package's model with the weights of the file, every key of which has its place."""
+    without_torchaudio()
     from tortoise.models.autoregressive import UnifiedVoice
     from tortoise.models.clvp import CLVP
     from tortoise.models.diffusion_decoder import DiffusionTts
@@ -56,6 +59,15 @@ def built(name: str, folder: Path, sizes: dict[str, Any]) -> torch.nn.Module:
         raise SystemExit(f"{name}.pth: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
     torch.nn.Module.eval(model)
     return model
+
+
+def without_torchaudio() -> None:
+    """Where torchaudio does not load nothing misses it: the package needs it for spectrograms, and no model does."""
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+        sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
 
 
 @torch.no_grad()

@@ -18,9 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -196,9 +194,9 @@ def verify(
     preset = (
         "ultra_fast" if all((folder / MODELS[part].file).exists() for part in (CLVP, DIFFUSION, VOCODER)) else "draft"
     )
-    sound = out / "spoken.wav"
+    sound, step = out / "spoken.wav", ("--step", train_steps)
     clips = voice / "wavs" if (voice / "wavs").is_dir() else voice
-    steps.run(f"spoken ({preset}): {sound}", python, "-m", "tortoise_jax.speak", "--checkpoint", run, "--step", train_steps,
+    steps.run(f"spoken ({preset}): {sound}", python, "-m", "tortoise_jax.speak", "--checkpoint", run, *step,
               "--text", SENTENCE, "--voice", clips, "--preset", preset, "--out", sound)  # fmt: skip
 
 
@@ -240,7 +238,8 @@ def table(lines: list[Line]) -> str:
         f"| {line.what} | {line.found} | {good[line.good]} | {f'{line.seconds:.0f} s' if line.seconds else ''} |"
         for line in lines
     ]
-    about = f"tortoise_jax {__version__}, JAX {jax.__version__}, {parallel.describe()}, Python {platform.python_version()}, {platform.platform()}"
+    machine = f"{parallel.describe()}, Python {platform.python_version()}, {platform.platform()}"
+    about = f"tortoise_jax {__version__}, JAX {jax.__version__}, {machine}"
     return "\n".join([about, "", "| what | found | good | time |", "|---|---|---|---|", *rows])
 
 
