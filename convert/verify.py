@@ -109,7 +109,7 @@ def ours(pretrained: Pretrained, given: Arrays) -> Arrays:
     found: Arrays = {}
     model, rows = api.Tortoise(pretrained), lambda name: given[name][None]
     apply = lambda module, name, *arrays, **options: module.apply(pretrained.part(name).variables, *arrays, **options)
-    voice = apply(model.model, AR, given["mel"][None, None, None], method="condition")[0, 0]
+    voice = apply(model.model, AR, given["mel"][None, None], method="condition")[0, 0]
     row = model.batch([([int(i) for i in given["text"]], [int(c) for c in given["codes"]])])
     first = CONDITIONING_VECTORS + len(given["text"]) + 2
     hidden = model.outputs(voice[None], row)["hidden"][0, first : first + len(given["codes"])]
