@@ -82,7 +82,7 @@ def inputs_for(pretrained: Pretrained, seed: int = 0) -> Arrays:
     draw = np.random.default_rng(seed)
     normal = lambda *shape: draw.standard_normal(shape, np.float32)
     ar = pretrained.ar.config
-    given = {
+    given: Arrays = {
         "mel": normal(100, ar.mel_channels) - 3,
         "text": draw.integers(1, ar.start_text, TEXT),
         "codes": draw.integers(0, ar.codes, CODES),
@@ -271,8 +271,15 @@ def main() -> None:
         if not arguments.no_download:
             for line in download.fetch(list(download.LOCATIONS), arguments.models):
                 print(line, flush=True)
-        places = (path.absolute() for path in (arguments.models, arguments.voice, arguments.tortoise, arguments.out))
-        verify(*places, arguments.steps, arguments.sizes and arguments.sizes.absolute(), steps)
+        verify(
+            arguments.models.absolute(),
+            arguments.voice.absolute(),
+            arguments.tortoise.absolute(),  # not resolved: by its place Python knows its environment
+            arguments.out.absolute(),
+            arguments.steps,
+            arguments.sizes.absolute() if arguments.sizes else None,
+            steps,
+        )
     finally:
         print(f"\n{table(steps.lines)}", flush=True)
     wrong = [line.what for line in steps.lines if line.good is False]
