@@ -27,14 +27,14 @@ def get_config() -> ConfigDict:
 
     # The dVAE's dimensions, where it starts from random weights; these are the released one's.
     config.model = ConfigDict()
-    config.model.codebook_dim = 512
-    config.model.codes = 8192
-    config.model.hidden = 512
-    config.model.layers = 2
-    config.model.res_blocks = 3
+    config.model.codebook_dim = 512  # numbers of a code's vector
+    config.model.codes = 8192  # how many there are to choose from
+    config.model.hidden = 512  # channels between the layers
+    config.model.layers = 2  # each halves the frames: 2 make a code of 4 frames
+    config.model.res_blocks = 3  # residual blocks of encoder and decoder
 
     # How long, in which portions.
-    config.steps = placeholder(int)  # 20000 from scratch, 1000 from a checkpoint
+    config.steps = placeholder(int)  # of the optimiser; 20000 from scratch, 1000 from a checkpoint
     config.batch_size = 64  # crops a step, over all devices; made smaller where the data set is
     config.gradient_accumulation_steps = 1  # micro-batches per step on each device; raise it when memory runs out
     config.eval_every = placeholder(int)  # steps between validation losses; a twentieth of the run
@@ -44,17 +44,17 @@ def get_config() -> ConfigDict:
 
     # Optimiser of encoder and decoder; the codebook has none, it follows its features by moving averages.
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
+    config.optimizer.name = "adamw"  # or "adafactor": optimiser state of a thousandth, for small cards
     config.optimizer.learning_rate = placeholder(float)  # 3e-4 from scratch, 1e-5 from a checkpoint
     config.optimizer.schedule = "cosine"  # to 0 at the last step; or "stepped", or "constant"
     config.optimizer.milestones = ()  # steps at which "stepped" multiplies the rate
-    config.optimizer.gamma = 0.5  # … by this
+    config.optimizer.gamma = 0.5  # what "stepped" multiplies the rate by at each milestone
     config.optimizer.warmup = 0  # steps of linear rise at the start
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.99
-    config.optimizer.epsilon = 1e-8
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 4.0
+    config.optimizer.beta1 = 0.9  # how much of the mean gradient is kept per step
+    config.optimizer.beta2 = 0.99  # and of the mean squared one
+    config.optimizer.epsilon = 1e-8  # added to the root of the mean squared gradient that a step is divided by
+    config.optimizer.weight_decay = 0.0  # per step, times the rate; of matrices, not of biases
+    config.optimizer.clip_norm = 4.0  # longest gradient
     config.optimizer.freeze = ""  # regular expression of parameter paths to leave alone, e.g. "encoder/.*"
 
     # Loss and codebook.
@@ -66,9 +66,10 @@ def get_config() -> ConfigDict:
 
     # Watching and keeping.
     config.deterministic = True  # bit-identical reruns on NVIDIA too, by XLA's deterministic-ops flag; a little slower
-    config.log_every = 10  # steps
+    config.log_every = 10  # steps between lines of progress
     config.sample_every = placeholder(int)  # steps between reconstructions to listen to; 0: none
-    config.keep_last = 2  # checkpoints; the best is kept besides
+    config.wandb = ""  # the project of Weights & Biases to log to beside TensorBoard; "": none
+    config.keep_last = 2  # how many of the newest checkpoints are kept, besides the best
     config.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient before the run ends
     config.export = "dvae.pth"  # in the run's directory, written at the end where torch is installed; "" for none
     return config

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert import families, mapping
+from convert import families, hub, mapping
 from convert.command_line import Parser
 from convert.source import metadata_beside
 from convert.tables import MODELS, TorchModel
@@ -25,6 +26,7 @@ from tortoise_jax import __version__
 from tortoise_jax.checkpoints.parts import AR, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     SUMMARY,
+    TOKENIZER,
     Pretrained,
     load_pretrained,
     mel_norms_digest,
@@ -34,6 +36,8 @@ from tortoise_jax.checkpoints.pretrained import (
 from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.files import check_writable, read_json, write_json
+from tortoise_jax.text.cleaners import recorded
+from tortoise_jax.text.tokenizer import Tokenizer
 
 
 def export(
@@ -45,20 +49,32 @@ def export(
     dtype: str = "float32",
     attn_masks: bool | None = None,
 ) -> list[str]:
+    """Writes one model of a checkpoint on disk, as `write`. step: of a run; None takes the best."""
+    check_names(out, source)
+    part = part or first_part(read_metadata(checkpoint))
+    check_step(checkpoint, part, step)
+    return write(load_pretrained(checkpoint, (part,), step), out, part, source, dtype, attn_masks)
+
+
+def write(
+    pretrained: Pretrained,
+    out: Path,
+    part: str | None = None,
+    source: Path | None = None,
+    dtype: str = "float32",
+    attn_masks: bool | None = None,
+) -> list[str]:
     """Writes one model of a checkpoint as `out` with its metadata in a .json beside it; returns the lines to print.
 
-    part: "ar", "dvae", …; None takes the first that the checkpoint has, the AR model before any other. step: of a run;
-    None takes the best.
+    part: "ar", "dvae", …; None takes the first that the checkpoint has, the AR model before any other.
     source: a torch file; its tensors that conversion dropped are added. dtype: a key of OUT_DTYPES. attn_masks: with
     the constant masks that transformers up to 4.29 saved; None: if `source` has them. Raises UserError.
     """
     check_names(out, source)
-    part = part or first_part(read_metadata(checkpoint))
-    model = MODELS[part]
-    check_step(checkpoint, part, step)
-    pretrained = load_pretrained(checkpoint, (part,), step)
-    step = pretrained.step
-    config = pretrained.part(part).config
+    if dtype not in OUT_DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(OUT_DTYPES)}")
+    part = part or first_part(pretrained.parts)
+    model, config, step = MODELS[part], pretrained.part(part).config, pretrained.step
     state = mapping.to_torch(model.table, pretrained.part(part).tree)
     own = len(state)
     masks = model.masks(config) if model.masks else {}
@@ -69,10 +85,10 @@ def export(
         added = {key: value for key, value in added.items() if key not in masks}
     if attn_masks:
         added |= masks
-    state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(checkpoint))
+    state = cast(mapping.in_upstream_order(model.table, state | added), dtype, str(pretrained.path))
 
     facts = facts_of(pretrained, model)
-    metadata = export_metadata(pretrained, model, facts, checkpoint, step, dtype)
+    metadata = export_metadata(pretrained, model, facts, dtype)
     # The .json first: by it the next export knows a file for ours, wherever this one is killed.
     write_state_dict(out, state, model.wrapper, before=lambda: write_json(out.with_suffix(".json"), metadata))
     at = f" of step {step}" if step is not None else ""
@@ -82,7 +98,14 @@ def export(
         lines.append("  step 0 is the start of the run, before any training")
     reasons = Counter(mapping.match(model.table, key).row.reason for key in added)
     lines += [f"  added {count} tensors: {reason}" for reason, count in reasons.items()]
-    return lines + model.how_to_use(config, facts, out)
+    lines += model.how_to_use(config, facts, out)
+    if part == AR and pretrained.tokenizer.digest != Tokenizer.default().digest:
+        basic = recorded(pretrained.source) == "basic"
+        lines.append(
+            f"it reads text by its own tokenizer: TextToSpeech(tokenizer_vocab_file='{pretrained.path / TOKENIZER}', "
+            f"tokenizer_basic={basic})"
+        )
+    return lines
 
 
 def check_names(out: Path, source: Path | None) -> None:
@@ -103,7 +126,7 @@ def check_names(out: Path, source: Path | None) -> None:
         )
 
 
-def first_part(metadata: dict[str, Any]) -> str:
+def first_part(metadata: Mapping[str, Any]) -> str:
     """The AR model if the checkpoint has one, else the first model that it has."""
     return next((part for part in PART_TYPES if metadata.get(part)), AR)
 
@@ -146,11 +169,9 @@ def facts_of(pretrained: Pretrained, model: TorchModel) -> dict[str, int]:
     return {name: int(origin.get(name, released)) for name, released in model.facts.items()}
 
 
-def export_metadata(
-    pretrained: Pretrained, model: TorchModel, facts: dict[str, int], checkpoint: Path, step: int | None, dtype: str
-) -> dict[str, Any]:
+def export_metadata(pretrained: Pretrained, model: TorchModel, facts: dict[str, int], dtype: str) -> dict[str, Any]:
     """What shapes cannot tell, for whoever converts the file again or builds the torch model."""
-    config = pretrained.part(model.part).config
+    config, checkpoint, step = pretrained.part(model.part).config, pretrained.path, pretrained.step
     content: dict[str, Any] = {
         "tortoise_jax": __version__,
         "model": model.part,
@@ -191,10 +212,20 @@ def main() -> None:
         help="true: with the masks that strict loaders on transformers 4.29 and older ask for; false: without those of "
         "--source, which strict loaders on later ones reject (TorToiSe itself takes either)",
     )
+    parser.add_argument(
+        "--push_to_hub", metavar="USER/NAME", help="upload it with a model card; private unless --public"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push_to_hub: for everybody to see")
     args = parser.parse_args()
+    if args.push_to_hub:
+        hub.check(args.push_to_hub)
+    elif args.public:
+        raise UserError("--public is about --push_to_hub")
     attn_masks = None if args.attn_masks is None else args.attn_masks == "true"
-    for line in export(args.checkpoint, args.out, args.part, args.step, args.source, args.dtype, attn_masks):
-        print(line)
+    lines = export(args.checkpoint, args.out, args.part, args.step, args.source, args.dtype, attn_masks)
+    print("\n".join(lines))
+    if args.push_to_hub:
+        print(hub.push(args.out, args.checkpoint, args.push_to_hub, args.public, lines[1:]))
 
 
 if __name__ == "__main__":

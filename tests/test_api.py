@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 import tortoise_jax as tj
 from tests.support import runs
@@ -215,3 +218,92 @@ def test_checkpoints_of_before_the_digests_of_parts_open(tmp_path: Path) -> None
     old = load_pretrained(path, ())
     assert old.dvae.digest == metadata["dvae_digest"] != ""
     assert old.ar.digest == ""
+
+
+# --- what the commands do ---------------------------------------------------------------------------------------------
+
+
+def some_rows(model: api.Tortoise) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    rows = [([5, 6, 7], [1, 2, 3, 4]), ([8, 9], [5, 6])]
+    voice = 0.1 * np.random.default_rng(0).standard_normal((2, runs.AR.width)).astype(np.float32)
+    return voice, model.batch(rows)
+
+
+def test_gradients_pass_through_the_loss(model: api.Tortoise) -> None:
+    voice, batch = some_rows(model)
+    params = model.params
+    weighted = functools.partial(model.loss, text_weight=0.5)
+    loss, gradient = jax.jit(jax.value_and_grad(weighted))(params, voice, batch)
+    means = model.losses(voice, batch)
+    assert loss == pytest.approx(means["mel"] + 0.5 * means["text"], rel=1e-6)
+    way = jax.tree.map(lambda leaf: np.random.default_rng(leaf.size).standard_normal(leaf.shape, np.float32), gradient)
+    ahead, behind = (
+        float(weighted(jax.tree.map(lambda p, w, e=e: p + np.float32(e) * w, params, way), voice, batch))
+        for e in (1e-3, -1e-3)
+    )
+    along = sum(float(np.vdot(g, w)) for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
+    assert (ahead - behind) / 2e-3 == pytest.approx(along, rel=1e-2)
+
+
+def test_own_steps_lead_to_an_export(model: api.Tortoise, tmp_path: Path) -> None:
+    """The README's loop: weights that another's optimiser changed, in a file that is read back."""
+    voice, batch = some_rows(model)
+    params = model.params
+    for _ in range(3):
+        params = jax.tree.map(lambda p, g: p - np.float32(0.05) * g, params, jax.grad(model.loss)(params, voice, batch))
+    better = model.with_params(params)
+    assert better.losses(voice, batch)["mel"] < model.losses(voice, batch)["mel"]
+    lines = better.export(tmp_path / "voice.pth")
+    assert lines[0].startswith(f"{tmp_path / 'voice.pth'}: ")
+    written = torch.load(tmp_path / "voice.pth", weights_only=True)
+    np.testing.assert_array_equal(written["text_embedding.weight"], np.asarray(params["text_embedding"]["embedding"]))
+    assert "training" not in json.loads((tmp_path / "voice.json").read_text())
+
+
+WRONG_COMMANDS: dict[str, tuple[Callable[[api.Tortoise, Path], object], str]] = {
+    "an unknown option": (
+        lambda m, p: tj.prepare(p, p, p / "out", trim_silences=True),
+        r'trim_silences: no option \(did you mean "trim_silence"\?\)',
+    ),
+    "text as a number": (lambda m, p: tj.prepare(p, p, p / "out", workers="2"), "--workers is '2', expected int"),
+    "truth as a number": (lambda m, p: tj.check(p, max_text=True), r"--max_text is True, expected int \| None"),
+    "a number as truth": (lambda m, p: tj.check(p, trim_silence=1), "--trim_silence is 1, expected bool"),
+    "options that are none": (
+        lambda m, p: tj.check(p, None, {"seed": 1}),
+        r"options is \{'seed': 1\}, expected tj.Opt",
+    ),
+    "no data": (lambda m, p: tj.check([]), "data is empty"),
+    "data that is no path": (lambda m, p: tj.check(3), "data is 3, expected a path"),
+    "no checkpoint": (lambda m, p: tj.prepare(p, None, p / "out"), "checkpoint is None, expected a path"),
+    "a dict for a configuration": (lambda m, p: tj.train({"steps": 3}), "is dict, expected a ConfigDict"),
+    "an unknown field": (lambda m, p: tj.get_config(step=3), r'unknown field step \(did you mean "steps"\?\)'),
+    "a field of another type": (lambda m, p: tj.get_config(steps="3"), "steps is '3', expected int"),
+    "another kind": (lambda m, p: tj.get_config("clvp"), "trains is 'clvp', expected one of ar, dvae"),
+    "a run in no place": (lambda m, p: tj.train(tj.get_config(), None), "workdir is None, expected a path"),
+    "a name that is no .pth": (lambda m, p: m.export(p / "voice.bin"), "expected a name ending in .pth"),
+    "another part": (lambda m, p: m.export(p / "a.pth", part="gpt"), "part is 'gpt', expected one of ar, dvae"),
+    "a part it has not": (lambda m, p: m.export(p / "a.pth", part="clvp"), "holds no CLVP"),
+    "another dtype": (lambda m, p: m.export(p / "a.pth", dtype="int8"), "dtype is 'int8', expected one of float32"),
+    "masks as text": (lambda m, p: m.export(p / "a.pth", attn_masks="true"), "attn_masks is 'true', expected True"),
+    "half a tree": (
+        lambda m, p: m.with_params({"gpt": m.params["gpt"]}),
+        r"params\['.*'\] has the shape none, the model's has \(",
+    ),
+    "a weight of the text": (lambda m, p: m.loss(m.params, *some_rows(m), text_weight=-1), "text_weight is -1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_COMMANDS)
+def test_arguments_of_commands_are_checked(model: api.Tortoise, tmp_path: Path, what: str) -> None:
+    call, line = WRONG_COMMANDS[what]
+    with pytest.raises(tj.UserError, match=line) as caught:
+        call(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_module_of_the_command_is_the_function_too(tmp_path: Path) -> None:
+    """`import tortoise_jax.prepare` puts the module in the function's place."""
+    importlib.import_module("tortoise_jax.prepare")
+    with pytest.raises(tj.UserError, match="data is 3, expected a path"):
+        tj.prepare(3, tmp_path, tmp_path / "out")

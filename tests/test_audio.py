@@ -19,7 +19,7 @@ import torch
 
 from tests.support import torch_reference
 from tests.support.distance import distance
-from tortoise_jax import audio
+from tortoise_jax import audio, decoders
 from tortoise_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -214,7 +214,7 @@ def test_a_voice_on_another_channel_is_pointed_out(tmp_path):
     silence = np.zeros(22050)
     soundfile.write(tmp_path / "a.wav", np.stack([silence, silence, _voice(22050)], axis=1), 22050)
     assert audio.heard_elsewhere(tmp_path / "a.wav") == (
-        "; channel 3 is not, and only the first is read: save it as the first"
+        "; channel 3 is not: save it as the first, or give prepare --channel 3"
     )
     soundfile.write(tmp_path / "b.wav", np.stack([silence, silence], axis=1), 22050)
     assert audio.heard_elsewhere(tmp_path / "b.wav") == ""
@@ -296,14 +296,14 @@ def test_a_recording_is_read_block_by_block(tmp_path, monkeypatch):
     for rate in (16_000, 22_050, 44_100, 48_000):
         soundfile.write(tmp_path / f"{rate}.wav", stereo, rate, subtype="FLOAT")
         whole = librosa.resample(stereo[:, 0], orig_sr=rate, target_sr=22050, res_type="soxr_hq")
-        monkeypatch.setattr(audio, "BLOCK", 7000)
+        monkeypatch.setattr(decoders, "BLOCK", 7000)
         np.testing.assert_array_equal(audio.read_audio(tmp_path / f"{rate}.wav"), np.clip(whole, -1, 1))
 
 
 def test_a_recording_of_more_than_six_hours_is_to_be_cut(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.flac", np.zeros(80_000), 8000)
     monkeypatch.setattr(audio, "MAX_HOURS", 9 / 3600)
-    monkeypatch.setattr(audio, "BLOCK", 1000)
+    monkeypatch.setattr(decoders, "BLOCK", 1000)
     with pytest.raises(UserError, match=r"a.flac: is longer than .* hours; cut it into parts"):
         audio.read_audio(tmp_path / "a.flac")
 

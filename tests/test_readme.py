@@ -87,9 +87,18 @@ def test_the_python_half_page(user: Path) -> None:
         assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
     clip = next((user / "data" / "wavs").iterdir())
     (code,) = re.findall(r"<!-- tested: python -->\n```python\n(.*?)```", README, re.DOTALL)
-    done = run(user, ["python", "-c", code.replace("data/wavs/clip.wav", f"data/wavs/{clip.name}")])
+    (commands,) = re.findall(r"<!-- tested: python commands -->\n```python\n(.*?)```", README, re.DOTALL)
+    # Another folder than the command's, whose data are not trimmed, and its size.
+    commands = commands.replace('data-prepared"', 'python-prepared"').replace("runs/voice", "runs/python")
+    quick = dict(word.removeprefix("--config.").split("=") for word in FAST)
+    commands = commands.replace("steps=200", ", ".join(f"{name}={value}" for name, value in quick.items()))
+    code = code.replace("data/wavs/clip.wav", f"data/wavs/{clip.name}")
+    done = run(user, ["python", "-c", f"{code}\n{commands}"])
     assert done.returncode == 0, done.stderr
     assert "'mel': " in done.stdout
+    for name in ("mine.pth", "voice.pth"):
+        exported = torch.load(user / name, weights_only=True)
+        tiny_unified_voice(seed=2, max_text_tokens=60, max_mel_tokens=70).load_state_dict(exported, strict=True)
 
 
 def test_inspect_and_speak_commands_of_the_text(user: Path) -> None:
@@ -107,9 +116,19 @@ def test_inspect_and_speak_commands_of_the_text(user: Path) -> None:
     assert (user / "draft.wav").stat().st_size > 44
 
 
+def test_the_commands_of_another_language(user: Path) -> None:
+    if not (user / "checkpoints" / "tortoise").exists():
+        assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
+    (block,) = re.findall(r"<!-- tested: another language -->\n```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.strip().splitlines():
+        done = run(user, shlex.split(line))
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (user / "data-own" / "dataset.json").exists()
+
+
 def test_every_other_command_is_run_somewhere() -> None:
-    (real_use,) = re.findall(r"<!-- tested: real use -->\n```sh\n(.*?)```", README, re.DOTALL)
-    tested = [" ".join(line.split()) for line in real_use.splitlines()]
+    blocks_run = re.findall(r"<!-- tested: (?:real use|another language) -->\n```sh\n(.*?)```", README, re.DOTALL)
+    tested = [" ".join(line.split()) for block in blocks_run for line in block.splitlines()]
     for line in commands():
         known = line in tested or "--coordinator HOST0:1234" in line or line.startswith(tuple(RUN_ELSEWHERE))
         assert known or line.startswith('"cd tortoise_jax'), line

@@ -77,6 +77,44 @@ def test_a_run_leaves_what_the_readme_promises(undisturbed: Path) -> None:
     assert all((undisturbed / sample["file"]).stat().st_size > 44 for sample in summary["samples"])
 
 
+PYTHON = """
+import sys
+from pathlib import Path
+import tortoise_jax as tj
+
+project, fields = Path(sys.argv[1]), eval(sys.argv[2])
+checkpoint, data = project / "checkpoint", project / "python" / "data"
+report = tj.prepare(project / "recordings", checkpoint, data, workers=0)
+settings = tj.get_config(checkpoint=str(checkpoint), data=str(data), **fields)
+untouched = settings.to_json_best_effort()
+run = tj.train(settings, project / "python" / "run")
+assert settings.to_json_best_effort() == untouched
+print(tj.load(run).export(run / "again" / "voice.pth")[0])
+"""
+
+
+def test_python_makes_the_same_run_bit_for_bit(undisturbed: Path, project: Path) -> None:
+    """Data set, weights, losses and export of `tj.prepare`, `tj.train` and `model.export` are the commands'."""
+    fields = runs.FIELDS | {"sample_every": 6, "export": "voice.pth", "prompts": ("Yes.",)}
+    (project / "python" / "run" / "again").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON, str(project), repr(fields)],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    headers = [json.loads((project / of / "dataset.json").read_text())["sha256"] for of in ("data", "python/data")]
+    assert headers[0] == headers[1]
+    run = project / "python" / "run"
+    assert_same_run(run, undisturbed)
+    exported = [folder / "voice.pth" for folder in (undisturbed, run, run / "again")]
+    assert len({path.read_bytes() for path in exported}) == 1
+    assert f"{exported[2]}: " in done.stdout
+
+
 def test_tensorboards_own_reader_finds_the_curves(undisturbed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -95,7 +133,7 @@ def test_tensorboards_own_reader_finds_the_curves(undisturbed: Path) -> None:
 def test_the_report_is_whole_in_itself(undisturbed: Path) -> None:
     page = (undisturbed / "report.html").read_text()
     assert page.count("<svg") == 1
-    assert page.count("<audio") == 2
+    assert page.count("<audio") == 3  # a recording and two drafts
     assert "data:audio/wav;base64,UklGR" in page  # "RIFF": the drafts are inside
     assert not [word for word in ('src="http', 'href="http', "<script", "<link") if word in page]
     for draft in re.findall(r"data:audio/wav;base64,([^\"]+)", page):
@@ -128,6 +166,24 @@ def test_the_report_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
     assert "CONSOLE" not in done.stderr
     [title] = re.findall(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title.endswith("svg true AUDIO true AUDIO true"), title
+
+
+@pytest.mark.slow
+def test_a_run_with_an_average_goes_on_bit_for_bit(project: Path) -> None:
+    whole, stopped = project / "average", project / "average-stopped"
+    assert runs.train(project, whole, ema=0.9).returncode == 0
+    assert runs.train(project, stopped, ema=0.9, steps=3).returncode == 0
+    done = runs.train(project, stopped, ema=0.9)
+    assert "going on from step 3" in done.stdout, done.stderr
+    assert_same_run(stopped, whole)
+    plain = project / "no-average"
+    assert runs.train(project, plain).returncode == 0
+    losses = [[entry["mel"] for entry in runs.history(run) if entry["kind"] == "train"] for run in (whole, plain)]
+    assert losses[0] == losses[1], "the steps themselves are the same"
+    params = [jax.tree.leaves(load_pretrained(run, ("ar",), STEPS).ar.params) for run in (whole, plain)]
+    assert any((one != other).any() for one, other in zip(*params, strict=True)), "what is kept is the average"
+    refused = runs.train(project, whole, ema=0.5, steps=8)
+    assert "was begun with what cannot change: ema: 0.9 -> 0.5" in refused.stderr
 
 
 def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) -> None:

@@ -64,8 +64,8 @@ def test_a_run_leaves_a_dvae_and_says_what_changed(project: Path, tuned: Path) -
     assert not (tuned / "dvae").exists()
     page = (tuned / "report.html").read_text()
     assert "codes unchanged" in page
-    assert "the recording" in page
-    assert page.count("<audio") == 3  # the one held-out clip, its codes' first and last sound
+    assert "<th>recording<th>step 0<th>" in page
+    assert page.count("<audio") == 4  # the one held-out clip, and its codes' sound at steps 0, 3 and 6
     first, last = (losses(tuned)["validation", step] for step in (0, STEPS))
     assert last < first
     summary = json.loads((tuned / "summary.json").read_text())

@@ -284,6 +284,9 @@ class Tortoise:
 
     def outputs(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """conditioning (b, d), a batch's tokens, token_types, positions (b, s) -> the model's dict (text_logits, …)."""
+        return self._outputs(self.params, conditioning, batch)
+
+    def _outputs(self, params: Any, conditioning: Array, batch: Mapping[str, Any]) -> dict[str, Array]:
         b, d = len(batch["tokens"]), self.model.config.width
         if np.shape(conditioning) != (b, d) or not is_finite(conditioning):
             raise UserError(
@@ -291,7 +294,36 @@ class Tortoise:
                 "one voice per row of the batch"
             )
         rows = (batch[name] for name in ("tokens", "token_types", "positions"))
-        return apply(self.model, "from_conditioning", {"params": self.params}, conditioning[:, None], *rows)
+        return apply(self.model, "from_conditioning", {"params": params}, conditioning[:, None], *rows)
+
+    def loss(self, params: Any, conditioning: Array, batch: Mapping[str, Any], text_weight: float = 0.01) -> Array:
+        """What training minimises, float32 (): mel + text_weight * text, nats per token; `jax.grad` passes through.
+
+        params: a tree like `model.params`, in their place. conditioning (b, d), and a batch with targets and weights.
+        Without dropout. Raises UserError.
+        """
+        check_tree(params, self.params)
+        if not 0 <= text_weight < np.inf:
+            raise UserError(f"text_weight is {text_weight}, expected a number from 0")
+        stop = self.model.config.stop_mel
+        sums = losses.loss_sums(self._outputs(params, conditioning, batch), batch, stop)
+        return losses.total_loss(sums, losses.counts(batch, stop), text_weight)
+
+    def with_params(self, params: Any) -> Tortoise:
+        """The same models with other weights of the AR model, a tree like `model.params`. Raises UserError."""
+        check_tree(params, self.params)
+        part = dataclasses.replace(self.pretrained.ar, variables={"params": params}, digest="")
+        return Tortoise(dataclasses.replace(self.pretrained.with_part(AR, part), step=None))
+
+    def export(self, path: str | Path, **options: Any) -> list[str]:
+        """Writes a model as a torch file that TorToiSe loads, with its .json; returns what the command prints.
+
+        options: part ("ar" where there is one, or "dvae", …), source, dtype and attn_masks, as the flags of
+        convert/flax_to_torch.py. Needs torch (`tortoise_jax[convert]`). Raises UserError.
+        """
+        from tortoise_jax import commands  # all of training: not for those who only look at a model
+
+        return commands.export(self.pretrained, path, **options)
 
     def losses(self, conditioning: Array, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean cross-entropies of a batch (with targets and weights too): text, mel, stop."""
@@ -373,6 +405,20 @@ def stream(values: Any, what: str, end: int, positions: int, stop: int | None = 
     if stop is not None and (ids == stop).any():
         raise UserError(f"{what} hold {stop}, which is stop; start and stop are added here")
     return ids.astype(np.int32)
+
+
+def check_tree(params: Any, expected: Any) -> None:
+    """Raises UserError for a tree of other names or shapes than the model's."""
+    given, wanted = shapes_by_name(params), shapes_by_name(expected)
+    other = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
+    if other:
+        found, shape = (shapes.get(other[0], "none") for shapes in (given, wanted))
+        raise UserError(f"params{other[0]} has the shape {found}, the model's has {shape}")
+
+
+def shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
 
 
 def dtype_of(values: Any) -> np.dtype:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import math
-import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import librosa
 import numpy as np
-import soundfile
 import soxr
 
+from tortoise_jax.decoders import MAX_CHANNELS, Decoding, decoding
 from tortoise_jax.errors import UserError
-from tortoise_jax.files import check_readable
 
 SAMPLE_RATE = 22050
 N_FFT = 1024
@@ -29,8 +27,6 @@ MEL_BANDS = 80
 MEL_MAX_HZ = 8000.0
 LOG_FLOOR = 1e-5
 INT16_SCALE = 32768
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of the formats `read_audio` reads
 
 MEL_FRAMES_PER_CODE = 4  # the dVAE encoder has two layers of stride 2
 SAMPLES_PER_CODE = HOP * MEL_FRAMES_PER_CODE
@@ -103,103 +99,76 @@ def frame_levels(waveform: np.ndarray) -> np.ndarray:
     return np.concatenate([rms(block) for block in blocks])
 
 
-MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; what claims another rate is damaged
 MAX_HOURS = 6  # of one recording: 1.9 GB of samples
-BLOCK = 1 << 20  # samples of all channels that are read at once
+MIX = "mix"  # in place of a channel's number: the mean of all
 
 
-def read_audio(path: str | Path) -> np.ndarray:
-    """The first channel of a recording, float32 (samples,) at 22050 Hz, clipped to [-1, 1].
+def channel_of(given: int | str, what: str = "channel") -> int | str:
+    """A channel by its number from 1, or MIX. Raises UserError for anything else."""
+    if given == MIX:
+        return MIX
+    if isinstance(given, bool) or not str(given).isdecimal() or not 1 <= int(given) <= MAX_CHANNELS:
+        raise UserError(f"{what} {given}: expected its number, from 1, or {MIX} for the mean of all")
+    return int(given)
 
-    wav, flac, ogg and mp3 at any rate; the first channel, not the mean, is what TorToiSe trains on. Memory is needed
-    for the result alone, whatever the file or its header claims.
-    Raises UserError naming the file when it is missing, unreadable, truncated, empty, longer than six hours or not
-    finite (a cut ogg file has no length to be checked against and is read as far as it goes).
+
+def read_audio(path: str | Path, channel: int | str = 1) -> np.ndarray:
+    """One channel of a recording, float32 (samples,) at 22050 Hz, clipped to [-1, 1].
+
+    channel: its number; the first, not the mean, is what TorToiSe trains on; "mix" is the mean. A recording of one
+    channel is read whatever number is given. wav, flac, ogg and mp3 at any rate, and with PyAV (`tortoise_jax[av]`)
+    m4a, aac, opus and the sound of videos. Memory is needed for the result alone, whatever the file or its header
+    claims.
+    Raises UserError naming the file when it is missing, unreadable, truncated, empty, longer than six hours, not
+    finite, or has no such channel (a cut ogg file has no length to be checked against and is read as far as it goes).
     """
-    path = Path(path)
-    check_readable(path)
-    try:
-        with soundfile.SoundFile(path) as file:
-            _check_header(path, file)
-            log = file.extra_info
-            waveform, read = _decode(path, file)
-    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: {_unreadable_because(path, error)}") from error
+    path, channel = Path(path), channel_of(channel)
+    with decoding(path) as file:
+        if channel != MIX and 1 < file.channels < int(channel):
+            raise UserError(f"{path}: has {file.channels} channels, and channel {channel} is asked for")
+        waveform, read = _resampled(path, file, channel)
     if read == 0:
         raise UserError(f"{path}: the recording is empty (no samples); remove it or record it again")
-    if read < file.frames or _wav_is_cut_short(log):
-        raise UserError(
-            f"{path}: the recording is truncated: {read} samples could be read, its header promises more; "
-            "copy or encode it again"
-        )
     return waveform
 
 
 def heard_elsewhere(path: Path) -> str:
-    """Says so where the first channel of a recording is silent and another one is not; else ""."""
-    with soundfile.SoundFile(path) as file:
+    """Says so where another channel of a silent recording is not silent; else ""."""
+    with decoding(path) as file:
         power, read = np.zeros(file.channels), 0
-        for block in file.blocks(max(1, BLOCK // file.channels), dtype="float32", always_2d=True):
+        for block in file.blocks:
             power, read = power + np.square(block, dtype=np.float64).sum(axis=0), read + len(block)
     loud = np.flatnonzero(power > max(read, 1) * 10 ** (SILENT_DB / 10))
-    return f"; channel {loud[0] + 1} is not, and only the first is read: save it as the first" if len(loud) else ""
+    number = loud[0] + 1 if len(loud) else 0
+    return f"; channel {number} is not: save it as the first, or give prepare --channel {number}" if number else ""
 
 
-def _check_header(path: Path, file: soundfile.SoundFile) -> None:
-    if not MIN_RATE <= file.samplerate <= MAX_RATE:
-        raise UserError(
-            f"{path}: its header claims {file.samplerate} Hz, expected {MIN_RATE} to {MAX_RATE}; encode it again"
-        )
-
-
-def _decode(path: Path, file: soundfile.SoundFile) -> tuple[np.ndarray, int]:
-    """The first channel at 22050 Hz, block by block, and how many samples of it the file had."""
-    rate, size = file.samplerate, max(1, BLOCK // file.channels)
+def _resampled(path: Path, file: Decoding, channel: int | str) -> tuple[np.ndarray, int]:
+    """A channel at 22050 Hz, block by block, and how many samples of it the file had."""
+    rate, samples, read = file.rate, bytearray(), 0
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if rate != SAMPLE_RATE else None
-    samples, read, last = bytearray(), 0, False
-    while not last:
-        block = np.ascontiguousarray(file.read(size, dtype="float32", always_2d=True)[:, 0])
-        last = len(block) < size
+    for channels in file.blocks:
+        block = _one_channel(channels, channel)
         if not np.isfinite(block).all():
             bad = int(np.flatnonzero(~np.isfinite(block))[0])
             raise UserError(f"{path}: sample {read + bad} is {block[bad]}, expected finite numbers; encode it again")
         read += len(block)
         if read > MAX_HOURS * 3600 * rate:
             raise UserError(f"{path}: is longer than {MAX_HOURS} hours; cut it into parts")
-        samples += (stream.resample_chunk(block, last=last) if stream else block).tobytes()
+        samples += (stream.resample_chunk(block) if stream else block).tobytes()
+    if stream:
+        samples += stream.resample_chunk(np.zeros(0, np.float32), last=True).tobytes()
     length = math.ceil(read * SAMPLE_RATE / rate)
     samples += bytes(4 * max(0, length - len(samples) // 4))
     waveform = np.frombuffer(samples, np.float32)[:length]
     return np.clip(waveform, -1.0, 1.0, out=waveform), read
 
 
-def _unreadable_because(path: Path, error: Exception) -> str:
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                return "the file is empty (0 bytes)"
-    except FileNotFoundError:
-        return "there is no such file"
-    except IsADirectoryError:
-        return "is a folder, expected a wav, flac, ogg or mp3 file"
-    except OSError as refused:
-        return f"cannot be read ({refused.strerror})"
-    except ValueError:
-        return "no file can have this name"
-    reason = getattr(error, "error_string", str(error)).rstrip(".")
-    return f"not readable as audio ({reason}), expected wav, flac, ogg or mp3"
-
-
-def _wav_is_cut_short(log: str) -> bool:
-    """Whether a wav file ends before the size in its header; libsndfile reads what is there and only logs it."""
-    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if sizes is None:
-        return False
-    promised, found = int(sizes[1]), int(sizes[2])
-    return found < promised < _SIZE_OF_A_STREAM
-
-
-_SIZE_OF_A_STREAM = 0x7FFF0000  # programs that write to a pipe cannot know the size and promise the greatest
+def _one_channel(block: np.ndarray, channel: int | str) -> np.ndarray:
+    """A block (samples, channels) -> (samples,)."""
+    if channel == MIX:
+        return block.mean(axis=1, dtype=np.float32)
+    return np.ascontiguousarray(block[:, min(int(channel), block.shape[1]) - 1])
 
 
 def waveform_from_int16(samples: np.ndarray | jax.Array) -> np.ndarray | jax.Array:

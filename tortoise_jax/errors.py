@@ -78,6 +78,12 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def hours_in_words(hours: float) -> str:
+    """ "0:12:34", hours, minutes and seconds."""
+    minutes, seconds = divmod(round(hours * 3600), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 def bytes_in_words(size: int) -> str:
     """ "1.69 GB", "420 kB"."""
     unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if size >= u), (1, "bytes"))

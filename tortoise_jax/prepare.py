@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,6 +49,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "out": {"type": Path, "metavar": "DATASET", "help": "the folder of the data set"},
         "check": {"action": "store_true", "help": "only report: nothing encoded or written, --checkpoint optional"},
         "format": {"metavar": "NAME", "help": "of all inputs, where it is not recognised rightly; see below"},
+        "transcribe": {
+            "type": Path,
+            "metavar": "DIR",
+            "help": "recordings without transcripts: a Whisper model that writes them down, cut at pauses",
+        },
+        "language": {"metavar": "CODE", "help": "of --transcribe, e.g. de (default: what each recording sounds like)"},
         "max_seconds": {"type": float, "metavar": "S", "help": f"longest clip (default {MAX_SECONDS})"},
         "max_text": {"type": int, "metavar": "N", "help": f"most tokens of a text (default {MAX_TEXT})"},
         "max_rejected": {
@@ -55,11 +63,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "help": f"fail if more is rejected (default {MAX_REJECTED})",
         },
         "trim_silence": {"action": "store_true", "help": "cut silence off both ends of clips, but for 0.1 s"},
+        "channel": {"metavar": "N", "help": "of recordings with several: a number (default 1), or mix for their mean"},
         "cleaner": {
             "metavar": "NAME",
             "help": "tortoise (default; as the released models), english (says & % £ too), basic or none",
         },
-        "tokenizer": {"type": Path, "metavar": "FILE", "help": "a BPE of one's own, as large as the checkpoint's"},
+        "tokenizer": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "a BPE of one's own: python -m tortoise_jax.tokenizer",
+        },
         "validation": {"type": float, "metavar": "PART", "help": f"held out if no split is given ({VALIDATION_PART})"},
         "seed": {"type": int, "metavar": "N", "help": "decides what is held out (default 0)"},
         "workers": {"type": int, "metavar": "N", "help": "processes that decode (default: one a processor; 0: none)"},
@@ -88,6 +101,18 @@ def main() -> None:
     parallel.end_at_sigterm()  # what is finished is kept
     with parallel.ending_together():
         prepare(arguments.data, arguments.checkpoint, arguments.out, options)
+
+
+class _Module(types.ModuleType):
+    """`tj.prepare(…)` stays the function: Python puts a module in its place where one of that name is imported."""
+
+    def __call__(self, *arguments: Any, **fields: Any) -> dict[str, Any]:
+        from tortoise_jax import commands
+
+        return commands.prepare(*arguments, **fields)
+
+
+sys.modules[__name__].__class__ = _Module
 
 
 if __name__ == "__main__":

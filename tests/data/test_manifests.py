@@ -131,6 +131,121 @@ def test_tables_of_xtts_trainers(tmp_path):
     assert short(root, read(root / "metadata_train.csv")) == [(2, "wavs/a.wav", "One", "coqui", "")]
 
 
+def test_csv_as_a_german_spreadsheet_saves_it(tmp_path):
+    content = 'Audio;Text;Split\nwavs/a.wav;"Eins; ""zwei""";Train\nwavs/b.wav;Drei, vier;\nc.wav;zu;viel;hier\n'
+    root = tree(tmp_path / "anna", {"data.csv": content})
+    assert recognise(root / "data.csv") == "table"
+    lines = read(root / "data.csv")
+    assert short(root, lines)[:2] == [
+        (2, "wavs/a.wav", 'Eins; "zwei"', "anna", "train"),
+        (3, "wavs/b.wav", "Drei, vier", "anna", ""),
+    ]
+    assert lines[2].detail == "4 columns, the header has 3 (audio, text, split)"
+    tree(root, {"broken.csv": 'Audio;Text\na.wav;"Eins\nb.wav;Zwei\n'})
+    with pytest.raises(UserError, match=r"broken.csv:2: not a row of csv \(unexpected end of data\)"):
+        read(root / "broken.csv")
+
+
+AUDIO_FOLDERS = {
+    "metadata.csv": (
+        'File_Name,Transcription,speaker_id\na.wav,"One, two",ann\nb,Three,\ngone.mp3,Four,\nc.wav\n',
+        "file_name,text\nd.wav,Five\n",
+        "1 column, the header has 3 (file_name, transcription, speaker_id)",
+    ),
+    "metadata.jsonl": (
+        '\n{"file_name": "a.wav", "transcription": "One, two", "speaker_id": "ann"}\n'
+        '{"file_name": "b", "transcription": "Three", "label": 1}\n{"file_name": "gone.mp3", "transcription": "Four"}\n'
+        '{"file_name": "c.wav", "label": 3}\n',
+        '\n{"file_name": "d.wav", "text": "Five"}',
+        'expected an object with strings "file_name" and "transcription"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUDIO_FOLDERS)
+def test_hugging_faces_audio_folder(tmp_path, name):
+    trained, held_out, detail = AUDIO_FOLDERS[name]
+    recordings = ("train/a.wav", "train/b.flac", "train/left_out.wav", "test/d.wav")
+    files = {f"data/train/{name}": trained, f"data/test/{name}": held_out}
+    root = tree(tmp_path / "voice", files | {f"data/{recording}": "" for recording in recordings})
+    (one,) = read_inputs([root])
+    assert one.format == recognise(root) == recognise(root / "data" / "train" / name) == "audiofolder"
+    assert short(root, one.clips)[:4] == [
+        (2, "data/test/d.wav", "Five", "voice", "validation"),
+        (2, "data/train/a.wav", "One, two", "ann", "train"),
+        (3, "data/train/b.flac", "Three", "voice", "train"),
+        (4, "data/train/gone.mp3", "Four", "voice", "train"),
+    ]
+    assert [(clip.number, clip.reason, clip.detail) for clip in one.clips[4:]] == [(5, "malformed line", detail)]
+    assert one.warnings == [f"{root}: 1 recording is in no line of {name}, e.g. left_out.wav"]
+
+
+def test_an_audio_folder_without_transcripts_is_said(tmp_path):
+    root = tree(tmp_path, {"metadata.csv": "file_name,label\na.wav,3\n", "a.wav": ""})
+    with pytest.raises(UserError, match='no column "transcription"; expected a header with file_name'):
+        read(root, "audiofolder")
+
+
+def test_manifests_of_nemo(tmp_path):
+    rows = [
+        {"audio_filepath": "a.wav", "text": "One", "duration": 2.5},
+        {"audio_filepath": "long.wav", "text": "Two", "duration": 1.5, "offset": 3, "speaker": 7},
+        {"audio_filepath": "long.wav", "text": "Three", "offset": 3},
+        {"audio_filepath": "long.wav", "text": "Four", "duration": "1", "offset": 3},
+        {"audio_filepath": "long.wav", "text": "Five", "duration": 10**400, "offset": 0.5},
+        {"audio_filepath": "long.wav", "text": "Six", "duration": 1.5, "offset": -(10**400)},
+        {"audio_filepath": "b.wav"},
+    ]
+    content = "\n".join(json.dumps(row) for row in rows) + "\n{oops\n"
+    root = tree(tmp_path / "voice", {"train_manifest.json": content, "val.jsonl": json.dumps(rows[0])})
+    assert recognise(root / "train_manifest.json") == "nemo"
+    lines = read(root / "train_manifest.json")
+    assert short(root, lines)[:2] == [(1, "a.wav", "One", "voice", ""), (2, "long.wav", "Two", "7", "")]
+    assert [(line.start, line.end) for line in lines][:2] == [(None, None), (3.0, 4.5)]
+    assert [line.detail.split(":")[0][:26] for line in lines[2:]] == [
+        "from 3 to None",
+        "from 3 to '1'",
+        "from 0.5 to 10000000000000",
+        "from -10000000000000000000",
+        "expected an object with st",
+        "not JSON (Expecting proper",
+    ]
+    assert recognise(root / "val.jsonl") == "nemo"
+    assert read(root / "val.jsonl")[0].split == "validation"
+
+
+def test_metadata_may_name_paths(tmp_path):
+    content = "wavs/a.wav|One\nwavs/b|Two\nc|Three\nwavs/gone.wav|Four\nwavs/e.wav\n"
+    files = {"metadata.csv": content, **dict.fromkeys(("wavs/a.wav", "wavs/b.flac", "wavs/c.wav", "wavs/e.wav"), "")}
+    root = tree(tmp_path / "ann", files)
+    assert recognise(root) == "ljspeech"
+    (one,) = read_inputs([root])
+    assert short(root, one.clips) == [
+        (1, "wavs/a.wav", "One", "ann", ""),
+        (2, "wavs/b.flac", "Two", "ann", ""),
+        (3, "wavs/c.wav", "Three", "ann", ""),
+        (4, "wavs/gone.wav", "Four", "ann", ""),
+        (5, "wavs/e.wav", "", "ann", ""),
+    ]
+    assert one.clips[4].reason == "malformed line"
+    assert one.warnings == []
+
+
+def test_what_macos_leaves_beside_recordings_is_none(tmp_path):
+    files = dict.fromkeys(("a.wav", "._a.wav", "._a.txt", "__MACOSX/._b.mp3", "._c.txt"), "")
+    root = tree(tmp_path, {**files, "a.txt": "One"})
+    assert [(clip.audio.name, clip.text) for clip in read(root)] == [("a.wav", "One")]
+
+
+def test_a_folder_of_the_datasets_library_says_how_to_write_it_out(tmp_path):
+    root = tree(tmp_path / "saved", {"train/data-00000-of-00001.arrow": "", "dataset_dict.json": "{}"})
+    with pytest.raises(UserError, match=rf"write it out: python -c .*load_from_disk\('{root}'\)"):
+        read(root)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1\x00\xff")
+    with pytest.raises(UserError, match=r"x.parquet: is a Parquet or Arrow file; give the folder it is in"):
+        read(tmp_path / "x.parquet")
+
+
 def test_jsonl(tmp_path):
     rows = [
         {"audio": "a.wav", "text": "One", "speaker": "ann", "split": "test"},

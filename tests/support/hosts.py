@@ -62,14 +62,14 @@ def steps() -> None:
 
 def stop() -> None:
     """Steps of unequal length, until one host is asked to stop."""
-    interrupted = stopping.on_signals()
-    for step in range(1, 10**9):
-        time.sleep(0.01 * (1 + parallel.process_index()))
-        if step == 5:
-            say("stepping")
-        if parallel.stop_requested(step, interrupted()):
-            say(f"stopped after step {step}")
-            return
+    with stopping.on_signals() as interrupted:
+        for step in range(1, 10**9):
+            time.sleep(0.01 * (1 + parallel.process_index()))
+            if step == 5:
+                say("stepping")
+            if parallel.stop_requested(step, interrupted()):
+                say(f"stopped after step {step}")
+                return
 
 
 def fail() -> None:

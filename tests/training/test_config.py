@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import ar, dvae
 from tests.support import runs
 from tortoise_jax.errors import UserError
-from tortoise_jax.training import config, dvae_run, presets, schemas
+from tortoise_jax.training import config, dvae_run, field_help, presets, schemas
 
 SCHEMA = schemas.ar_schema(ar.get_config)
 ROOT = Path(__file__).parents[2]
@@ -149,7 +153,47 @@ def test_train_ends_in_one_line() -> None:
 def test_help_names_every_field() -> None:
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert not [name for name in config.flat(ar.get_config()) if f"--config.{name}=" not in done.stdout]
+    shown = done.stdout.replace("'--config", "--config")
+    assert not [name for name in config.flat(ar.get_config()) if f"\n  --config.{name}=" not in shown]
+    assert "clips per step, over all devices" in shown
+    prose = [line for line in done.stdout.splitlines() if "--config." not in line]
+    assert max(map(len, prose)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("made", "schema", "fill"),
+    [(ar, SCHEMA, presets.fill), (dvae, schemas.dvae_schema(dvae.get_config), dvae_run.fill)],
+)
+def test_help_is_the_configurations_own_comments(
+    made: Any, schema: config.Schema, fill: Callable[[ConfigDict, int], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for every field; and every line that is shown can be typed."""
+    found = field_help.fields_help(made.get_config)
+    fields = config.flat(made.get_config())
+    assert found.keys() == fields.keys()
+    assert not [name for name, about in found.items() if len(about.comment) < 10]
+    source = Path(made.__file__).read_text()
+    assert found["seed"].comment in source
+    assert found["optimizer.name"].group.startswith("Optimiser")
+    assert found["steps"].group == "How long, in which portions."
+    assert found["batch_size"].group == ""
+    chosen = made.get_config()
+    fill(chosen, 300)
+    page = field_help.page(made.get_config, fields, config.flat(chosen), 300)
+    assert "Chosen by the data set; here for 300 clips." in page
+    typed = [shlex.split(line)[0] for line in page.splitlines() if line.startswith(("  --config", "  '--config"))]
+    assert f"--config.steps={chosen.steps}" in typed
+    assert len(typed) == len(fields)
+    monkeypatch.chdir(ROOT)
+    config.check_overrides(["train.py", "--config", schema.file, *typed], schema)
+
+
+def test_comments_of_several_lines_and_above_a_field() -> None:
+    found = field_help.fields_help(dvae.get_config)["revive_below"]
+    assert found.group == ""
+    assert found.comment.startswith("A code picked less often per step than this, on average, is moved onto")
+    assert found.comment.endswith("0 from a checkpoint, whose codes have a meaning.")
+    assert field_help.fields_help(ar.get_config)["prompts"].comment.startswith("what the drafts say")
 
 
 @pytest.mark.parametrize("clips", [1, 8, 40, 180, 700, 5000, 50_000])

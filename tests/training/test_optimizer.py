@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from optax import MaskedNode
 
 from tests.support import small, torch_reference
 from tests.support.parity import STACK, Tree, Twin, absolute_error, apart, assert_close, voice_tree, voice_twin
@@ -21,6 +23,7 @@ from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.training.optimizer import (
     OptimizerConfig,
+    applied_steps,
     group_labels,
     group_norms,
     learning_rate_schedule,
@@ -28,6 +31,7 @@ from tortoise_jax.training.optimizer import (
     merge,
     paths,
     split,
+    swapped,
 )
 from tortoise_jax.training.step import StepConfig, initial_state, train_step
 
@@ -306,3 +310,34 @@ def test_cosine_schedule_ends_at_zero() -> None:
 def test_bad_settings_are_named(config: OptimizerConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_optimizer(config, small.params())
+
+
+# --- the average of the parameters ------------------------------------------------------------------------------------
+
+
+def test_the_average_follows_the_parameters_and_changes_no_step() -> None:
+    """Against a plain loop; frozen parameters have none; a decay that rises forgets the start."""
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": rng.standard_normal((2, 3), np.float32)}, "b": {"bias": np.ones(3, np.float32)}}
+    plain = OptimizerConfig(learning_rate=0.1, schedule="constant", freeze="b/.*")
+    averaging = dataclasses.replace(plain, ema=0.9)
+    makers = [make_optimizer(config, params) for config in (plain, averaging)]
+    states, current = [maker.init(params) for maker in makers], [params, params]
+    mean = params["a"]["kernel"]
+    for step in range(1, 120):
+        gradient = {"a": {"kernel": rng.standard_normal((2, 3), np.float32)}, "b": {"bias": MaskedNode()}}
+        for i, maker in enumerate(makers):
+            trained, frozen = split(current[i], "b/.*")
+            with jax.numpy_dtype_promotion("standard"):  # as in `train_step`
+                updates, states[i] = maker.update(gradient, states[i], trained)
+            current[i] = merge(optax.apply_updates(trained, updates), frozen)
+        kept = min(0.9, (1 + step) / (10 + step))
+        mean = kept * mean + (1 - kept) * np.asarray(current[1]["a"]["kernel"])
+    np.testing.assert_array_equal(current[0]["a"]["kernel"], current[1]["a"]["kernel"])
+    assert applied_steps(states[1]) == 119
+    shown, kept_back = swapped(current[1], states[1])
+    np.testing.assert_allclose(shown["a"]["kernel"], mean, rtol=1e-4)
+    np.testing.assert_array_equal(shown["b"]["bias"], params["b"]["bias"])
+    assert np.abs(shown["a"]["kernel"] - current[1]["a"]["kernel"]).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, swapped(shown, kept_back), (current[1], states[1]))
+    assert swapped(current[0], states[0]) == (current[0], states[0]), "a run without an average"

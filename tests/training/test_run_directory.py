@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -285,6 +288,54 @@ def test_a_report_names_what_to_do(tmp_path: Path) -> None:
     assert "None were made" in page
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["best_step"], summary["steps"]) == (4, 20)
+
+
+def test_a_report_shows_epochs_the_rate_and_every_draft(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, writes=True)
+    (tmp_path / "samples").mkdir()
+    for step in range(1, 41):
+        losses = dict.fromkeys(("mel", "text", "stop", "total"), 5.0 - 0.1 * step)
+        history.add("train", step, losses | {"learning_rate": 1e-5})
+        history.add("validation", step, dict.fromkeys(("mel", "text", "stop", "total"), 5.0 - 0.05 * step))
+        for prompt in ("Yes.", "<No>."):
+            file = f"samples/{step}-{len(prompt)}.wav"
+            (tmp_path / file).write_bytes(b"RIFF" + bytes([step]))
+            sample = {"prompt": prompt, "voice": "ann", "recording": "samples/ann.wav", "file": file}
+            history.add("sample", step, sample | {"stopped": step > 20, "trailing_silence": 0.5})
+    (tmp_path / "samples" / "ann.wav").write_bytes(b"RIFF of the recording")
+    (tmp_path / "voices").mkdir()
+    (tmp_path / "voices" / "ann.npz").touch()
+    data = {"train hours": "0:12:34", "steps per epoch": 5}
+    report.write(tmp_path, history, "finished", {}, data)
+    page = (tmp_path / "report.html").read_text()
+    (table,) = re.findall(r"<div class=wide><table>(.*?)</table>", page)
+    head, *rows = table.split("<tr>")[1:]
+    steps = [int(step) for step in re.findall(r"step (\d+)", head)]
+    assert head.startswith("<th>text<th>voice<th>recording<th>step 1<th>")
+    assert (len(steps), steps[-1], steps) == (report.MOST_STEPS, 40, sorted(set(steps)))
+    assert "Shown are 12 of 40 steps; all are in samples/." in page
+    assert [row.split("<td>")[1] for row in rows] == ["&lt;No&gt;.", "Yes."]
+    recording = base64.b64encode(b"RIFF of the recording").decode()
+    assert all(row.count("<audio") == 13 and row.count(recording) == 1 for row in rows)
+    assert rows[0].count("did not stop") == sum(step <= 20 for step in steps)
+    assert "0:12:34" in page
+    assert f"--voice {tmp_path}/voices/ann.npz" in page
+    assert "Held-out and training losses part: the gap between them has grown by" in page
+    (svg,) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert svg.count("<!-- epoch -->") == 4
+    assert "<!-- learning rate -->" in svg
+
+
+def test_losses_that_part_are_mentioned_and_others_are_not() -> None:
+    training = [(step, 4.0 - 0.1 * step) for step in range(1, 13)]
+    together = [(step, 4.3 - 0.1 * step) for step in (0, 3, 6, 9, 12)]
+    apart = [(0, 4.3), (3, 4.0), (6, 3.9), (9, 3.85), (12, 3.83)]
+    assert run_directory.parting(together, training) == ""
+    assert run_directory.parting(apart[:3], training) == "", "two gaps are no trend"
+    line = run_directory.parting(apart, training)
+    assert line.startswith("Held-out and training losses part: the gap between them has grown by 0.73 since step 3.")
+    assert run_directory.parting([(0, 4.3), (3, math.nan), (6, 3.9), (9, 3.8)], training) == ""
+    assert run_directory.parting([], training) == run_directory.parting(apart, []) == ""
 
 
 def test_a_step_that_was_not_finite_is_replayed_from_its_file(tmp_path: Path) -> None:

@@ -46,12 +46,15 @@ ACCEPTED: Rejection = ("", "")
 
 @dataclasses.dataclass(frozen=True)
 class ClipLimits:
-    """The longest clip, in seconds, and the longest text, in tokens. trim_silence: silent ends do not count, for they
-    are cut off."""
+    """The longest clip, in seconds, and the longest text, in tokens; how recordings are heard.
+
+    trim_silence: silent ends do not count, for they are cut off. channel: what is read of several, see `read_audio`.
+    """
 
     seconds: float = MAX_SECONDS
     text_tokens: int = MAX_TEXT
     trim_silence: bool = False
+    channel: int | str = 1
 
 
 # --- clips with their sounds ------------------------------------------------------------------------------------------

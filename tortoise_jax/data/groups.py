@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -90,10 +91,8 @@ def encode_all(
     codes_key = digest_of([shards.LAYOUT, pretrained.dvae.digest, audio])
     groups = grouped(recordings, group_size)
     # The names in it are those of the first data sets: a key must not change while what it stands for does not.
-    settings = {
-        "codes": codes_key,
-        "hearing": {"max_seconds": limits.seconds, "trim_silence": limits.trim_silence},
-    }
+    hearing: dict[str, Any] = {"max_seconds": limits.seconds, "trim_silence": limits.trim_silence}
+    settings = {"codes": codes_key, "hearing": hearing | ({} if limits.channel == 1 else {"channel": limits.channel})}
     keys = [shards.group_key(group, settings) for group in groups]
     parallel.check_same_code()
     parallel.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB
+from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB, channel_of
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
-from tortoise_jax.data import dataset, report, shards
+from tortoise_jax.data import dataset, report, shards, transcription
 from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLimits, filter_clips
 from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_of, with_sounds
 from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION, VALIDATION_PART, assign_splits, moved_to_validation
-from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.errors import UserError
 from tortoise_jax.files import LOCK, is_partial
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
-from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, record
+from tortoise_jax.text.cleaners import DEFAULT, check_cleaner, record
 from tortoise_jax.text.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
@@ -32,7 +33,7 @@ class Options:
     """The choices of a preparation, named as the flags of the command line.
 
     None stands for: the format that is recognised; DLAS's limits, or the model's where it holds less; the checkpoint's
-    tokenizer; one worker per processor.
+    tokenizer; transcripts that are there; the language that is heard; one worker per processor.
     """
 
     format: str | None = None
@@ -40,15 +41,22 @@ class Options:
     max_text: int | None = None
     max_rejected: float = MAX_REJECTED
     trim_silence: bool = False
+    channel: int | str = 1
     cleaner: str = DEFAULT
-    tokenizer: Path | None = None
+    tokenizer: str | Path | None = None
     validation: float = VALIDATION_PART
     seed: int = 0
+    transcribe: str | Path | None = None
+    language: str | None = None
     workers: int | None = None
     group: int = GROUP
 
     def check(self) -> None:
-        """Raises UserError for a value out of its range."""
+        """Raises UserError for a value of another type or out of its range."""
+        for name, hint in typing.get_type_hints(Options).items():
+            value, numbers = getattr(self, name), hint | int if float in (hint, *typing.get_args(hint)) else hint
+            if not isinstance(value, numbers) or (isinstance(value, bool) and hint is not bool):
+                raise UserError(f"--{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
         ranges = {
             "max_rejected": (0, 1),
             "validation": (0, 0.9),
@@ -58,9 +66,8 @@ class Options:
             "seed": (0, 2**31 - 1),
             "group": (1, 2**20),
         }
-        if self.cleaner not in CLEANERS:
-            near = did_you_mean(self.cleaner, CLEANERS)
-            raise UserError(f"--cleaner {self.cleaner}: there is none{near}, choose {', '.join(CLEANERS)}")
+        check_cleaner(self.cleaner, "--cleaner")
+        channel_of(self.channel, "--channel")
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -81,10 +88,23 @@ def prepare(
     options.check()
     out = Path(out)
     check_out(out)
-    inputs = read_inputs(_paths(data), options.format)
+    paths = _paths(data)
+    if options.transcribe is not None:
+        paths = [transcribed(paths, out, options)]
+    inputs = read_inputs(paths, options.format)
     check_inputs(out, inputs)
     with parallel.alone_in(out, "--out"):
         return prepare_inputs(inputs, checkpoint, out, options)
+
+
+def transcribed(paths: Sequence[Path], out: Path, options: Options) -> Path:
+    """The file of what is said in the recordings, beside the data set: made now, or added to."""
+    file = out.with_name(f"{out.name}-transcripts.jsonl")
+    longest = options.max_seconds or MAX_SECONDS
+    model = Path(options.transcribe or "")
+    listening = transcription.Listening(model, options.language, longest, channel_of(options.channel))
+    parallel.on_main(lambda: transcription.transcribe(paths, file, listening))
+    return file
 
 
 def prepare_inputs(
@@ -113,6 +133,8 @@ def prepare_inputs(
 def check(data: Paths, checkpoint: str | Path | None, options: Options = Options()) -> dict[str, Any]:
     """The report of `prepare` without encoding or writing anything; without a checkpoint, for the released model."""
     options.check()
+    if options.transcribe is not None:
+        raise UserError("--check with --transcribe: transcripts are written beside --out, so leave one of them out")
     inputs = read_inputs(_paths(data), options.format)
     pretrained = load_pretrained(checkpoint, parts=()) if checkpoint else None
     config = ar_config(pretrained) if pretrained else RELEASED
@@ -135,28 +157,28 @@ def limits_of(config: UnifiedVoiceConfig | None, options: Options) -> ClipLimits
 
     Raises UserError if more is asked for than they hold.
     """
-    trim = options.trim_silence
+    trim, channel = options.trim_silence, channel_of(options.channel)
     if config is None:  # a dVAE alone
-        return ClipLimits(options.max_seconds or MAX_SECONDS, options.max_text or MAX_TEXT, trim)
+        return ClipLimits(options.max_seconds or MAX_SECONDS, options.max_text or MAX_TEXT, trim, channel)
     # Start and stop take one position each; a clip of up to 1024 n - 1 samples has n codes.
     seconds = int(((config.mel_positions - 2) * SAMPLES_PER_CODE - 1) / SAMPLE_RATE * 100) / 100
     tokens = config.text_positions - 2
     for flag, asked, held in (("max_seconds", options.max_seconds, seconds), ("max_text", options.max_text, tokens)):
         if asked is not None and asked > held:
             raise UserError(f"--{flag} {asked:g}: the position table of the checkpoint's AR model holds {held:g}")
-    return ClipLimits(options.max_seconds or min(MAX_SECONDS, seconds), options.max_text or min(MAX_TEXT, tokens), trim)
+    seconds, tokens = options.max_seconds or min(MAX_SECONDS, seconds), options.max_text or min(MAX_TEXT, tokens)
+    return ClipLimits(seconds, tokens, trim, channel)
 
 
-def choose_tokenizer(file: Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
-    """The user's own tokenizer, which must fill the checkpoint's text table, or the checkpoint's."""
+def choose_tokenizer(file: str | Path | None, of_checkpoint: Tokenizer, config: UnifiedVoiceConfig | None) -> Tokenizer:
+    """The user's own tokenizer, or the checkpoint's."""
     if file is None:
         return of_checkpoint
     tokenizer = Tokenizer.from_file(file)
-    if config is not None and tokenizer.vocab_size != config.text_tokens - 1:
-        raise UserError(
-            f"{file}: {tokenizer.vocab_size} tokens, expected {config.text_tokens - 1}: the checkpoint's text table "
-            f"has {config.text_tokens} rows, one of them the start token, and cannot be resized yet; train a "
-            f"tokenizer with a vocabulary of {config.text_tokens - 1}"
+    if config is not None and tokenizer.digest != of_checkpoint.digest:
+        parallel.say(
+            f"tokenizer: {file}, {tokenizer.vocab_size} tokens; the checkpoint has {config.text_tokens - 1} others, so "
+            "train.py changes its text tables"
         )
     return tokenizer
 
@@ -234,6 +256,7 @@ def assess(
         "cleaner": options.cleaner,
         "tokenizer_digest": tokenizer.digest,
         "trim_silence": options.trim_silence,
+        "channel": channel_of(options.channel),
         "max_rejected": options.max_rejected,
         "validation": options.validation,
         "seed": options.seed,

@@ -59,7 +59,7 @@ def load_clips(recording: Recording, limits: ClipLimits, known: frozenset[str] =
     if all(key in known for key in keys):
         return [(Sound(key), None) for key in keys]
     try:
-        waveform = read_audio(recording.path)
+        waveform = read_audio(recording.path, limits.channel)
     except UserError as error:
         reason = Reason.UNREADABLE if recording.path.exists() else Reason.MISSING
         return _all_rejected(keys, reason, str(error).removeprefix(f"{recording.path}: "))
@@ -96,7 +96,8 @@ def file_digest(path: Path) -> str:
 
 def sound_key(digest: str, span: Span, limits: ClipLimits) -> str:
     where = "" if span is None else f"@{span[0]:.3f}-{span[1]:.3f}"
-    return f"{digest}{where}{'~trimmed' if limits.trim_silence else ''}"
+    channel = "" if limits.channel == 1 else f"~{limits.channel}"
+    return f"{digest}{where}{'~trimmed' if limits.trim_silence else ''}{channel}"
 
 
 def cut(recording: np.ndarray, span: Span) -> np.ndarray:

@@ -16,7 +16,7 @@ from tortoise_jax.data.clips import Clip
 from tortoise_jax.data.filters import Reason
 from tortoise_jax.data.manifests import Input
 from tortoise_jax.data.splits import SPLITS, VALIDATION
-from tortoise_jax.errors import count_of, escaped
+from tortoise_jax.errors import count_of, escaped, hours_in_words
 from tortoise_jax.files import write_atomically
 from tortoise_jax.text.cleaners import letters_changed
 
@@ -183,8 +183,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _cells(amount: dict[str, Any]) -> tuple[str, str]:
-    minutes, seconds = divmod(round(amount["hours"] * 3600), 60)
-    return f"{amount['lines']}", f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return f"{amount['lines']}", hours_in_words(amount["hours"])
 
 
 def _inputs(report: dict[str, Any]) -> str:

@@ -124,6 +124,7 @@ class DiscreteVAE(nn.Module):
     config: DVAEConfig
 
     def setup(self) -> None:
+        """Its layers, named after the torch keys."""
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         self.codebook = Codebook(self.config)

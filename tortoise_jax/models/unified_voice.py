@@ -69,6 +69,7 @@ class UnifiedVoice(nn.Module):
     compute: Compute = Compute()
 
     def setup(self) -> None:
+        """Its layers, named after the torch keys."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         self.conditioning_encoder = ConditioningEncoder(c.width, c.conditioning_layers, c.heads, self.compute)
         self.text_embedding = nn.Embed(c.text_tokens, c.width, dtype=dtype)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from tortoise_jax.audio import (
-    AUDIO_SUFFIXES,
     SILENT_DB,
     crop_conditioning,
     diffusion_clip,
@@ -26,6 +25,7 @@ from tortoise_jax.audio import (
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
+from tortoise_jax.decoders import AUDIO_SUFFIXES, is_recording
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import check_readable, write_atomically
 from tortoise_jax.models.compiled import apply
@@ -106,7 +106,7 @@ def find_clips(source: Path) -> list[Path]:
         raise UserError(f"voice {source} does not exist; give a folder of clips, one clip, a saved .npz, or random")
     if not source.is_dir():
         return [source]
-    clips = sorted(path for path in source.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    clips = sorted(path for path in source.iterdir() if is_recording(path) and path.is_file())
     if not clips:
         raise UserError(f"voice {source} holds no clips ({', '.join(AUDIO_SUFFIXES)}); a few of 6 s or more are best")
     return clips

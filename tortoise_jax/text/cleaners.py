@@ -78,6 +78,13 @@ def recorded(about: Mapping[str, Any]) -> str:
     return str(about.get(RECORDED, before.get(stated, stated)))
 
 
+def check_cleaner(cleaner: str, flag: str) -> None:
+    """Raises UserError for a name that is no cleaner's. flag: by which the user gave it."""
+    if cleaner not in CLEANERS:
+        near = did_you_mean(cleaner, CLEANERS)
+        raise UserError(f"{flag} {cleaner}: there is none{near}, choose {', '.join(CLEANERS)}")
+
+
 def clean(text: str, cleaner: str) -> str:
     """`text`, cleaned by the cleaner of this name; UserError if there is no such cleaner."""
     if cleaner not in CLEANERS:

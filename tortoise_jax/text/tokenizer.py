@@ -133,6 +133,10 @@ class Tokenizer:
             raise UserError(f"text id {id_} is not in the tokenizer, which has ids 0 to {self.vocab_size - 1}")
         return {STOP: "", SPACE: " "}.get(token, token)
 
+    def token(self, id_: int) -> str:
+        """The token of an id, specials by their names; "" where there is none."""
+        return self._tokenizer.id_to_token(id_) or ""
+
     def unknown_characters(self, text: str, cleaner: str = DEFAULT) -> list[str]:
         """The characters of the cleaned text that no token contains, in order, each once.
 

@@ -21,7 +21,7 @@ from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
 from tortoise_jax.text.cleaners import record, recorded
-from tortoise_jax.training import estimate, presets, report, schemas
+from tortoise_jax.training import estimate, presets, report, schemas, text_tables
 from tortoise_jax.training.drafts import fixed_voices, make_drafter
 from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.kinds import Kind
@@ -77,10 +77,16 @@ def find_data(settings: ConfigDict, pretrained: Pretrained) -> tuple[Dataset, Pr
 
 def with_text_of(dataset: Dataset, pretrained: Pretrained) -> Pretrained:
     """The checkpoint with the data set's tokenizer and cleaner, which the run and its export must carry."""
-    if dataset.header["own_tokenizer"]:
-        parallel.say("tokenizer: the data set's own, saved with the run")
-    source = pretrained.source | record(recorded(dataset.header))
-    return dataclasses.replace(pretrained, tokenizer=dataset.tokenizer(), source=source)
+    tokenizer, source = dataset.tokenizer(), pretrained.source | record(recorded(dataset.header))
+    if tokenizer.digest != pretrained.tokenizer.digest:
+        before, rows = pretrained.tokenizer, pretrained.ar.config.text_tokens
+        pretrained = text_tables.with_tokenizer(pretrained, tokenizer)
+        parallel.say(
+            f"tokenizer: the data set's own, saved with the run; its text tables have "
+            f"{pretrained.ar.config.text_tokens} rows, the checkpoint's {rows}: {text_tables.kept(before, tokenizer)} "
+            "tokens keep theirs"
+        )
+    return dataclasses.replace(pretrained, tokenizer=tokenizer, source=source)
 
 
 def check_room(dataset: Dataset, model: UnifiedVoiceConfig) -> None:

@@ -19,11 +19,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.training import field_help
 
 LARGEST = 2**31 - 1  # of 32 bits: a larger step overflows, a larger seed wraps
 ONE_OR_MORE = (1, LARGEST)
 ZERO_OR_MORE = (0, LARGEST)
 
+EXAMPLE_CLIPS = 300  # the data set for which --help shows what is chosen by its size
 KINDS = {"bool": "truth value (true or false)", "int": "whole number", "string": "text"}
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the configuration, e.g. configs/ar.py", lock_config=True)
@@ -171,15 +173,19 @@ def root_cause(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def show_help_and_exit(argv: list[str], schema: Schema) -> None:
-    """--help lists this program's own flags and the fields of the configuration, not absl's hundred."""
+def show_help_and_exit(argv: list[str], schema: Schema, fill: Callable[[ConfigDict, int], object]) -> None:
+    """--help lists this program's own flags and the fields of the configuration, not absl's hundred.
+
+    fill: chooses what a configuration leaves open, for a data set of so many clips.
+    """
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         print("usage: python train.py --config FILE [--config.FIELD=VALUE …] [--workdir RUN]\n")
         for name in ("config", "workdir", "plan", "topology", "replay", "coordinator", "num_processes", "process_id"):
             print(f"  --{name:14} {FLAGS[name].help}")
-        print(f"\nfields, with the values of {schema.file} (its comments say what each is for):\n")
-        for name, value in flat(schema.defaults()).items():
-            print(f"  --config.{name}={value}")
+        example = schema.defaults()
+        fill(example, EXAMPLE_CLIPS)
+        print(f"\nfields, as they are typed, with the values and in the words of {schema.file}:\n")
+        print(field_help.page(schema.defaults, flat(schema.defaults()), flat(example), EXAMPLE_CLIPS))
         sys.exit(0)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import crop_conditioning, waveform_from_int16
+from tortoise_jax.audio import crop_conditioning, trim_silence, waveform_from_int16
 from tortoise_jax.checkpoints.parts import AR, DIFFUSION, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.data.dataset import Dataset
@@ -65,7 +65,9 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         weights = sampler.SamplerWeights.of(params, config, options.dtype)
         now = decoders.with_part(AR, Part(config, {"params": params}))
         entries: list[dict[str, Any]] = []
-        for voice, clips in speakers.items():
+        for index, (voice, clips) in enumerate(speakers.items()):
+            recording = f"{FOLDER}/voice-{index}-recording.wav"
+            drafts.write_wav(run.folder / recording, trim_silence(clips[0]))
             vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)
             drawn = sampler.sample(weights, config, vectors, text_ids, SEED, options)
@@ -86,6 +88,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
                     {
                         "prompt": prompt,
                         "voice": voice,
+                        "recording": recording,
                         "file": f"{FOLDER}/{name}",
                         "stopped": bool(drawn.stopped[i]),
                         "trailing_silence": trailing_silence(mel, pretrained.mel_norms),

@@ -159,15 +159,15 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         variables = in_collections(config, params)
         for i, mel in zip(clips, mels, strict=True):
             codes = np.asarray(apply(DiscreteVAE(config), "encode", variables, mel[None]))
-            made = {f"through the codes, step {step}": drafts.decode_mel(variables, config, codes)[0][: len(mel)]}
-            if step == 0:
-                made = {"the recording": mel} | made
-            for what, shown in made.items():
-                name = f"{FOLDER}/{dataset.clips[i].id}-{'original' if shown is mel else f'step-{step:06d}'}.wav"
-                waveform = drafts.draft_waveform(shown, norms)
-                drafts.write_wav(run.folder / name, waveform)
-                run.writer.audio(step, f"{'original' if shown is mel else 'codes'}/{dataset.clips[i].id}", waveform)
-                run.history.add("sample", step, {"prompt": dataset.clips[i].text, "voice": what, "file": name})
+            clip, decoded = dataset.clips[i], drafts.decode_mel(variables, config, codes)[0][: len(mel)]
+            recording, made = f"{FOLDER}/{clip.id}-original.wav", f"{FOLDER}/{clip.id}-step-{step:06d}.wav"
+            for name, tag, shown in ((recording, "original", mel), (made, "codes", decoded)):
+                if tag == "codes" or step == 0:
+                    waveform = drafts.draft_waveform(shown, norms)
+                    drafts.write_wav(run.folder / name, waveform)
+                    run.writer.audio(step, f"{tag}/{clip.id}", waveform)
+            sample = {"prompt": clip.text, "voice": "through the codes", "recording": recording, "file": made}
+            run.history.add("sample", step, sample)
 
     return reconstruct
 

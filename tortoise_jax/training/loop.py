@@ -19,6 +19,7 @@ from tortoise_jax.data.batches import Batch, prefetch
 from tortoise_jax.training import replay, run_directory
 from tortoise_jax.training.drafts import Drafter
 from tortoise_jax.training.feed import Feed
+from tortoise_jax.training.optimizer import swapped
 from tortoise_jax.training.run_directory import Run
 from tortoise_jax.training.step import Objective, TrainState, eval_step, evaluation, train_step
 
@@ -128,17 +129,22 @@ class Loop:
         speech = self.config.speech_seconds(metrics)
         self.run.writer.step(step, values, headline, clips=everywhere, speech=speech, log=log)
         by_name = {name.rpartition("/")[2]: value for name, value in values.items()}
-        self.run.history.add("train", step, {name: by_name[name] for name in (*self.config.curves, "total")})
+        self.run.history.add(
+            "train", step, {name: by_name[name] for name in (*self.config.curves, "total", run_directory.RATE)}
+        )
         return bool(values["finite"])
 
     def evaluate(self, step: int, state: TrainState) -> float | None:
-        """The loss over all held-out clips, the same every time; None where there are none."""
-        loss = None
+        """The loss over all held-out clips, the same every time; None where there are none.
+
+        Of the average of the parameters, where the run has one.
+        """
+        loss, (params, _) = None, swapped(state.params, state.opt_state)
         batches = self.feed.validation.batches_per_epoch
         if batches:
             totals: dict[str, np.ndarray] = {}
             ahead = prefetch(placed_by(self.feed.validation_batch), range(batches))
-            for sums in one_behind(parallel.call(self.eval_fn, state.params, placed) for _, placed in ahead):
+            for sums in one_behind(parallel.call(self.eval_fn, params, placed) for _, placed in ahead):
                 totals = {name: totals.get(name, 0) + value for name, value in parallel.first_copy(sums).items()}
             losses = evaluation(self.config, totals)
             loss = losses["total"]
@@ -148,7 +154,7 @@ class Loop:
             self.run.writer.say(f"step {step}: held-out loss: {curves}")
             self.remark()
         if self.drafter and (step == 0 or self.due(step, self.settings.sample_every)):
-            self.drafter(step, parallel.first_copy(state.params), self.run)
+            self.drafter(step, parallel.first_copy(params), self.run)
         return loss
 
     def remark(self) -> None:
@@ -170,7 +176,7 @@ class Loop:
     def save(self, step: int, state: TrainState, loss: float | None) -> None:
         host = parallel.first_copy(state)
         progress = {"step": step, "skipped": int(host.skipped)}
-        self.run.checkpoints.save(step, host.params, host.opt_state, progress, loss)
+        self.run.checkpoints.save(step, *swapped(host.params, host.opt_state), progress, loss)
 
 
 def placed_by(make: Callable[[int], Batch]) -> Callable[[int], tuple[Batch, Any]]:

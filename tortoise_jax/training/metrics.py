@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import time
@@ -14,6 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.errors import UserError, first_line
+from tortoise_jax.files import write_atomically
 
 SMOOTHING = 0.9
 SECONDS_PER_LINE = 60  # where the progress goes into a file
@@ -32,11 +35,32 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
-class MetricWriter:
-    """Writes for the main host; silent on the others."""
+WANDB_ID = "wandb.txt"  # of a run's directory: by it a run that goes on is the same one at Weights & Biases
 
-    def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
+
+def check_wandb(project: str) -> None:
+    """Raises UserError where a project is named and wandb is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError("config.wandb needs wandb: pip install 'tortoise_jax[wandb]'")
+
+
+class MetricWriter:
+    """Writes for the main host; silent on the others.
+
+    wandb: a project of Weights & Biases to write to as well, "" for none; settings: what it shows of the run.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        first_step: int,
+        steps: int,
+        active: bool,
+        wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.active = active
+        self.wandb = begin_wandb(run, wandb, dict(settings or {})) if active and wandb else None
         self.writer = summary_writer()(str(run / "tensorboard"), purge_step=first_step or None) if active else None
         self.bar = tqdm(
             total=steps,
@@ -58,6 +82,8 @@ class MetricWriter:
         self.bar.close()
         if self.writer:
             self.writer.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if error is None else 1)
 
     def say(self, line: str) -> None:
         if self.active:
@@ -94,7 +120,27 @@ class MetricWriter:
             for name, value in values.items():
                 if math.isfinite(value):  # TensorBoard warns of others, in many lines
                     self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
 
     def audio(self, step: int, name: str, waveform: np.ndarray, rate: int = SAMPLE_RATE) -> None:
         if self.writer and len(waveform):
             self.writer.add_audio(name, waveform[:, None], step, sample_rate=rate)
+        if self.wandb and len(waveform):
+            import wandb
+
+            self.wandb.log({name: wandb.Audio(waveform, sample_rate=rate)}, step=step)
+
+
+def begin_wandb(run: Path, project: str, settings: dict[str, Any]) -> Any:
+    """The run at Weights & Biases; the one that this directory has begun there, where it has. Raises UserError."""
+    import wandb
+
+    file = run / WANDB_ID
+    known = file.read_text().strip() if file.exists() else None
+    try:
+        begun = wandb.init(project=project, name=run.name, id=known, resume="allow", dir=str(run), config=settings)
+    except wandb.Error as error:  # no key, no network
+        raise UserError(f"config.wandb={project}: {first_line(error)}") from None
+    write_atomically(file, f"{begun.id}\n")
+    return begun

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ class OptimizerConfig:
 
     milestones: steps after which the rate is multiplied by gamma ("stepped"). warmup: steps of linear rise from 0.
     total_steps: where "cosine" reaches 0. clip_norm: the largest gradient norm of each group.
-    freeze: a regular expression; parameters whose whole path it matches are not trained.
+    freeze: a regular expression; parameters whose whole path it matches are not trained. ema: how much of their mean is
+    kept per step, see `averaging`; 0 for none.
     """
 
     name: str = "adamw"
@@ -42,6 +43,7 @@ class OptimizerConfig:
     weight_decay: float = 1e-2
     clip_norm: float = 4.0
     freeze: str = ""
+    ema: float = 0.0
 
 
 def paths(tree: Tree) -> Tree:
@@ -131,7 +133,48 @@ def make_optimizer(config: OptimizerConfig, params: Tree) -> optax.GradientTrans
 
     # "frozen" has no state, but its name is in the states on disk.
     groups = {"decayed": group(config.weight_decay), "undecayed": group(0.0), "frozen": optax.set_to_zero()}
-    return optax.partition(groups, group_labels(params, config.freeze))
+    optimizer = optax.partition(groups, group_labels(params, config.freeze))
+    return averaging(optimizer, config.ema, frozen_marks(params, config.freeze)) if config.ema else optimizer
+
+
+class Averaged(NamedTuple):
+    """The state of `averaging`. average: a tree like the trained parameters."""
+
+    inner: Tree
+    average: Tree
+
+
+def averaging(optimizer: optax.GradientTransformation, decay: float, frozen: Tree) -> optax.GradientTransformation:
+    """The optimiser, and beside it the exponential moving average of the trained parameters.
+
+    The decay rises to `decay` as (1 + n) / (10 + n) over n steps, so that the start is soon forgotten in a short run.
+    """
+    absent = lambda leaf: isinstance(leaf, MaskedNode)
+    copy = lambda leaf, mark: MaskedNode() if mark or absent(leaf) else jnp.array(leaf)
+
+    def init(params: Tree) -> Averaged:
+        return Averaged(optimizer.init(params), jax.tree.map(copy, params, frozen, is_leaf=absent))
+
+    def update(gradient: Tree, state: Averaged, params: Tree) -> tuple[Tree, Averaged]:
+        updates, inner = optimizer.update(gradient, state.inner, params)
+        steps = applied_steps(inner).astype(jnp.float32)
+        kept = jnp.minimum(decay, (1 + steps) / (10 + steps))
+        mean = lambda average, new: kept * average + (1 - kept) * new
+        return updates, Averaged(inner, jax.tree.map(mean, state.average, optax.apply_updates(params, updates)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def swapped(params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
+    """Parameters and optimiser state with the average in the parameters' place and these in its own; its own inverse.
+
+    Without an average both are as they were. What a run evaluates, saves for others and exports is the average.
+    """
+    if not isinstance(opt_state, Averaged):
+        return params, opt_state
+    absent = lambda leaf: isinstance(leaf, MaskedNode)
+    own = jax.tree.map(lambda a, p: a if absent(a) else p, opt_state.average, params, is_leaf=absent)
+    return merge(opt_state.average, params), opt_state._replace(average=own)
 
 
 def applied_steps(opt_state: Tree) -> jax.Array:

@@ -14,12 +14,17 @@ from typing import Any
 
 from tortoise_jax.checkpoints.pretrained import SUMMARY
 from tortoise_jax.files import write_atomically
-from tortoise_jax.training.run_directory import History, best_evaluation, remark
+from tortoise_jax.training.run_data import STEPS_PER_EPOCH
+from tortoise_jax.training.run_directory import RATE, History, best_evaluation, parting, remark
+
+MOST_STEPS = 12  # whose drafts are in the page: it holds their sounds
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h2 { margin-top: 2rem } table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
 vertical-align: top } th { font-weight: 600 } svg { max-width: 100%; height: auto } code { background: #f3f3f3 }
+.wide { overflow-x: auto } .wide td { white-space: nowrap }
+.wide td:first-child { white-space: normal; min-width: 9rem } audio { width: 14rem }
 .remark { background: #fff4d6; padding: .6rem 1rem }
 """
 
@@ -28,37 +33,48 @@ vertical-align: top } th { font-weight: 600 } svg { max-width: 100%; height: aut
 class Subject:
     """What a report is about. panels: curve -> its title, the first one the headline's; axis: what the values are.
 
-    samples: a sentence about what can be listened to. use: what to do with a run's folder, as html.
+    samples: a sentence about what can be listened to. use: what to do with a run, its folder given, as html.
     """
 
     panels: dict[str, str]
     axis: str
     samples: str
-    use: Callable[[str], list[str]]
+    use: Callable[[Path], list[str]]
+
+
+def use_ar_model(run: Path) -> list[str]:
+    folder, voices = html.escape(str(run)), sorted((run / "voices").glob("*.npz"))
+    voice = html.escape(str(voices[0])) if voices else "clips/"
+    return [
+        f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
+        "in the place of <code>autoregressive.pth</code>. Conditioning vectors made with the old weights are stale.",
+        f'Hear it: <code>python -m tortoise_jax.speak --checkpoint {folder} --text "…" --voice {voice} '
+        "--out draft.wav</code>",
+    ]
+
+
+def use_codec(run: Path) -> list[str]:
+    folder = html.escape(str(run))
+    return [
+        f"Prepare data sets with it: <code>python -m tortoise_jax.prepare --checkpoint {folder} …</code>. Those "
+        "prepared with another dVAE hold other codes and are refused.",
+        f"To train an AR model with it: <code>python convert/flax_to_torch.py {folder} --out dvae.pth</code>, then "
+        "<code>python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out …</code>. An AR model "
+        "trained with other codes must be trained on these before it speaks again.",
+    ]
 
 
 AR_MODEL = Subject(
     panels={"mel": "mel (codes)", "text": "text", "stop": "stop token"},
     axis="cross-entropy, nats per token",
     samples="Drafts go through the dVAE and Griffin-Lim: rough, but words, pace and stops can be judged.",
-    use=lambda folder: [
-        f"Use it in TorToiSe: <code>python convert/flax_to_torch.py {folder} --out voice.pth</code>, and put the file "
-        "in the place of <code>autoregressive.pth</code>. Conditioning vectors made with the old weights are stale.",
-        f'Hear it: <code>python -m tortoise_jax.speak --checkpoint {folder} --text "…" --voice clips/ '
-        "--out draft.wav</code>",
-    ],
+    use=use_ar_model,
 )
 CODEC = Subject(
     panels={"recon": "reconstruction", "commit": "commitment", "perplexity": "perplexity of codes"},
     axis="mean error, or codes",
     samples="Both of a pair went through Griffin-Lim, so only what the codes lose is heard between them.",
-    use=lambda folder: [
-        f"Prepare data sets with it: <code>python -m tortoise_jax.prepare --checkpoint {folder} …</code>. Those "
-        "prepared with another dVAE hold other codes and are refused.",
-        f"To train an AR model with it: <code>python convert/flax_to_torch.py {folder} --out dvae.pth</code>, then "
-        "<code>python convert/torch_to_flax.py --dvae dvae.pth --ar autoregressive.pth --out …</code>. An AR model "
-        "trained with other codes must be trained on these before it speaks again.",
-    ],
+    use=use_codec,
 )
 
 
@@ -77,6 +93,7 @@ def summary(
         **{f"validation_{name}": [(s, finite(v)) for s, v in curve] for name, curve in validation.items()},
         "samples": [entry for entry in history.lines if entry["kind"] == "sample"],
         "remark": remark(validation["total"], training),
+        "parting": parting(validation["total"], training),
         "settings": settings,
         "data": data,
     }
@@ -94,8 +111,18 @@ def write(
     data: dict[str, Any],
     subject: Subject = AR_MODEL,
 ) -> None:
+    write_page(run, history, write_summary(run, history, ended, settings, data, subject), subject)
+
+
+def write_summary(
+    run: Path, history: History, ended: str, settings: dict[str, Any], data: dict[str, Any], subject: Subject
+) -> dict[str, Any]:
     facts = summary(history, ended, settings, data, subject)
     write_atomically(run / SUMMARY, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return facts
+
+
+def write_page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -> None:
     write_atomically(run / "report.html", page(run, history, facts, subject))
 
 
@@ -103,7 +130,7 @@ def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -
     name = html.escape(run.name)
     warning = f"<p class=remark>{html.escape(facts['remark'])}</p>" if facts["remark"] else ""
     sections = {
-        "Losses": curves(history, subject),
+        "Losses": curves(history, subject, facts["data"].get(STEPS_PER_EPOCH, 0)) + sentence(facts.get("parting", "")),
         "Drafts": drafts(run, facts["samples"], subject),
         "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts, subject)) + "</ul>",
         "Data": table(facts["data"]),
@@ -138,12 +165,27 @@ def table(values: dict[str, Any]) -> str:
     return "<table>" + "".join(rows) + "</table>"
 
 
-def curves(history: History, subject: Subject) -> str:
-    """Training and held-out losses over steps, as an inline SVG; one panel a stream, since their scales differ."""
+def sentence(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>" if text else ""
+
+
+def curves(history: History, subject: Subject, steps_per_epoch: int) -> str:
+    """Losses and learning rate over steps, and epochs above them, as an inline SVG; a panel each: their scales differ.
+
+    steps_per_epoch: 0 where it is not known.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(subject.panels))
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    *panels, rate = figure.subplots(1, len(subject.panels) + 1)
+    rates = history.curve("train", RATE)
+    if rates:
+        rate.plot(*zip(*rates, strict=True), linewidth=1.5)
+    rate.set(title="learning rate", xlabel="step", ylim=(0, None))
+    rate.grid(alpha=0.3)
+    for axes in (*panels, rate) if steps_per_epoch else ():
+        of_epochs = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+        axes.secondary_xaxis("top", functions=of_epochs).set_xlabel("epoch")
     for axes, (name, title) in zip(panels, subject.panels.items(), strict=True):
         for kind, label, style in (("train", "training", {"alpha": 0.5}), ("validation", "held out", {"marker": "o"})):
             points = history.curve(kind, name)
@@ -160,30 +202,43 @@ def curves(history: History, subject: Subject) -> str:
 
 
 def drafts(run: Path, samples: list[dict[str, Any]], subject: Subject) -> str:
-    """Players for the first and the last drafts; those between are in the run's samples/."""
+    """Players in a table: a row for each text and voice, a column for each step, a recording before
+    them. Of many steps MOST_STEPS, spread over the run; the others are in the run's samples/."""
     if not samples:
         return "<p>None were made.</p>"
-    ends = {min(sample["step"] for sample in samples), max(sample["step"] for sample in samples)}
-    shown = sorted((s for s in samples if s["step"] in ends), key=lambda s: (s["prompt"], s["voice"], s["step"]))
-    rows = []
-    for sample in shown:
-        path = run / sample["file"]
-        data = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
-        player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>' if data else "the file is gone"
-        ending = ""
-        if "stopped" in sample:
-            silence = f"stopped, {sample['trailing_silence']:.1f} s of silence"
-            ending = silence if sample["stopped"] else "did not stop"
-        rows.append(
-            f"<tr><td>{html.escape(sample['prompt'])}<td>{html.escape(sample['voice'])}<td>step {sample['step']}"
-            f"<td>{player}<td>{ending}"
-        )
-    return (
-        f"<p>{subject.samples}</p>"
-        + "<table><tr><th>text<th>voice<th>when<th>draft<th>ending"
-        + "".join(rows)
-        + "</table>"
-    )
+    steps = sorted({sample["step"] for sample in samples})
+    spread = {steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)}
+    shown = steps if len(steps) <= MOST_STEPS else sorted(spread)
+    rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for sample in samples:
+        rows.setdefault((sample["prompt"], sample["voice"]), {})[sample["step"]] = sample
+    recorded = any("recording" in sample for sample in samples)
+    head = ["text", "voice", *(["recording"] if recorded else []), *(f"step {step}" for step in shown)]
+    lines = []
+    for (prompt, voice), by_step in sorted(rows.items()):
+        first = next(iter(by_step.values()))
+        own = [player(run / first["recording"])] if "recording" in first else [""] * recorded
+        made = [player(run / by_step[s]["file"]) + ending(by_step[s]) if s in by_step else "" for s in shown]
+        lines.append([html.escape(prompt), html.escape(voice), *own, *made])
+    left_out = f" Shown are {len(shown)} of {len(steps)} steps; all are in samples/." if len(shown) < len(steps) else ""
+    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{cell}" for cell in row)
+    table = "".join([cells("th", head), *(cells("td", line) for line in lines)])
+    return f"<p>{subject.samples}{left_out}</p><div class=wide><table>{table}</table></div>"
+
+
+def ending(sample: dict[str, Any]) -> str:
+    """How a draft ended, where that is known."""
+    if "stopped" not in sample:
+        return ""
+    silence = f"stopped, {sample['trailing_silence']:.1f} s of silence"
+    return f"<br>{silence if sample['stopped'] else 'did not stop'}"
+
+
+def player(path: Path) -> str:
+    """Plays a wav file, which is inside the page."""
+    if not path.exists():
+        return "the file is gone"
+    return f'<audio controls src="data:audio/wav;base64,{base64.b64encode(path.read_bytes()).decode()}"></audio>'
 
 
 def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:
@@ -192,7 +247,7 @@ def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:
         if not facts["best_step"]:
             return ["There is nothing to use: the run is no better than its start.", again]
         return [f"Use step {facts['best_step']}, from before it diverged: it is what every command takes.", again]
-    lines = subject.use(html.escape(str(run)))
+    lines = subject.use(run)
     totals = [math.inf if loss is None else loss for _, loss in facts["validation_total"]]
     if facts["remark"]:
         lines.append("It overfits: add recordings, or train again with a lower <code>optimizer.learning_rate</code>.")

@@ -13,8 +13,10 @@ from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import CLIPS, TEXT_IDS, Dataset, inputs_of, is_dataset
 from tortoise_jax.data.manifests import read_inputs
 from tortoise_jax.data.preparation import prepare
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, hours_in_words
 from tortoise_jax.training.feed import Feed
+
+STEPS_PER_EPOCH = "steps per epoch"
 
 
 def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
@@ -68,14 +70,16 @@ def digests_of(dataset: Dataset) -> dict[str, str]:
     return {"data_digest": digests[CLIPS], "text_digest": digests[TEXT_IDS]}
 
 
-def describe_data(dataset: Dataset) -> dict[str, Any]:
+def describe_data(dataset: Dataset, feed: Feed) -> dict[str, Any]:
+    """What a run was trained on, for its report; hours as h:mm:ss."""
     clips = {split: [dataset.clips[i] for i in dataset.split(split)] for split in ("train", "validation")}
     hours = {split: sum(clip.samples for clip in part) / SAMPLE_RATE / 3600 for split, part in clips.items()}
     return {
         "data set": str(dataset.path),
         **{f"{split} clips": len(part) for split, part in clips.items()},
-        **{f"{split} hours": round(value, 3) for split, value in hours.items()},
+        **{f"{split} hours": hours_in_words(value) for split, value in hours.items()},
         "speakers": len({clip.speaker for clip in dataset.clips}),
+        STEPS_PER_EPOCH: feed.training.batches_per_epoch,
     }
 
 

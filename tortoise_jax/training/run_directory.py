@@ -8,6 +8,7 @@ steps/           checkpoints                  tensorboard/, samples/, nonfinite/
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -40,10 +41,14 @@ from tortoise_jax.training.metrics import MetricWriter
 
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
-FIXED = ("seed", "batch_size", "save_to", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+FIXED = ("seed", "batch_size", "save_to", "ema", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
+ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft"}  # what runs begun with an older version did, unsaid
 DIGESTS = ("data_digest", "text_digest")
 # What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
+RATE = "learning_rate"  # of a step's line, beside its losses
+# So much of the held-out loss the gap to the training loss must grow by to be mentioned.
+PARTING_SHARE = 0.05
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
 OVERFIT_EVALUATIONS = 3
@@ -81,10 +86,10 @@ def begin(
     check_part(run, part)
     now = json.loads(json.dumps(flat(settings) | dict(digests)))
     before = read_json(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else now
-    older = {"save_to": "", "sample_preset": "draft"}  # what runs did before they had these settings
+    older = {name: value for name, value in ADDED.items() if name in now}
     before = older | {renamed.get(name, name): value for name, value in before.items()}
     changed = changes(before, now)
-    differ = {name for name in FIXED if name in before and before[name] != now[name]}
+    differ = {name for name in FIXED if name in before and before[name] != now.get(name)}
     if differ:
         refused = [line for line in changed if line.split(":")[0] in differ - set(DIGESTS)]
         if differ & set(DIGESTS):
@@ -269,6 +274,28 @@ def overfitting_remark(validation: Curve, training: Curve) -> str:
         f"overfitting: held-out clips have got worse since step {best[0]} while training clips still get better; the "
         f"model learns these recordings by heart. The checkpoint of step {best[0]} is kept as the best; "
         "more recordings help, a lower learning rate may"
+    )
+
+
+def parting(validation: Curve, training: Curve) -> str:
+    """One plain sentence about a run whose held-out and training losses part, even while both fall; else nothing.
+
+    An evaluation's gap is its loss less the mean of the training steps since the evaluation before it.
+    """
+    gaps: list[tuple[int, float]] = []
+    for (before, _), (step, loss) in itertools.pairwise(validation):
+        steps = [value for at, value in training if before < at <= step and math.isfinite(value)]
+        if steps and math.isfinite(loss):
+            gaps.append((step, loss - sum(steps) / len(steps)))
+    if len(gaps) < 3:
+        return ""
+    since, least = min(gaps, key=lambda gap: gap[1])
+    grown = gaps[-1][1] - least
+    if grown < PARTING_SHARE * validation[-1][1]:
+        return ""
+    return (
+        f"Held-out and training losses part: the gap between them has grown by {grown:.2g} since step {since}. "
+        "From there on the model learns more and more of these recordings alone."
     )
 
 

@@ -54,6 +54,7 @@ def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
             **COMMON_RANGES,
             **dict.fromkeys(("conditioning_clips",), ONE_OR_MORE),
             **dict.fromkeys(("text_weight",), ZERO_OR_MORE),
+            "ema": (0, 0.999999),
             **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
         },
         renamed={"accumulation": "gradient_accumulation_steps"},
@@ -107,7 +108,7 @@ def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:
 
 
 def optimizer(config: ConfigDict) -> OptimizerConfig:
-    fields = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
+    fields = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps", "ema"}
     values = {name: config.optimizer[name] for name in fields}
     values["milestones"] = tuple(values["milestones"])
-    return OptimizerConfig(**values, total_steps=config.steps)
+    return OptimizerConfig(**values, total_steps=config.steps, ema=config.get("ema", 0.0))

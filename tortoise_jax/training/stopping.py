@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from tortoise_jax import parallel
 
 
-def on_signals() -> Callable[[], bool]:
-    """Installs the handlers, after `parallel.initialize`; returns a function that says whether a signal has come."""
+@contextlib.contextmanager
+def on_signals() -> Iterator[Callable[[], bool]]:
+    """Handlers while a run goes on, after `parallel.initialize`; gives a function that says whether a signal has come.
+
+    In another thread than the main one, where Python takes no handlers, none ever comes.
+    """
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -21,6 +27,10 @@ def on_signals() -> Callable[[], bool]:
         came.append(number)
         print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
-    for number in parallel.signals_for_python():
-        signal.signal(number, note)
-    return lambda: bool(came)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (parallel.signals_for_python() if in_main else ())}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
