@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from convert import families, mapping
-from convert.command_line import Parser
 from convert.source import metadata_beside
 from convert.tables import MODELS, TorchModel
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
@@ -32,7 +31,7 @@ from tortoise_jax.checkpoints.pretrained import (
     trained_part,
 )
 from tortoise_jax.checkpoints.run_checkpoints import is_run
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 from tortoise_jax.files import check_writable, read_json, write_json
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from convert import download, mapping
-from convert.command_line import Parser, positive
+from convert.command_line import positive
 from convert.progress import byte_bar
 from convert.source import Source, describe, metadata_beside, nonfinite, number_beside, open_source, sha256
 from convert.tables import MODELS
@@ -29,7 +29,7 @@ from convert.tables.dvae import PUBLIC_CODEBOOK_DIM
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest, save_pretrained
-from tortoise_jax.errors import UserError, bytes_in_words, exit_with_one_line, first_line
+from tortoise_jax.errors import Parser, UserError, bytes_in_words, exit_with_one_line, first_line
 from tortoise_jax.files import check_new, check_readable
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig

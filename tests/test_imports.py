@@ -28,9 +28,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": (*FOUNDATION, "checkpoints"),
     "synthesis": (*FOUNDATION, "checkpoints"),
     "training": (*FOUNDATION, "checkpoints", "data", "synthesis"),
+    "evaluation": (*FOUNDATION, "checkpoints", "data", "synthesis", "training"),
     "api": (*FOUNDATION, "checkpoints", "data", "synthesis", "training"),
     "prepare": (*FOUNDATION, "checkpoints", "data"),
     "speak": (*FOUNDATION, "checkpoints", "synthesis"),
+    "evaluate": (*FOUNDATION, "checkpoints", "data", "synthesis", "training", "evaluation"),
 }
 SCRIPTS = ("train.py", "convert", "configs")
 ABOVE_THE_PACKAGE = ("train", "convert", "tests", "benchmarks")

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax.checkpoints.pretrained import SUMMARY
-from tortoise_jax.files import write_atomically
+from tortoise_jax.files import read_json, write_atomically
 from tortoise_jax.training.run_directory import History, best_evaluation, remark
+
+REPORT = "report.html"
+EVALUATION = "evaluation/section.html"  # of the report, where a run was evaluated
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -96,7 +99,15 @@ def write(
 ) -> None:
     facts = summary(history, ended, settings, data, subject)
     write_atomically(run / SUMMARY, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(run / "report.html", page(run, history, facts, subject))
+    write_atomically(run / REPORT, page(run, history, facts, subject))
+
+
+def rewrite(run: Path) -> bool:
+    """Writes the report of a run of the AR model anew, with what was found since; whether the run had one."""
+    if not (run / SUMMARY).exists():
+        return False
+    write_atomically(run / REPORT, page(run, History.to_read(run), read_json(run / SUMMARY), AR_MODEL))
+    return True
 
 
 def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -> str:
@@ -105,6 +116,7 @@ def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -
     sections = {
         "Losses": curves(history, subject),
         "Drafts": drafts(run, facts["samples"], subject),
+        "Which step sounds best": evaluation(run),
         "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts, subject)) + "</ul>",
         "Data": table(facts["data"]),
         "Settings": table(facts["settings"]),
@@ -114,7 +126,7 @@ def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -
         f"{head}<h1>{name}</h1>"
         + table(headline(facts, subject))
         + warning
-        + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items())
+        + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items() if v)
         + "\n"
     )
 
@@ -154,6 +166,11 @@ def curves(history: History, subject: Subject) -> str:
         if axes.lines:
             axes.legend(frameon=False)
     panels[0].set_ylabel(subject.axis)
+    return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """A picture that stands inside a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
@@ -167,16 +184,13 @@ def drafts(run: Path, samples: list[dict[str, Any]], subject: Subject) -> str:
     shown = sorted((s for s in samples if s["step"] in ends), key=lambda s: (s["prompt"], s["voice"], s["step"]))
     rows = []
     for sample in shown:
-        path = run / sample["file"]
-        data = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
-        player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>' if data else "the file is gone"
         ending = ""
         if "stopped" in sample:
             silence = f"stopped, {sample['trailing_silence']:.1f} s of silence"
             ending = silence if sample["stopped"] else "did not stop"
         rows.append(
             f"<tr><td>{html.escape(sample['prompt'])}<td>{html.escape(sample['voice'])}<td>step {sample['step']}"
-            f"<td>{player}<td>{ending}"
+            f"<td>{player(run / sample['file'])}<td>{ending}"
         )
     return (
         f"<p>{subject.samples}</p>"
@@ -184,6 +198,18 @@ def drafts(run: Path, samples: list[dict[str, Any]], subject: Subject) -> str:
         + "".join(rows)
         + "</table>"
     )
+
+
+def player(path: Path) -> str:
+    """Plays a wav file, which is inside the page."""
+    if not path.exists():
+        return "the file is gone"
+    return f'<audio controls src="data:audio/wav;base64,{base64.b64encode(path.read_bytes()).decode()}"></audio>'
+
+
+def evaluation(run: Path) -> str:
+    """What `python -m tortoise_jax.evaluate` says of the run, "" where it was not asked."""
+    return (run / EVALUATION).read_text(encoding="utf-8") if (run / EVALUATION).exists() else ""
 
 
 def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:
