@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tortoise_jax.evaluation import table
 from tortoise_jax.evaluation.judges import Answers, UnavailableError
 from tortoise_jax.evaluation.sounds import Sentence, Sounds
 from tortoise_jax.evaluation.table import Opinions, Row
+from tortoise_jax.training.run_directory import History
 
 NOISE = np.random.default_rng(0).standard_normal(8192).astype(np.float32) * 0.1
 
@@ -63,6 +65,13 @@ def test_the_table_has_no_empty_column() -> None:
     ]
 
 
+def test_a_loss_that_is_not_finite_is_unknown(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, writes=True)
+    for number, loss in ((0, 2.0), (4, float("nan")), (8, float("inf"))):
+        history.add("validation", number, {"total": loss})
+    assert table.held_out_losses(tmp_path) == {0: 2.0}
+
+
 def step(number: int, **values: float) -> Row:
     return Row(f"step {number}", dict(values), number)
 
@@ -102,5 +111,7 @@ def test_judges_who_are_wrong_about_recordings_do_not_count() -> None:
     line = table.advice([deaf, OTHERS, *rows], "run")
     assert "step 5 sounds best" in line
     assert "60% of the true recordings' are wrong" in line
-    assert "others are as like the speaker (0.60)" in line
+    assert "likeness was not counted, recordings have 0.60 and other speakers 0.60" in line
+    through_codes = [TRUE, Row("their codes", {"likeness": 0.5}), OTHERS, *rows]
+    assert "likeness was not counted, their codes have 0.50" in table.advice(through_codes, "run")
     assert "step 3 sounds best" in table.advice([Row("recordings", {"words": 0.6}), *rows], "run")

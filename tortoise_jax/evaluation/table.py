@@ -12,7 +12,7 @@ import numpy as np
 
 from tortoise_jax.evaluation import measures
 from tortoise_jax.evaluation.judges import JUDGES, LIKENESS, QUALITY, WORDS, Answers, UnavailableError
-from tortoise_jax.evaluation.sounds import OTHERS, Sounds
+from tortoise_jax.evaluation.sounds import COPIES, OTHERS, RECORDINGS, Sounds
 from tortoise_jax.training.run_directory import History
 
 
@@ -80,8 +80,8 @@ def notes(opinions: Opinions) -> list[str]:
 
 
 def held_out_losses(run: Path) -> dict[int, float]:
-    """By step, of a run's evaluations."""
-    return dict(History.to_read(run).curve("validation", "total"))
+    """By step, of those of a run's evaluations that were finite."""
+    return {step: loss for step, loss in History.to_read(run).curve("validation", "total") if math.isfinite(loss)}
 
 
 def rows_of(sounds: Sequence[Sounds], opinions: Opinions, cleaner: str, losses: Mapping[int, float]) -> list[Row]:
@@ -193,14 +193,16 @@ def advice(rows: Sequence[Row], run: str) -> str:
 
 
 def believable(rows: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
-    """What counts, and what does not because of what a judge says of true recordings, with the reason."""
-    true = rows[0].values
-    others = next((row.values.get(LIKENESS) for row in rows if row.name == OTHERS), None)
+    """What counts; and what does not because of what a judge says of the recordings or their codes, with the reason."""
+    named = {row.name: row.values for row in rows}
+    missed, others = named[RECORDINGS].get(WORDS), named.get(OTHERS, {}).get(LIKENESS)
     doubts = {}
-    if (missed := true.get(WORDS)) is not None and missed > DEAF:
+    if missed is not None and missed > DEAF:
         doubts[WORDS] = f"word errors were not counted, {missed:.0%} of the true recordings' are wrong"
-    if (own := true.get(LIKENESS)) is not None and others is not None and own - others < COUNTED[LIKENESS]:
-        doubts[LIKENESS] = f"likeness was not counted, others are as like the speaker ({others:.2f}) as himself"
+    for name in (RECORDINGS, COPIES):
+        own = named.get(name, {}).get(LIKENESS)
+        if own is not None and others is not None and own - others < COUNTED[LIKENESS]:
+            doubts.setdefault(LIKENESS, f"likeness was not counted, {name} have {own:.2f} and {OTHERS} {others:.2f}")
     return {name: margin for name, margin in COUNTED.items() if name not in doubts}, list(doubts.values())
 
 
