@@ -21,7 +21,7 @@ import numpy as np
 RATE = 16000
 CLIPS, OPTIONS, ANSWERS = "clips.npz", "options.json", "answers.json"
 PAUSE = RATE // 5  # samples before and after a clip, for a recogniser that expects to be waited for
-HISS = 1e-4  # of full scale, as any room has: of digital silence pocketsphinx makes words (three times the errors)
+HISS = 1e-4  # of full scale, as any room has: of digital silence pocketsphinx makes words: twice the errors
 GRAMMAR = "#JSGF V1.0; grammar words; public <said> = ( {} )+;"
 
 Answers = tuple[list[Any], str]
