@@ -22,7 +22,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 test-slow: $(INSTALLED) .venv-tortoise/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plan,pair,transcribe]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plan,pair,transcribe,evaluate]'
 	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cudnn-cu12  # to compile for
 	$(BIN)/python -m pytest -m slow --timeout 7200 -o faulthandler_timeout=0; status=$$?; $(BIN)/python -m pip uninstall --quiet --yes jax-cuda12-plugin \
 	  jax-cuda12-pjrt; exit $$status  # the plugin says in every process that there is no card; quick tests listen

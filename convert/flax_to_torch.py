@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from convert import families, hub, mapping
-from convert.command_line import Parser
 from convert.source import metadata_beside
 from convert.tables import MODELS, TorchModel
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
@@ -34,7 +33,7 @@ from tortoise_jax.checkpoints.pretrained import (
     trained_part,
 )
 from tortoise_jax.checkpoints.run_checkpoints import is_run
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 from tortoise_jax.files import check_writable, read_json, write_json
 from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import families, mapping
-from convert.command_line import Parser, positive
+from convert.command_line import positive
 from convert.families import Found
 from convert.source import Source, counted, decide, describe, metadata_beside, nonfinite, sha256
 from convert.tables import MODELS
@@ -23,7 +23,7 @@ from tortoise_jax.checkpoints.parts import PART_TYPES
 from tortoise_jax.checkpoints.pretrained import METADATA, load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import parameter_count
-from tortoise_jax.errors import UserError, escaped, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, escaped, exit_with_one_line
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".state", ".ckpt", ".bin")
 

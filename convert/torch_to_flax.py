@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from convert import download, mapping
-from convert.command_line import Parser, positive
+from convert.command_line import positive
 from convert.progress import byte_bar
 from convert.source import Source, describe, metadata_beside, nonfinite, number_beside, open_source, sha256
 from convert.tables import MODELS
@@ -41,7 +41,7 @@ from tortoise_jax.checkpoints.pretrained import (
 )
 from tortoise_jax.checkpoints.run_checkpoints import is_run
 from tortoise_jax.checkpoints.trees import save_tree
-from tortoise_jax.errors import UserError, bytes_in_words, exit_with_one_line, first_line
+from tortoise_jax.errors import Parser, UserError, bytes_in_words, exit_with_one_line, first_line
 from tortoise_jax.files import check_new, check_readable, written_whole
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.command_line import Parser
 from convert.torch_files import load
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 from tortoise_jax.files import write_atomically
 from tortoise_jax.synthesis.voices import DIFFUSION, VECTOR, read_npz, read_voice, save_voice
 

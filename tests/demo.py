@@ -138,7 +138,7 @@ def compare() -> tuple[Figures, Figures, float]:
     found = {name: spoken.figures(models[name], drawn[name], renderings) for name in models}
     write_sounds(models, drawn)
     picture(models, drawn, renderings)
-    loss_curve(History(ROOT / OUT / "run", 10**9, writes=False))
+    loss_curve(History.to_read(ROOT / OUT / "run"))
     figures = {name: dataclasses.asdict(one) for name, one in found.items()}
     (ROOT / OUT / "figures.json").write_text(
         json.dumps(figures | {"speaker's pitch": renderings.pitch}, indent=2) + "\n"

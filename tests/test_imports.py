@@ -29,11 +29,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": (*FOUNDATION, "checkpoints"),
     "synthesis": (*FOUNDATION, "checkpoints"),
     "training": (*FOUNDATION, "checkpoints", "data", "synthesis"),
+    "evaluation": (*FOUNDATION, "checkpoints", "data", "synthesis", "training"),
     "api": (*FOUNDATION, "checkpoints", "data", "synthesis", "training", "commands"),
-    "tokenizer": (*FOUNDATION, "data", "prepare"),
+    "tokenizer": (*FOUNDATION, "data"),
     "prepare": (*FOUNDATION, "checkpoints", "data", "commands"),
     "speak": (*FOUNDATION, "checkpoints", "synthesis"),
     "commands": (*FOUNDATION, "checkpoints", "data", "synthesis", "training"),
+    "evaluate": (*FOUNDATION, "checkpoints", "data", "synthesis", "training", "evaluation"),
 }
 SCRIPTS = ("train.py", "convert", "configs")
 ABOVE_THE_PACKAGE = ("train", "convert", "configs", "tests", "benchmarks")

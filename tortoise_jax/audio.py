@@ -77,14 +77,20 @@ def loudness_db(waveform: np.ndarray) -> float:
     return round(10 * math.log10(max(power, 1e-12)), 1)
 
 
-def trim_silence(waveform: np.ndarray) -> np.ndarray:
-    """A clip (samples,) without the silence at its ends but a tenth of a second; all of it where all is silent."""
+def sounding_part(waveform: np.ndarray) -> tuple[int, int]:
+    """The samples from and to which a clip (samples,) is louder than silence: all where nothing is loud."""
     level = frame_levels(waveform)
     loud = np.flatnonzero(level > level.max() * 10 ** (-SILENCE_BELOW_PEAK_DB / 20))
     if not len(loud):
-        return waveform
+        return 0, len(waveform)
+    return int(loud[0]) * HOP, min(len(waveform), (int(loud[-1]) + 1) * HOP)
+
+
+def trim_silence(waveform: np.ndarray) -> np.ndarray:
+    """A clip (samples,) without the silence at its ends but a tenth of a second; all of it where all is silent."""
+    start, end = sounding_part(waveform)
     kept = round(SILENCE_KEPT_SECONDS * SAMPLE_RATE)
-    return waveform[max(0, loud[0] * HOP - kept) : (loud[-1] + 1) * HOP + kept]
+    return waveform[max(0, start - kept) : end + kept]
 
 
 def frame_levels(waveform: np.ndarray) -> np.ndarray:

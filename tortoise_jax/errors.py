@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, expected and found, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a command line's docstring as help and mistakes as UserError."""
+
+    def __init__(self, description: str | None, prog: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:

@@ -11,31 +11,22 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tortoise_jax import parallel
 from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT
 from tortoise_jax.data.manifests import FORMATS
 from tortoise_jax.data.preparation import MAX_REJECTED, Options, check, prepare
 from tortoise_jax.data.splits import VALIDATION_PART
-from tortoise_jax.errors import UserError, exit_with_one_line
-
-
-class Parser(argparse.ArgumentParser):
-    """One line instead of a page of usage where something is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists what there is")
+from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formats = "\n".join(f"  {name:12} {entry.description}" for name, entry in FORMATS.items())
     parser = Parser(
+        "Turns recordings (wav, flac, ogg, mp3) and transcripts into a data set to train on.",
         prog="python -m tortoise_jax.prepare",
-        description="Turns recordings (wav, flac, ogg, mp3) and transcripts into a data set to train on.",
         epilog=f"formats:\n{formats}\n\nRun again after an interruption or with more recordings: what is done stays.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     flags: dict[str, dict[str, Any]] = {
         "data": {

@@ -14,12 +14,12 @@ import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
-from tortoise_jax.errors import UserError, count_of, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, count_of, exit_with_one_line
 from tortoise_jax.files import check_writable, write_atomically
 from tortoise_jax.synthesis import presets, speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
@@ -81,19 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     usual = SamplingOptions()
-    parser = Parser(
-        prog="python -m tortoise_jax.speak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, prog="python -m tortoise_jax.speak")
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="a run, or a converted checkpoint")
     add("--step", type=int, metavar="N", help="which step of a run (default: the best)")

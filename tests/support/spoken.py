@@ -16,7 +16,6 @@ import numpy as np
 from tests.support.distance import DECIBELS
 from tortoise_jax.audio import (
     MEL_FRAMES_PER_CODE,
-    SAMPLE_RATE,
     griffin_lim,
     int16_from_waveform,
     log_mel,
@@ -25,13 +24,13 @@ from tortoise_jax.audio import (
 )
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.encoding import CodeEncoder
+from tortoise_jax.evaluation.measures import pitch
 from tortoise_jax.synthesis import drafts, sampler, voices
 from tortoise_jax.synthesis.prompts import max_codes
 from tortoise_jax.synthesis.ranking import trailing_silence
 from tortoise_jax.synthesis.speech import candidate_mels
 
 PITCHED = 10  # clips are enough to know a voice's pitch
-LOWEST_HZ, HIGHEST_HZ = 60, 450
 # TorToiSe's repetition penalty is meant for 8192 codes; of 256, speech repeats many.
 OPTIONS = sampler.SamplingOptions(temperature=0.5, repetition_penalty=1.0)
 
@@ -142,13 +141,4 @@ def stretched_distance(mel: np.ndarray, other: np.ndarray, mel_norms: np.ndarray
 
 def median_pitch(waveforms: Sequence[np.ndarray]) -> float:
     """Of the first few clips."""
-    return float(np.median([pitch(waveform) for waveform in waveforms[:PITCHED]]))
-
-
-def pitch(waveform: np.ndarray) -> float:
-    """Median fundamental frequency in Hz of the louder half of a clip, by YIN; 0 where it is too short."""
-    if len(waveform) < 4096:
-        return 0.0
-    found = librosa.yin(waveform, fmin=LOWEST_HZ, fmax=HIGHEST_HZ, sr=SAMPLE_RATE)
-    loud = librosa.feature.rms(y=waveform, frame_length=2048, hop_length=512)[0]
-    return float(np.median(found[loud > np.median(loud)]))
+    return float(np.nanmedian([pitch(waveform) for waveform in waveforms[:PITCHED]]))

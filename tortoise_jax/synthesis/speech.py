@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -137,16 +138,22 @@ def evaluate(pretrained: Pretrained, preset: Preset, drawn: Samples, first: int)
 
 
 def candidate_mels(pretrained: Pretrained, drawn: Samples) -> list[np.ndarray]:
-    """Each row's log-mel (4 c, m), all decoded at once: rows are filled up with their last code.
+    """Each row's log-mel (4 c, m), see `decode_rows`."""
+    return decode_rows(pretrained, [drawn.row(i) for i in range(len(drawn.lengths))])
+
+
+def decode_rows(pretrained: Pretrained, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Rows of codes (c,) -> their log-mels (4 c, m), all decoded at once: rows are filled up with their last code.
 
     The dVAE's decoder looks ahead, so the last frames of a mel are approximate.
     """
     config = pretrained.dvae.config
-    last = np.maximum(drawn.lengths - 1, 0)[:, None]
-    indices = np.minimum(np.arange(drawn.codes.shape[1]), last)
-    filled = np.minimum(np.take_along_axis(drawn.codes, indices, axis=1), config.codes - 1)
-    mels = decode_mel(pretrained.dvae.variables, config, filled)
-    return [mel[: config.frames_per_code * length] for mel, length in zip(mels, drawn.lengths, strict=True)]
+    filled = np.zeros((len(rows), max(1, *map(len, rows))), np.int32)
+    for line, codes in zip(filled, rows, strict=True):
+        line[: len(codes)] = codes
+        line[len(codes) :] = codes[-1] if len(codes) else 0
+    mels = decode_mel(pretrained.dvae.variables, config, np.minimum(filled, config.codes - 1))
+    return [mel[: config.frames_per_code * len(codes)] for mel, codes in zip(mels, rows, strict=True)]
 
 
 Rows = list[tuple[Utterance, Candidate]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -128,10 +129,13 @@ def diffusion_half(decoders: Pretrained, preset: Preset, clips: np.ndarray) -> n
 
 
 def fixed_voices(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The first clips of the speakers with most clips: speaker -> (clips, 132300) float32, cut or zero-padded."""
-    clips: dict[str, list[int]] = {}
-    for i in dataset.split("train"):
-        clips.setdefault(dataset.clips[i].speaker, []).append(int(i))
-    speakers = sorted(clips, key=lambda speaker: (-len(clips[speaker]), speaker))[:VOICES]
-    fitted = lambda i: np.asarray(waveform_from_int16(crop_conditioning(dataset.waveform(i))))
-    return {speaker or "voice": np.stack([fitted(i) for i in clips[speaker][:CLIPS_A_VOICE]]) for speaker in speakers}
+    """The speakers with most clips to train on: speaker -> (clips, 132300) float32, see `conditioning_clips`."""
+    clips = Counter(dataset.clips[i].speaker for i in dataset.split("train"))
+    speakers = sorted(clips, key=lambda speaker: (-clips[speaker], speaker))[:VOICES]
+    return {speaker or "voice": conditioning_clips(dataset, speaker) for speaker in speakers}
+
+
+def conditioning_clips(dataset: Dataset, speaker: str) -> np.ndarray:
+    """A speaker's first clips to train on: (clips, 132300) float32, cut or zero-padded."""
+    chosen = dataset.of_speaker(speaker, "train")[:CLIPS_A_VOICE]
+    return np.stack([np.asarray(waveform_from_int16(crop_conditioning(dataset.waveform(i)))) for i in chosen])

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax.checkpoints.pretrained import SUMMARY
-from tortoise_jax.files import write_atomically
+from tortoise_jax.files import read_json, write_atomically
 from tortoise_jax.training.run_data import STEPS_PER_EPOCH
 from tortoise_jax.training.run_directory import RATE, History, best_evaluation, parting, remark
 
 MOST_STEPS = 12  # whose drafts are in the page: it holds their sounds
+
+REPORT = "report.html"
+EVALUATION = "evaluation/section.html"  # of the report, where a run was evaluated
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -123,7 +126,15 @@ def write_summary(
 
 
 def write_page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -> None:
-    write_atomically(run / "report.html", page(run, history, facts, subject))
+    write_atomically(run / REPORT, page(run, history, facts, subject))
+
+
+def rewrite(run: Path) -> bool:
+    """Writes the report of a run of the AR model anew, with what was found since; whether the run had one."""
+    if not (run / SUMMARY).exists():
+        return False
+    write_atomically(run / REPORT, page(run, History.to_read(run), read_json(run / SUMMARY), AR_MODEL))
+    return True
 
 
 def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -> str:
@@ -132,6 +143,7 @@ def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -
     sections = {
         "Losses": curves(history, subject, facts["data"].get(STEPS_PER_EPOCH, 0)) + sentence(facts.get("parting", "")),
         "Drafts": drafts(run, facts["samples"], subject),
+        "Which step sounds best": evaluation(run),
         "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts, subject)) + "</ul>",
         "Data": table(facts["data"]),
         "Settings": table(facts["settings"]),
@@ -141,7 +153,7 @@ def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -
         f"{head}<h1>{name}</h1>"
         + table(headline(facts, subject))
         + warning
-        + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items())
+        + "".join(f"\n<h2>{k}</h2>\n{v}" for k, v in sections.items() if v)
         + "\n"
     )
 
@@ -196,6 +208,11 @@ def curves(history: History, subject: Subject, steps_per_epoch: int) -> str:
         if axes.lines:
             axes.legend(frameon=False)
     panels[0].set_ylabel(subject.axis)
+    return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """A picture that stands inside a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
@@ -239,6 +256,11 @@ def player(path: Path) -> str:
     if not path.exists():
         return "the file is gone"
     return f'<audio controls src="data:audio/wav;base64,{base64.b64encode(path.read_bytes()).decode()}"></audio>'
+
+
+def evaluation(run: Path) -> str:
+    """What `python -m tortoise_jax.evaluate` says of the run, "" where it was not asked."""
+    return (run / EVALUATION).read_text(encoding="utf-8") if (run / EVALUATION).exists() else ""
 
 
 def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:

@@ -25,7 +25,7 @@ def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
     if not source.exists():
         raise UserError(f"config.data={source} does not exist; give recordings (metadata.csv, wavs/) or a data set")
     if not is_dataset(source):
-        prepared = named(source).with_name(f"{named(source).name}-prepared")
+        prepared = prepared_beside(source)
         if not is_dataset(prepared):
             parallel.say(f"preparing {source}, once, into {prepared}")
             prepare([source], settings.checkpoint or pretrained, prepared)
@@ -39,6 +39,11 @@ def open_data(settings: ConfigDict, pretrained: Pretrained) -> Dataset:
             "val or test, or a column split, says so; rename it, or add recordings to train on, and prepare again"
         )
     return dataset
+
+
+def prepared_beside(recordings: Path) -> Path:
+    """Where the data set is that a run makes of recordings."""
+    return named(recordings).with_name(f"{named(recordings).name}-prepared")
 
 
 def named(path: Path) -> Path:

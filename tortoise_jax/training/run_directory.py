@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,11 @@ class History:
         self.lines = [entry for entry in read_history(self.file) if entry["step"] <= step]
         if writes:
             write_atomically(self.file, "".join(json.dumps(entry) + "\n" for entry in self.lines))
+
+    @classmethod
+    def to_read(cls, run: Path) -> History:
+        """All there is; nothing is written."""
+        return cls(run, sys.maxsize, writes=False)
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """kind: "train", "validation" or "sample"."""
