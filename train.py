@@ -107,6 +107,7 @@ def train(kind: Kind, settings: ConfigDict, flags: Any) -> None:
             parallel.say(f"changed since the run began: {line}")
         checkpoints = RunCheckpoints(folder, settings.keep_last)
         state = resume_or_start(checkpoints, step_config, pretrained.part(kind.part).tree)
+        del pretrained  # on CPU the memory of its weights is the devices' own
         first = int(parallel.first_copy(state.step))
         history = History(folder, first, parallel.is_main())
 
@@ -149,7 +150,8 @@ def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params:
     blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, parallel.say)
     if found is None:
-        return parallel.replicate(initial_state(params, step_config.optimizer))
+        start = functools.partial(initial_state, optimizer=step_config.optimizer)
+        return parallel.mapped(start, donate=True)(parallel.replicate(params))
     restored, opt_state, progress = found
     parallel.say(f"going on from step {progress['step']}")
     step, skipped = (np.asarray(progress[name], np.int32) for name in ("step", "skipped"))

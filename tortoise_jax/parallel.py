@@ -345,6 +345,14 @@ def best_dtype() -> str:
     return "bfloat16" if device.platform in ("gpu", "cuda") and capability >= 8.0 else "float32"
 
 
+def best_attention(dtype: str) -> str:
+    """cuDNN's fused kernels where they train: bfloat16 on NVIDIA from Ampere on. Else XLA's, but on CPU a plain one."""
+    if on_cpu():
+        return "plain"
+    nvidia = "cuda" in jax.devices()[0].client.platform_version.lower()
+    return "cudnn" if nvidia and dtype == best_dtype() == "bfloat16" else "xla"
+
+
 def mapped(step: Callable[..., Any], *, donate: bool, devices: list[Any] | None = None) -> Any:
     """A per-device function of (replicated state, device's batch) as one pmapped program; devices: all by default."""
     return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else (), devices=devices)
@@ -392,13 +400,20 @@ def call(program: Any, *arguments: Tree) -> Any:
 
 
 def replicate(tree: Tree) -> Tree:
-    """A copy of every array on each local device, with a leading device axis, sharded as pmap's own outputs are."""
+    """A copy of every array on each local device, with a leading device axis, sharded as pmap's own outputs are.
+
+    On CPU too: a device there would read numpy's own memory, which no program can be given to write its results to.
+    """
     devices = jax.local_devices()
     sharding = jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS))
 
+    def put(one: np.ndarray, device: Any) -> Any:
+        there = jax.device_put(one, device)
+        return jax.device_put(there, device, may_alias=False) if on_cpu() else there
+
     def copy(leaf: Any) -> Any:
         one = np.asarray(leaf)[None]
-        shards = [jax.device_put(one, device) for device in devices]
+        shards = [put(one, device) for device in devices]
         return jax.make_array_from_single_device_arrays((len(devices), *one.shape[1:]), sharding, shards)
 
     return jax.tree.map(copy, tree)

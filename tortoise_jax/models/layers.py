@@ -22,6 +22,7 @@ LAYER_NORM_EPSILON = 1e-5
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products as they are: by default TPUs take bf16 and NVIDIA cards TF32
 FRAMES_PER_CODE = 4
 ATTENTION_IMPLEMENTATIONS = ("plain", "xla", "cudnn")
+REMAT = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,15 @@ class Compute:
     """How the AR model is computed: speed and memory, not the function (dropout aside).
 
     dtype: activations and matrix products ("float32" or "bfloat16"); parameters and losses stay float32.
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    remat: what the backward pass computes again: "none" of a block, all but its products with weights ("dots"), or all
+    but its input ("full"); False and True mean the first and the last.
     unroll: layers a compiled loop step holds; 1 compiles fastest, the number of layers runs fastest on CPU.
     attention: "plain" (einsum), or "xla" / "cudnn" of `jax.nn.dot_product_attention`, which know no dropout; "cudnn" is
     for the GPT blocks alone.
     """
 
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"
     unroll: int = 1
     embed_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -44,6 +46,10 @@ class Compute:
     attention: str = "plain"
 
     def __post_init__(self) -> None:
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}, expected one of {REMAT}")
         if self.attention not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(f"attention is {self.attention!r}, expected one of {ATTENTION_IMPLEMENTATIONS}")
 
@@ -92,6 +98,15 @@ def attend(
     if drop is not None:
         weights = drop(weights)
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+
+def recomputed(block: Any, compute: Compute) -> Any:
+    """The class of a block as `compute.remat` has it."""
+    if compute.remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
+    # Of blocks in one program XLA would merge what is computed again with its first computation.
+    return nn.remat(block, prevent_cse=compute.unroll > 1, policy=policy)
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
@@ -158,9 +173,8 @@ class GPT2(nn.Module):
     def __call__(self, x: Array, keys: Array | None) -> tuple[Array, Array]:
         """x (b, s, d) -> (normed x (b, s, d), the output of every block (layers, b, s, d))."""
         x = dropout(x, self.compute.embed_dropout, keys, 0)
-        block = nn.remat(GPT2Block, prevent_cse=False) if self.compute.remat else GPT2Block
         blocks = nn.scan(
-            block,
+            recomputed(GPT2Block, self.compute),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
@@ -179,6 +193,12 @@ def group_count(channels: int) -> int:
     return groups
 
 
+def group_norm(width: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
+    return nn.GroupNorm(
+        group_count(width), epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
+    )
+
+
 class ConditioningAttention(nn.Module):
     """One block of the conditioning encoder: x + proj_out(attention(qkv(norm(x)))), over all frames, unmasked."""
 
@@ -189,16 +209,33 @@ class ConditioningAttention(nn.Module):
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:  # (b, t, d)
         b, t, d = x.shape
         dtype = jnp.dtype(self.compute.dtype)
-        norm = nn.GroupNorm(
-            group_count(d), epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name="norm"
-        )
-        qkv = nn.Dense(3 * d, dtype=dtype, name="qkv")(norm(x).reshape(b * t, d))
+        qkv = nn.Dense(3 * d, dtype=dtype, name="qkv")(group_norm(d, dtype, "norm")(x).reshape(b * t, d))
         # Interleaved per head: head 0's q, k, v, then head 1's.
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, self.heads, 3, d // self.heads), 3, 0)
         # cuDNN trains on even lengths only, and six seconds are 517 frames.
         implementation = "plain" if self.compute.attention == "cudnn" else self.compute.attention
         mixed = attend(q, k, v, causal=False, implementation=implementation).reshape(b * t, d)
         return x + nn.Dense(d, dtype=dtype, name="proj_out")(mixed).reshape(b, t, d), None
+
+
+def first_frame(params: Any, x: Array, heads: int, dtype: Any) -> Array:
+    """What `ConditioningAttention` with these parameters gives for the first frame of x (b, t, d): (b, d).
+
+    One query needs no key or value of any frame: a score is the frame times the query taken back through the keys'
+    weights, and what is mixed are the frames, which then go through the values' weights. The keys' bias adds the same
+    to all scores, and so nothing.
+    """
+    b, _, d = x.shape
+    normed: Any = group_norm(d, dtype).apply({"params": params["norm"]}, x)
+    of_queries, of_keys, of_values = jnp.moveaxis(params["qkv"]["kernel"].astype(dtype).reshape(d, heads, 3, -1), 2, 0)
+    query_bias, _, value_bias = jnp.moveaxis(params["qkv"]["bias"].astype(dtype).reshape(heads, 3, -1), 1, 0)
+    query = jnp.einsum("bd,dhk->bhk", normed[:, 0], of_queries) + query_bias
+    taken_back = jnp.einsum("bhk,dhk->bhd", query * query.shape[-1] ** -0.5, of_keys)
+    scores = jnp.einsum("bhd,btd->bht", taken_back, normed, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bht,btd->bhd", jax.nn.softmax(scores, axis=-1).astype(dtype), normed)
+    values = jnp.einsum("bhd,dhk->bhk", mixed, of_values) + value_bias
+    projected: Any = nn.Dense(d, dtype=dtype).apply({"params": params["proj_out"]}, values.reshape(b, d))
+    return x[:, 0] + projected
 
 
 class ConditioningEncoder(nn.Module):
@@ -214,17 +251,15 @@ class ConditioningEncoder(nn.Module):
         b, t, m = mel.shape
         dtype = jnp.dtype(self.compute.dtype)
         x = nn.Dense(self.width, dtype=dtype, name="init")(mel.reshape(b * t, m)).reshape(b, t, self.width)
-        block = nn.remat(ConditioningAttention, prevent_cse=False) if self.compute.remat else ConditioningAttention
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.layers,
-            unroll=min(self.compute.unroll, self.layers),
-        )(self.heads, self.compute, name="attn")
-        x, _ = blocks(x, None)
-        return x[:, 0]
+        block = recomputed(ConditioningAttention, self.compute)
+        if self.is_initializing():
+            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+            return stack(self.heads, self.compute, name="attn")(x, None)[0][:, 0]
+        params = self.get_variable("params", "attn")
+        run = lambda x, layer: block(self.heads, self.compute).apply({"params": layer}, x, None)
+        whole, last = (jax.tree.map(lambda leaf: leaf[part], params) for part in (slice(-1), -1))
+        x, _ = jax.lax.scan(run, x, whole, unroll=max(1, min(self.compute.unroll, self.layers - 1)))
+        return first_frame(last, x, self.heads, dtype)
 
 
 class ResidualBlock(nn.Module):

@@ -122,11 +122,13 @@ def make_step_config(
 ) -> StepConfig:
     """The step for the devices that are here, or for others."""
     dtype = target.chip.dtype if target else parallel.best_dtype()
+    # To plan needs no cuDNN: XLA's attention takes the same memory.
+    attention = "xla" if target else parallel.best_attention(settings.dtype if settings.dtype != "auto" else dtype)
     unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
-    compute = schemas.compute(settings, dtype, unroll)
+    compute = schemas.compute(settings, dtype, attention, unroll)
     parallel.say(
-        f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
-        f"{compute.residual_dropout}, attention {compute.attention_dropout}"
+        f"computing in {compute.dtype}, attention {compute.attention}, remat {compute.remat}; dropout: embedding "
+        f"{compute.embed_dropout}, residual {compute.residual_dropout}, attention {compute.attention_dropout}"
     )
     optimizer_config = schemas.optimizer(settings)
     return StepConfig(

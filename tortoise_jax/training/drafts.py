@@ -33,7 +33,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     """
     if not settings.sample_every or not settings.prompts:
         return None
-    config, dvae = pretrained.ar.config, pretrained.dvae
+    config, dvae, mel_norms = pretrained.ar.config, pretrained.dvae, pretrained.mel_norms  # not the AR model's weights
     cleaner = recorded(dataset.header)
     text_ids = [pretrained.tokenizer.encode(prompt, cleaner) for prompt in settings.prompts]
     room = max_text_ids(config)
@@ -57,13 +57,13 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         weights = sampler.SamplerWeights.of(params, config, options.dtype)
         entries: list[dict[str, Any]] = []
         for voice, clips in speakers.items():
-            vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
+            vector = voices.condition(params, config, mel_norms, list(clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)
             drawn = sampler.sample(weights, config, vectors, text_ids, SEED, options)
             for i, prompt in enumerate(settings.prompts):
                 name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
                 mel = drafts.draft_mel(dvae.variables, dvae.config, drawn.row(i))
-                waveform = drafts.draft_waveform(mel, pretrained.mel_norms)
+                waveform = drafts.draft_waveform(mel, mel_norms)
                 drafts.write_wav(run.folder / FOLDER / name, waveform)
                 run.writer.audio(step, f"draft/{voice}/{i}", waveform)
                 entries.append(
@@ -72,7 +72,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
                         "voice": voice,
                         "file": f"{FOLDER}/{name}",
                         "stopped": bool(drawn.stopped[i]),
-                        "trailing_silence": trailing_silence(mel, pretrained.mel_norms),
+                        "trailing_silence": trailing_silence(mel, mel_norms),
                     }
                 )
         for entry in entries:
