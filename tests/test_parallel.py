@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -147,6 +148,15 @@ def test_replicated_trees_come_back_as_they_were() -> None:
     assert np.array_equal(back["a"], tree["a"])
 
 
+def test_replicated_arrays_are_memory_that_results_can_be_written_to() -> None:
+    """On CPU a device would read numpy's own, and a step that is given it would need as much again."""
+    where = lambda array: [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+    given = parallel.replicate(np.ones((64, 64), np.float32))
+    before = where(given)
+    assert len(set(before)) == jax.local_device_count()
+    assert where(parallel.mapped(lambda x: x + 1, donate=True)(given)) == before
+
+
 def test_mapped_sums_over_all_devices_and_donates_its_first_argument() -> None:
     devices = jax.local_device_count()
     assert devices == 8
@@ -199,6 +209,27 @@ def test_one_process_waits_for_nobody() -> None:
 def test_errors_of_one_process_are_its_own() -> None:
     with pytest.raises(ZeroDivisionError), parallel.ending_together():
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "capability", "dtype", "attention"),
+    [
+        ("cpu", "cpu", None, "float32", "plain"),
+        ("tpu", "libtpu", None, "bfloat16", "xla"),
+        ("gpu", "PJRT C API\ncuda 12090", "8.6", "bfloat16", "cudnn"),
+        ("gpu", "PJRT C API\ncuda 12090", "8.6", "float32", "xla"),
+        ("gpu", "PJRT C API\ncuda 12090", "7.5", "bfloat16", "xla"),
+        ("gpu", "rocm 60300", "9.4", "bfloat16", "xla"),
+    ],
+)
+def test_attention_by_platform(
+    platform: str, version: str, capability: str, dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(platform=platform, compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert parallel.best_attention(dtype) == attention
 
 
 @pytest.mark.parametrize(

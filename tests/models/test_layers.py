@@ -13,7 +13,7 @@ import torch
 
 from convert.tables import dvae, unified_voice
 from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
-from tests.support.parity import MODULE, Change, assert_close, assert_module_parity
+from tests.support.parity import MODULE, Change, assert_close, assert_module_parity, assert_trees_close
 from tests.support.torch_reference import randomize
 from tests.support.torch_reference.dvae import ResBlock
 from tests.support.torch_reference.unified_voice import AttentionBlock, ConditioningEncoder, group_count
@@ -191,6 +191,36 @@ def test_group_count_is_upstreams() -> None:
         assert layers.group_count(width) == group_count(width)
 
 
+@pytest.mark.parametrize("width", [16, 96])
+def test_the_first_frame_alone_is_the_first_of_all(width: int) -> None:
+    """Of the last block: values, and gradients for all frames and parameters, without a key or a value of any frame."""
+    check_first_frame(width, layers.first_frame)
+
+
+def check_first_frame(width: int, ours: Any, heads: int = 4) -> None:
+    block = ConditioningAttention(heads, PLAIN)
+    x = jnp.asarray(noise(2, 11, width).numpy())
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(noise(*leaf.shape).numpy()), block.init(jax.random.key(0), x, None)["params"]
+    )
+    weighting = jnp.asarray(noise(2, width, seed=3).numpy())
+    want, backward = jax.vjp(lambda params, x: block.apply({"params": params}, x, None)[0][:, 0], params, x)
+    got, our_backward = jax.vjp(lambda params, x: ours(params, x, heads, jnp.float32), params, x)
+    assert_close(got, want, MODULE, "output")
+    (of_params, of_x), (want_params, want_x) = our_backward(weighting), backward(weighting)
+    assert_close(of_x, want_x, MODULE, "gradient of the frames")
+    assert_trees_close({"attn": of_params}, {"attn": want_params}, MODULE, heads)
+
+
+def test_the_check_of_the_first_frame_fires() -> None:
+    second = lambda params, x, *rest: layers.first_frame(params, jnp.roll(x, 1, axis=1), *rest)
+    with pytest.raises(AssertionError, match="output"):
+        check_first_frame(16, second)
+    still = lambda params, x, *rest: layers.first_frame(params | {"norm": jax.lax.stop_gradient(params["norm"])}, x, *rest)
+    with pytest.raises(AssertionError, match="attn/norm"):
+        check_first_frame(16, still)
+
+
 # Attention, dropout and settings by themselves
 
 
@@ -206,6 +236,12 @@ def test_attention_implementations_agree(causal: bool) -> None:
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="attention is 'flash', expected one of"):
         Compute(attention="flash")
+
+
+def test_remat_is_a_policy_or_a_truth_value() -> None:
+    assert (Compute(remat=False), Compute(remat=True)) == (Compute(), Compute(remat="full"))
+    with pytest.raises(ValueError, match="remat is 'half', expected one of"):
+        Compute(remat="half")
 
 
 def row_keys(*examples: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from tests.support import small
 from tests.support.parity import MEL_ABSOLUTE, ZERO_GRADIENT, absolute_error, apart, assert_close
 from tests.support.small import CONFIG, DROPOUT, Batch, clips, with_padding_rows
-from tortoise_jax.models.layers import Compute
+from tortoise_jax.models.layers import REMAT, Compute
+from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.parallel import AXIS
 from tortoise_jax.training import forward
 from tortoise_jax.training import step as step_module
@@ -176,6 +178,39 @@ def test_invariance_fires_for_counted_padding() -> None:
     longer["token_types"][:, -1], longer["weights"][:, -1] = 2, 1.0
     with pytest.raises(AssertionError):
         assert_same_gradient(one_step(longer, compute=NO_DROPOUT)[0], want)
+
+
+# How it is computed
+
+
+@pytest.mark.parametrize("compute", [Compute(remat=remat, unroll=2) for remat in ("dots", "full")])
+def test_what_is_computed_again_changes_nothing(compute: Compute) -> None:
+    got, metrics = one_step(clips(0), compute=dataclasses.replace(DROPOUT, remat=compute.remat, unroll=compute.unroll))
+    want, want_metrics = one_step(clips(0))
+    assert_same_gradient(got, want)
+    for name in ("loss/text", "loss/mel", "loss/total"):
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("unroll", [1, 6])
+def test_what_is_computed_again_is_not_kept(unroll: int) -> None:
+    """Layers side by side in one program too: there XLA would merge the second computation with the first."""
+    config = dataclasses.replace(CONFIG, layers=6)
+    row, length = np.zeros((4, 64), np.int32), 64
+
+    def temporaries(remat: str) -> int:
+        model = UnifiedVoice(config, Compute(remat=remat, unroll=unroll))
+        arrays = (np.zeros((4, 1, 5, config.mel_channels), np.float32), row, row, row)
+        params = jax.eval_shape(model.init, jax.random.key(0), *arrays)["params"]
+        targets = {"text": row, "mel": row}
+        loss = lambda params: sum(map(jnp.sum, losses_of(params, *arrays, targets).values()))
+        losses_of = lambda params, *given: model.apply({"params": params}, *given, method=UnifiedVoice.losses)
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    kept = {remat: temporaries(remat) for remat in REMAT}
+    activation = 4 * length * config.width * 4
+    assert kept["none"] - kept["dots"] > 2 * config.layers * activation
+    assert kept["dots"] - kept["full"] > 2 * config.layers * activation
 
 
 # Evaluation
