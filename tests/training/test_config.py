@@ -27,7 +27,7 @@ def test_every_config_loads(name: str) -> None:
     (dvae_run.fill if codec else presets.fill)(settings, 100)
     assert None not in config.flat(settings).values()
     assert schemas.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
-    assert codec or schemas.compute(settings, "bfloat16", 1).dtype == "bfloat16"
+    assert codec or schemas.compute(settings, "bfloat16", "plain", 1).dtype == "bfloat16"
 
 
 def test_which_schema_a_configuration_needs_is_read_from_it() -> None:
