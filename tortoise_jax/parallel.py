@@ -49,6 +49,8 @@ def prepare_process(deterministic: bool = True) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long together
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
