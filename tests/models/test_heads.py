@@ -27,7 +27,7 @@ def rows(n: int, dtype: str = "float32") -> Rows:
 
 
 def plain(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array) -> jax.Array:
-    return cross_entropy((hidden @ kernel + bias)[None], targets[None])[0]
+    return cross_entropy((hidden @ kernel + bias[None])[None], targets[None])[0]
 
 
 def compare(n: int, ours: Any = lambda *given: cross_entropies(*given, jnp.float32)) -> None:
@@ -79,7 +79,7 @@ def test_half_precision_is_added_up_and_kept_in_float32() -> None:
     rounded = hidden.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32)
     logits = Head(WIDTH, SIZE, jnp.bfloat16).apply({"params": {"kernel": kernel, "bias": bias}}, hidden[None])[0]
     assert logits.dtype == jnp.float32
-    assert_close(logits, rounded[0] @ rounded[1] + bias, LOSS, "logits")
+    assert_close(logits, rounded[0] @ rounded[1] + bias[None], LOSS, "logits")
     with pytest.raises(AssertionError):
         assert_close(logits.astype(jnp.bfloat16), logits, 1e-3, "rounded")
     losses = cross_entropies(hidden, kernel, bias, targets, jnp.bfloat16)

@@ -20,7 +20,7 @@ ROWS = 1024  # whose logits exist at a time
 def logits_of(hidden: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
     """hidden (n, d), kernel (d, v), bias (v,) -> logits (n, v), added up in float32 whatever `dtype` they come from."""
     products = jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
-    return products + bias
+    return products + bias[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

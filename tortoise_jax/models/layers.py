@@ -229,11 +229,11 @@ def first_frame(params: Any, x: Array, heads: int, dtype: Any) -> Array:
     normed: Any = group_norm(d, dtype).apply({"params": params["norm"]}, x)
     of_queries, of_keys, of_values = jnp.moveaxis(params["qkv"]["kernel"].astype(dtype).reshape(d, heads, 3, -1), 2, 0)
     query_bias, _, value_bias = jnp.moveaxis(params["qkv"]["bias"].astype(dtype).reshape(heads, 3, -1), 1, 0)
-    query = jnp.einsum("bd,dhk->bhk", normed[:, 0], of_queries) + query_bias
+    query = jnp.einsum("bd,dhk->bhk", normed[:, 0], of_queries) + query_bias[None]
     taken_back = jnp.einsum("bhk,dhk->bhd", query * query.shape[-1] ** -0.5, of_keys)
     scores = jnp.einsum("bhd,btd->bht", taken_back, normed, preferred_element_type=jnp.float32)
     mixed = jnp.einsum("bht,btd->bhd", jax.nn.softmax(scores, axis=-1).astype(dtype), normed)
-    values = jnp.einsum("bhd,dhk->bhk", mixed, of_values) + value_bias
+    values = jnp.einsum("bhd,dhk->bhk", mixed, of_values) + value_bias[None]
     projected: Any = nn.Dense(d, dtype=dtype).apply({"params": params["proj_out"]}, values.reshape(b, d))
     return x[:, 0] + projected
 
