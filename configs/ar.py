@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     # How it is computed.
     config.dtype = "auto"  # bfloat16 where the hardware is fast at it, else float32
     config.remat = "full"  # recomputed in the backward pass: all ("full"), all but products ("dots"), "none"
-    config.attention = "auto"  # "cudnn" (NVIDIA, bfloat16), "xla" or "plain", the only one with attention dropout
+    config.attention = "auto"  # "cudnn" (NVIDIA, bfloat16), "by_heads" (CPU), "xla", or "plain", which alone can drop
     config.deterministic = True  # bit-identical reruns on NVIDIA too, by XLA's deterministic-ops flag; a little slower
 
     # Watching and keeping.

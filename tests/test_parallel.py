@@ -214,7 +214,7 @@ def test_errors_of_one_process_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("platform", "version", "capability", "dtype", "attention"),
     [
-        ("cpu", "cpu", None, "float32", "plain"),
+        ("cpu", "cpu", None, "float32", "by_heads"),
         ("tpu", "libtpu", None, "bfloat16", "xla"),
         ("gpu", "PJRT C API\ncuda 12090", "8.6", "bfloat16", "cudnn"),
         ("gpu", "PJRT C API\ncuda 12090", "8.6", "float32", "xla"),

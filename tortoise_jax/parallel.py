@@ -348,9 +348,9 @@ def best_dtype() -> str:
 
 
 def best_attention(dtype: str) -> str:
-    """cuDNN's fused kernels where they train: bfloat16 on NVIDIA from Ampere on. Else XLA's, but on CPU a plain one."""
+    """cuDNN's fused kernels where they train: bfloat16 on NVIDIA from Ampere on. Else XLA's, but on CPU head by head."""
     if on_cpu():
-        return "plain"
+        return "by_heads"
     nvidia = "cuda" in jax.devices()[0].client.platform_version.lower()
     return "cudnn" if nvidia and dtype == best_dtype() == "bfloat16" else "xla"
 

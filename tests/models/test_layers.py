@@ -81,7 +81,7 @@ def check_gpt2_block(
     )
 
 
-@pytest.mark.parametrize("attention", ["plain", "xla"])
+@pytest.mark.parametrize("attention", ["plain", "by_heads", "xla"])
 def test_gpt2_block(torch_voice: Any, attention: str) -> None:
     check_gpt2_block(torch_voice, compute=Compute(attention=attention))
 
@@ -157,8 +157,9 @@ def test_conditioning_attention(width: int) -> None:
     check_conditioning_attention(width)
 
 
-def test_conditioning_attention_through_jax_nn() -> None:
-    check_conditioning_attention(64, attention="xla")
+@pytest.mark.parametrize("attention", ["by_heads", "xla"])
+def test_conditioning_attention_by_other_means(attention: str) -> None:
+    check_conditioning_attention(64, attention=attention)
 
 
 @pytest.mark.parametrize(
@@ -224,12 +225,29 @@ def test_the_check_of_the_first_frame_fires() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_implementations_agree(causal: bool) -> None:
+@pytest.mark.parametrize("implementation", ["by_heads", "xla"])
+def test_attention_implementations_agree(causal: bool, implementation: str) -> None:
+    """Values and gradients."""
+    q, k, v, weighting = (jax.random.normal(jax.random.key(i), (2, 9, 4, 16)) for i in range(4))
+
+    def found(**options: Any) -> Any:
+        value, backward = jax.vjp(lambda *given: attend(*given, **options), q, k, v)
+        return value, *backward(weighting)
+
+    got, plain = found(causal=causal, implementation=implementation), found(causal=causal)
+    for name, a, b in zip(("value", "q", "k", "v"), got, plain, strict=True):
+        assert_close(a, b, MODULE, name)
+    for a, b in zip(found(causal=not causal, implementation=implementation), plain, strict=True):
+        with pytest.raises(AssertionError):
+            assert_close(a, b, MODULE)
+
+
+@pytest.mark.parametrize("implementation", ["by_heads", "xla", "cudnn"])
+def test_where_attention_drops_it_is_plain(implementation: str) -> None:
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, 4, 16)) for i in range(3))
-    plain = attend(q, k, v, causal=causal)
-    assert_close(attend(q, k, v, causal=causal, implementation="xla"), plain, MODULE)
-    with pytest.raises(AssertionError):
-        assert_close(attend(q, k, v, causal=not causal, implementation="xla"), plain, MODULE)
+    half = lambda weights: weights / 2
+    got = attend(q, k, v, causal=True, drop=half, implementation=implementation)
+    assert_close(got, attend(q, k, v, causal=True) / 2, MODULE)
 
 
 def test_unknown_attention_is_refused() -> None:
@@ -320,7 +338,8 @@ def test_cudnn_computes_the_gpt_blocks_alone(monkeypatch: pytest.MonkeyPatch) ->
     compute = Compute(attention="cudnn")
     encoder = layers.ConditioningEncoder(32, 2, 2, compute)
     jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 517, 80)))
-    assert lengths == []
+    assert {implementation for implementation, _ in lengths} == {"xla"}
+    lengths.clear()
     row = jnp.zeros((1, 64, 32))
     jax.eval_shape(GPT2Block(2, compute).init, jax.random.key(0), row, jnp.zeros((), jnp.int32), None)
     assert lengths == [("cudnn", 64)]

@@ -17,11 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tortoise_jax.models.attention import by_heads
+
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-5
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products as they are: by default TPUs take bf16 and NVIDIA cards TF32
 FRAMES_PER_CODE = 4
-ATTENTION_IMPLEMENTATIONS = ("plain", "xla", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("plain", "by_heads", "xla", "cudnn")
 REMAT = ("none", "dots", "full")
 
 
@@ -33,8 +35,8 @@ class Compute:
     remat: what the backward pass computes again: "none" of a block, all but its products with weights ("dots"), or all
     but its input ("full"); False and True mean the first and the last.
     unroll: layers a compiled loop step holds; 1 compiles fastest, the number of layers runs fastest on CPU.
-    attention: "plain" (einsum), or "xla" / "cudnn" of `jax.nn.dot_product_attention`, which know no dropout; "cudnn" is
-    for the GPT blocks alone.
+    attention: "plain" (einsum), "by_heads" (models/attention.py), or "xla" / "cudnn" of `jax.nn.dot_product_attention`;
+    plain wherever attention drops, for the others know no dropout. "cudnn" is for the GPT blocks alone.
     """
 
     dtype: str = "float32"
@@ -81,7 +83,9 @@ def attend(
 
     bias: added to the scaled scores, (b or 1, h, s, s). mask (b, s): the keys that may be read.
     """
-    if implementation != "plain" and drop is None:
+    if implementation == "by_heads" and drop is None and bias is None and mask is None:
+        return by_heads(q, k, v, causal)
+    if implementation in ("xla", "cudnn") and drop is None:
         kernel: Any = implementation
         keys = None if mask is None else mask[:, None, None]
         added = None if bias is None else bias.astype(q.dtype)
@@ -213,7 +217,7 @@ class ConditioningAttention(nn.Module):
         # Interleaved per head: head 0's q, k, v, then head 1's.
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, self.heads, 3, d // self.heads), 3, 0)
         # cuDNN trains on even lengths only, and six seconds are 517 frames.
-        implementation = "plain" if self.compute.attention == "cudnn" else self.compute.attention
+        implementation = "xla" if self.compute.attention == "cudnn" else self.compute.attention
         mixed = attend(q, k, v, causal=False, implementation=implementation).reshape(b * t, d)
         return x + nn.Dense(d, dtype=dtype, name="proj_out")(mixed).reshape(b, t, d), None
 

@@ -126,8 +126,9 @@ def make_step_config(
     attention = "xla" if target else parallel.best_attention(settings.dtype if settings.dtype != "auto" else dtype)
     unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
     compute = schemas.compute(settings, dtype, attention, unroll)
+    fused = "plain" if compute.attention_dropout else compute.attention
     parallel.say(
-        f"computing in {compute.dtype}, attention {compute.attention}, remat {compute.remat}; dropout: embedding "
+        f"computing in {compute.dtype}, attention {fused}, remat {compute.remat}; dropout: embedding "
         f"{compute.embed_dropout}, residual {compute.residual_dropout}, attention {compute.attention_dropout}"
     )
     optimizer_config = schemas.optimizer(settings)

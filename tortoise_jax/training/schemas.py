@@ -95,7 +95,6 @@ def check_milestones(given: dict[str, Any]) -> None:
 
 def compute(config: ConfigDict, dtype: str, attention: str, unroll: int) -> Compute:
     """How the model is computed, with `dtype` and `attention` in place of "auto"."""
-    fused = config.attention if config.attention != "auto" else attention
     return Compute(
         dtype=dtype if config.dtype == "auto" else config.dtype,
         remat=config.remat,
@@ -103,7 +102,7 @@ def compute(config: ConfigDict, dtype: str, attention: str, unroll: int) -> Comp
         embed_dropout=config.embed_dropout,
         residual_dropout=config.residual_dropout,
         attention_dropout=config.attention_dropout,
-        attention="plain" if config.attention_dropout else fused,
+        attention=attention if config.attention == "auto" else config.attention,
     )
 
 
