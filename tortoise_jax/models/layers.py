@@ -262,7 +262,7 @@ class ConditioningEncoder(nn.Module):
         params = self.get_variable("params", "attn")
         run = lambda x, layer: block(self.heads, self.compute).apply({"params": layer}, x, None)
         whole, last = (jax.tree.map(lambda leaf: leaf[part], params) for part in (slice(-1), -1))
-        x, _ = jax.lax.scan(run, x, whole, unroll=max(1, min(self.compute.unroll, self.layers - 1)))
+        x, _ = jax.lax.scan(run, x, whole, unroll=self.compute.unroll > 1)
         return first_frame(last, x, self.heads, dtype)
 
 
