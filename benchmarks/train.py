@@ -109,7 +109,7 @@ def theirs(options: argparse.Namespace, attention: str) -> Callable[[], None]:
 
     from tests.support.torch_reference import Recipe, Trainer, UnifiedVoice, log_mel
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(options.threads)
     c = model_config(options)
     model = UnifiedVoice(
         layers=c.layers,
@@ -130,7 +130,7 @@ def theirs(options: argparse.Namespace, attention: str) -> Callable[[], None]:
     lengths |= {"code_lengths": torch.full((options.rows,), options.codes)}
 
     def run() -> None:
-        mel = log_mel(wav.float() / 32768, norms)
+        mel = log_mel(wav.flatten(0, 1).float() / 32768, norms).unflatten(0, wav.shape[:2])
         trainer.step({"cond_mel": mel, "text": text, "codes": codes, **lengths})
 
     return run
@@ -141,20 +141,24 @@ def serve(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     run = ours(options) if options.side == "ours" else theirs(options, options.side)
     for _ in sys.stdin:
-        before = time.perf_counter()
+        before, worked = time.perf_counter(), time.process_time()
         run()
         now = time.perf_counter()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": now - before, "since_start": now - started, "peak": peak}), flush=True)
+        found = {"seconds": now - before, "cpu": time.process_time() - worked, "since_start": now - started}
+        found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(found), flush=True)
 
 
 class Side:
     """A process that makes steps when it is asked to."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, threads: int) -> None:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--side", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"NPROC": str(threads)}  # of XLA; torch is told in its process
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.steps: list[dict[str, float]] = []
 
     def step(self) -> float:
@@ -167,10 +171,9 @@ class Side:
                 return self.steps[-1]["seconds"]
         raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}")
 
-    @property
-    def seconds(self) -> float:
-        """Of a step: the median without the first, which compiles."""
-        return statistics.median(step["seconds"] for step in self.steps[1:])
+    def median(self, what: str) -> float:
+        """Of a step: "seconds" on the clock or of the processors ("cpu"), without the first, which compiles."""
+        return statistics.median(step[what] for step in self.steps[1:])
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="after the first (default: %(default)s)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="(default: all)")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of configs/ar.py, e.g. remat=none")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides (default: all cores)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -196,7 +200,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     sides = []
     for name in options.sides:  # one after the other: the first step's memory is the largest
-        sides.append(Side(name))
+        sides.append(Side(name, options.threads))
         print(f"{name}: first step {sides[-1].step():.2f} s", flush=True)
     for _ in range(options.rounds):
         print("  ".join(f"{side.name} {side.step():.3f} s" for side in sides), flush=True)
@@ -205,15 +209,16 @@ def main() -> None:
     config = model_config(options)
     print(
         f"\n{config.layers} layers of width {config.width}, {options.rows} rows of {options.text} text tokens and "
-        f"{options.codes} codes, {os.cpu_count()} cores, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
+        f"{options.codes} codes, {options.threads} threads, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
     )
-    print("| side | a step | clips per second | ours takes, of it | peak memory | from start to the first step |")
-    print("|---|---|---|---|---|---|")
-    base = next((side.seconds for side in sides if side.name == "ours"), None)
+    print("| side | a step | of the processors | clips per second | ours takes, of it | peak memory | to the first step |")
+    print("|---|---|---|---|---|---|---|")
+    ours_takes = {what: sides[0].median(what) for what in ("seconds", "cpu")} if sides[0].name == "ours" else {}
     for side in sides:
-        ratio = f"{base / side.seconds:.2f}" if base else "–"
+        ratios = ", ".join(f"{own / side.median(what):.2f} ({what})" for what, own in ours_takes.items())
         print(
-            f"| {side.name} | {side.seconds:.3f} s | {options.rows / side.seconds:.2f} | {ratio} "
+            f"| {side.name} | {side.median('seconds'):.3f} s | {side.median('cpu'):.3f} s "
+            f"| {options.rows / side.median('seconds'):.2f} | {ratios or '–'} "
             f"| {max(step['peak'] for step in side.steps) / GIB:.2f} GiB | {side.steps[0]['since_start']:.0f} s |"
         )
 

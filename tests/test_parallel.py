@@ -23,6 +23,7 @@ from tortoise_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
+MEMORY = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 
 def start_host(*arguments: object) -> subprocess.Popen[str]:
@@ -235,13 +236,14 @@ def test_attention_by_platform(
 @pytest.mark.parametrize(
     ("given", "deterministic", "flags"),
     [
-        ("", True, "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
+        ("", True, f"{MEMORY} --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
         (
             "--xla_gpu_deterministic_ops=true --other=1",
             True,
-            "--xla_gpu_deterministic_ops=true --other=1 --xla_gpu_enable_triton_gemm=false",
+            f"--xla_gpu_deterministic_ops=true --other=1 {MEMORY} --xla_gpu_enable_triton_gemm=false",
         ),
-        ("--other=1", False, "--other=1"),
+        ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT", False, "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT"),
+        ("--other=1", False, f"--other=1 {MEMORY}"),
     ],
 )
 def test_what_cannot_be_tried_out_is_not_left_to_triton(

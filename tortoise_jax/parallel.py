@@ -39,13 +39,16 @@ Tree = Any
 # No tile fits the conditioning encoder's 517 frames: the step would not compile. cuBLAS multiplies any shape.
 WITHOUT_TRITON = "xla_gpu_enable_triton_gemm"
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", f"--{WITHOUT_TRITON}=false")
+# XLA's default on CPU starts what it can as early as it can: all that `remat` computes again, too.
+LITTLE_MEMORY = ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",)
 
 
 def prepare_process(deterministic: bool = True) -> None:
-    """Before JAX starts: keep compiled programs for the next run, and, on NVIDIA, compute the same bits every time."""
-    if deterministic:
-        given = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = " ".join([*given.split(), *(flag for flag in DETERMINISTIC if flag not in given)])
+    """Before JAX starts: keep compiled programs for the next run, use little memory on CPU, and, on NVIDIA, compute the
+    same bits every time."""
+    given, wanted = os.environ.get("XLA_FLAGS", ""), LITTLE_MEMORY + (DETERMINISTIC if deterministic else ())
+    missing = [flag for flag in wanted if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *missing])
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
