@@ -11,6 +11,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -104,13 +105,59 @@ def attend(
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
 
 
-def recomputed(block: Any, compute: Compute) -> Any:
-    """The class of a block as `compute.remat` has it."""
+Run = Callable[..., Array]  # a block: (its parameters, x (b, s, d), whatever else it reads) -> x (b, s, d)
+
+
+def recomputed(run: Run, compute: Compute) -> Run:
+    """The same block, whose backward pass computes again what `compute.remat` says."""
     if compute.remat == "none":
-        return block
+        return run
+    if compute.remat == "full" and compute.unroll > 1:
+        return recomputed_late(run)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
     # Of blocks in one program XLA would merge what is computed again with its first computation.
-    return nn.remat(block, prevent_cse=compute.unroll > 1, policy=policy)
+    return jax.checkpoint(run, prevent_cse=compute.unroll > 1, policy=policy)
+
+
+def recomputed_late(run: Run) -> Run:
+    """`run`, all computed again in the backward pass when the gradient of its output is there, and used up there.
+
+    XLA on CPU orders only what depends on each other. Of blocks in one program it computes all again at once, and leaves
+    the gradients of all weights to the end, unless each block waits for its gradient and the one before it for that.
+    """
+
+    @jax.custom_vjp
+    def late(params: Any, x: Array, *rest: Any) -> Array:
+        return run(params, x, *rest)
+
+    def backward(kept: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+        params, x, *rest = kept
+        again = jax.vjp(lambda params, x: run(params, x, *rest), params, once_computed(gradient, x))[1]
+        of_params, of_x = again(gradient)
+        return of_params, once_computed(of_params, of_x), *[None] * len(rest)
+
+    late.defvjp(lambda *given: (run(*given), given), backward)
+    return late
+
+
+def once_computed(tree: Any, x: Array) -> Array:
+    """x, not before the tree's arrays are there; NaN where one of them begins with NaN, as diverged gradients do."""
+    first = jnp.stack([leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(tree)])
+    return jnp.where(jnp.any(jnp.isnan(first)), jnp.full((), jnp.nan, x.dtype), x)
+
+
+def run_blocks(run: Run, compute: Compute, params: Any, x: Array, *rest: Any) -> tuple[Array, Array]:
+    """Blocks one after the other: x (b, s, d) -> (x, every block's output (l, b, s, d)).
+
+    params: of l blocks, stacked; rest: what each block reads of its own (l, …), or None.
+    """
+    layers = len(jax.tree.leaves(params)[0])
+
+    def one(x: Array, own: Any) -> tuple[Array, Array]:
+        x = recomputed(run, compute)(own[0], x, *own[1])
+        return x, x
+
+    return jax.lax.scan(one, x, (params, rest), unroll=max(1, min(compute.unroll, layers)))
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
@@ -177,15 +224,17 @@ class GPT2(nn.Module):
     def __call__(self, x: Array, keys: Array | None) -> tuple[Array, Array]:
         """x (b, s, d) -> (normed x (b, s, d), the output of every block (layers, b, s, d))."""
         x = dropout(x, self.compute.embed_dropout, keys, 0)
-        blocks = nn.scan(
-            recomputed(GPT2Block, self.compute),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.layers,
-            unroll=min(self.compute.unroll, self.layers),
-        )(self.heads, self.compute, name="h")
-        x, every = blocks(x, jnp.arange(self.layers, dtype=jnp.int32), keys)
+        if self.is_initializing():
+            axes, rngs = {"params": 0}, {"params": True}
+            stack = nn.scan(GPT2Block, variable_axes=axes, split_rngs=rngs, in_axes=(0, nn.broadcast), length=self.layers)
+            x, every = stack(self.heads, self.compute, name="h")(x, jnp.arange(self.layers, dtype=jnp.int32), keys)
+        else:
+            block = GPT2Block(self.heads, self.compute, parent=None)
+            run = lambda params, x, layer, keys: block.apply({"params": params}, x, layer, keys)[0]
+            numbers = jnp.arange(self.layers, dtype=jnp.int32)
+            of_rows = None if keys is None else jnp.broadcast_to(keys[None], (self.layers, *keys.shape))
+            params = self.get_variable("params", "h")
+            x, every = run_blocks(run, self.compute, params, x, numbers, of_rows)
         return layer_norm("ln_f", jnp.dtype(self.compute.dtype))(x), every
 
 
@@ -255,14 +304,15 @@ class ConditioningEncoder(nn.Module):
         b, t, m = mel.shape
         dtype = jnp.dtype(self.compute.dtype)
         x = nn.Dense(self.width, dtype=dtype, name="init")(mel.reshape(b * t, m)).reshape(b, t, self.width)
-        block = recomputed(ConditioningAttention, self.compute)
         if self.is_initializing():
-            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+            axes, rngs = {"params": 0}, {"params": True}
+            stack = nn.scan(ConditioningAttention, variable_axes=axes, split_rngs=rngs, length=self.layers)
             return stack(self.heads, self.compute, name="attn")(x, None)[0][:, 0]
+        block = ConditioningAttention(self.heads, self.compute, parent=None)
+        run = lambda params, x: block.apply({"params": params}, x, None)[0]
         params = self.get_variable("params", "attn")
-        run = lambda x, layer: block(self.heads, self.compute).apply({"params": layer}, x, None)
         whole, last = (jax.tree.map(lambda leaf: leaf[part], params) for part in (slice(-1), -1))
-        x, _ = jax.lax.scan(run, x, whole, unroll=self.compute.unroll > 1)
+        x, _ = run_blocks(run, self.compute, whole, x)
         return first_frame(last, x, self.heads, dtype)
 
 
