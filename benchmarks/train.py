@@ -5,10 +5,12 @@
   python -m benchmarks.train --size tiny
   python -m benchmarks.train --sides ours               without torch, on whatever devices there are
 
-A row has 60 text tokens, 200 codes and two conditioning clips of six seconds, as waveforms: both sides compute the mels,
-the model, both losses, all gradients and AdamW's update by the same recipe, in float32 on CPUs. `eager` and `sdpa` are
-transformers' two attentions. Dropout is as configs/ar.py has it, on both sides. The sides wait while another one works;
-medians of the rounds after the first are compared, and a side's memory is the peak of its process from its start.
+A row has 60 text tokens, 200 codes and two conditioning clips of six seconds, as waveforms: both sides compute the
+mels, the model, both losses, all gradients and AdamW's update by the same recipe, in float32 on CPUs. `eager` and
+`sdpa` are transformers' two attentions. Dropout is as configs/ar.py has it, on both sides. The sides wait while another
+one works; medians of the rounds after the first are compared, and a side's memory is the peak of its process from its
+start. Other work on the machine slows threads that wait for each other down by more than its share: where there is
+some, compare the processors' seconds with --threads 1.
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ class Side:
         self.steps: list[dict[str, float]] = []
 
     def step(self) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -211,7 +214,9 @@ def main() -> None:
         f"\n{config.layers} layers of width {config.width}, {options.rows} rows of {options.text} text tokens and "
         f"{options.codes} codes, {options.threads} threads, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
     )
-    print("| side | a step | of the processors | clips per second | ours takes, of it | peak memory | to the first step |")
+    print(
+        "| side | a step | of the processors | clips per second | ours takes, of it | peak memory | to the first step |"
+    )
     print("|---|---|---|---|---|---|---|")
     ours_takes = {what: sides[0].median(what) for what in ("seconds", "cpu")} if sides[0].name == "ours" else {}
     for side in sides:

@@ -242,7 +242,11 @@ def test_attention_by_platform(
             True,
             f"--xla_gpu_deterministic_ops=true --other=1 {MEMORY} --xla_gpu_enable_triton_gemm=false",
         ),
-        ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT", False, "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT"),
+        (
+            "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT",
+            False,
+            "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT",
+        ),
         ("--other=1", False, f"--other=1 {MEMORY}"),
     ],
 )

@@ -351,7 +351,7 @@ def best_dtype() -> str:
 
 
 def best_attention(dtype: str) -> str:
-    """cuDNN's fused kernels where they train: bfloat16 on NVIDIA from Ampere on. Else XLA's, but on CPU head by head."""
+    """cuDNN's fused kernels where they train: bfloat16 on NVIDIA from Ampere on. Else XLA's; on CPU head by head."""
     if on_cpu():
         return "by_heads"
     nvidia = "cuda" in jax.devices()[0].client.platform_version.lower()

@@ -216,7 +216,9 @@ def test_the_check_of_the_first_frame_fires() -> None:
     second = lambda params, x, *rest: layers.first_frame(params, jnp.roll(x, 1, axis=1), *rest)
     with pytest.raises(AssertionError, match="output"):
         check_first_frame(16, second)
-    still = lambda params, x, *rest: layers.first_frame(params | {"norm": jax.lax.stop_gradient(params["norm"])}, x, *rest)
+    still = lambda params, x, *rest: layers.first_frame(
+        params | {"norm": jax.lax.stop_gradient(params["norm"])}, x, *rest
+    )
     with pytest.raises(AssertionError, match="attn/norm"):
         check_first_frame(16, still)
 

@@ -54,8 +54,6 @@ def test_a_run_that_starts_warm_compiles_nothing(
     assert events[HITS] == events[REQUESTS]
     for one in made:
         steps = {one.feed.training.batch(step)[0] for step in range(settings.steps)}
-        evaluations = {
-            one.feed.validation.batch(index)[0] for index in range(one.feed.validation.batches_per_epoch)
-        }
+        evaluations = {one.feed.validation.batch(index)[0] for index in range(one.feed.validation.batches_per_epoch)}
         assert one.step_fn._cache_size() == len(steps) <= 2
         assert one.eval_fn._cache_size() == len(evaluations) <= 2

@@ -105,6 +105,11 @@ def attend(
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
 
 
+def stacked(block: Any, layers: int, **axes: Any) -> Any:
+    """The class of so many blocks with their parameters stacked, which makes them; `run_blocks` runs them."""
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, **axes)
+
+
 Run = Callable[..., Array]  # a block: (its parameters, x (b, s, d), whatever else it reads) -> x (b, s, d)
 
 
@@ -122,8 +127,9 @@ def recomputed(run: Run, compute: Compute) -> Run:
 def recomputed_late(run: Run) -> Run:
     """`run`, all computed again in the backward pass when the gradient of its output is there, and used up there.
 
-    XLA on CPU orders only what depends on each other. Of blocks in one program it computes all again at once, and leaves
-    the gradients of all weights to the end, unless each block waits for its gradient and the one before it for that.
+    XLA on CPU orders only what depends on each other. Of blocks in one program it computes all again at once, and
+    leaves the gradients of all weights to the end, unless each block waits for its gradient and the one before it for
+    that.
     """
 
     @jax.custom_vjp
@@ -225,15 +231,14 @@ class GPT2(nn.Module):
         """x (b, s, d) -> (normed x (b, s, d), the output of every block (layers, b, s, d))."""
         x = dropout(x, self.compute.embed_dropout, keys, 0)
         if self.is_initializing():
-            axes, rngs = {"params": 0}, {"params": True}
-            stack = nn.scan(GPT2Block, variable_axes=axes, split_rngs=rngs, in_axes=(0, nn.broadcast), length=self.layers)
+            stack = stacked(GPT2Block, self.layers, in_axes=(0, nn.broadcast))
             x, every = stack(self.heads, self.compute, name="h")(x, jnp.arange(self.layers, dtype=jnp.int32), keys)
         else:
             block = GPT2Block(self.heads, self.compute, parent=None)
             run = lambda params, x, layer, keys: block.apply({"params": params}, x, layer, keys)[0]
             numbers = jnp.arange(self.layers, dtype=jnp.int32)
             of_rows = None if keys is None else jnp.broadcast_to(keys[None], (self.layers, *keys.shape))
-            params = self.get_variable("params", "h")
+            params: Any = self.get_variable("params", "h")
             x, every = run_blocks(run, self.compute, params, x, numbers, of_rows)
         return layer_norm("ln_f", jnp.dtype(self.compute.dtype))(x), every
 
@@ -247,9 +252,7 @@ def group_count(channels: int) -> int:
 
 
 def group_norm(width: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
-    return nn.GroupNorm(
-        group_count(width), epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
-    )
+    return nn.GroupNorm(group_count(width), epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class ConditioningAttention(nn.Module):
@@ -305,13 +308,12 @@ class ConditioningEncoder(nn.Module):
         dtype = jnp.dtype(self.compute.dtype)
         x = nn.Dense(self.width, dtype=dtype, name="init")(mel.reshape(b * t, m)).reshape(b, t, self.width)
         if self.is_initializing():
-            axes, rngs = {"params": 0}, {"params": True}
-            stack = nn.scan(ConditioningAttention, variable_axes=axes, split_rngs=rngs, length=self.layers)
+            stack = stacked(ConditioningAttention, self.layers)
             return stack(self.heads, self.compute, name="attn")(x, None)[0][:, 0]
         block = ConditioningAttention(self.heads, self.compute, parent=None)
         run = lambda params, x: block.apply({"params": params}, x, None)[0]
-        params = self.get_variable("params", "attn")
-        whole, last = (jax.tree.map(lambda leaf: leaf[part], params) for part in (slice(-1), -1))
+        params: Any = self.get_variable("params", "attn")
+        whole, last = jax.tree.map(lambda leaf: leaf[:-1], params), jax.tree.map(lambda leaf: leaf[-1], params)
         x, _ = run_blocks(run, self.compute, whole, x)
         return first_frame(last, x, self.heads, dtype)
 
