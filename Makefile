@@ -1,4 +1,5 @@
-# make demo | pair | test | test-slow | lint | docs | verify, each from a machine that has only Python (3.11 or newer) and make.
+# make demo | pair | test | test-slow | bench | lint | docs | verify, each from a machine that has only Python (3.11 or
+# newer) and make.
 # PIP_OPTIONS is handed to pip. On Linux, torch's CPU build saves gigabytes:
 #   make demo PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 WORKERS ?= 2
 
-.PHONY: demo pair test test-slow lint docs verify clean
+.PHONY: demo pair test test-slow bench lint docs verify clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tests.demo
@@ -26,6 +27,16 @@ test-slow: $(INSTALLED) .venv-tortoise/installed
 	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cudnn-cu12  # to compile for
 	$(BIN)/python -m pytest -m slow --timeout 7200 -o faulthandler_timeout=0; status=$$?; $(BIN)/python -m pip uninstall --quiet --yes jax-cuda12-plugin \
 	  jax-cuda12-pjrt; exit $$status  # the plugin says in every process that there is no card; quick tests listen
+
+# An hour or more, 16 GB of memory and 8 GB of disk; benchmarks/plan_table.py needs the compilers of '.[plan]' too.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.train --size tiny
+	$(BIN)/python -m benchmarks.train --layers 4
+	$(BIN)/python -m benchmarks.generate --size tiny
+	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.data_throughput
+	$(BIN)/python -m benchmarks.copy_synthesis
+	$(BIN)/python -m benchmarks.convert_real_size --folder bench-output
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
 
     # How it is computed.
     config.dtype = "auto"  # bfloat16 where the hardware is fast at it, else float32
-    config.remat = True  # recompute activations in the backward pass: a fifth slower, a fraction of the memory
-    config.attention = "plain"  # or "xla", "cudnn" (NVIDIA, bfloat16, no attention dropout)
+    config.remat = "full"  # recomputed in the backward pass: all ("full"), all but products ("dots"), "none"
+    config.attention = "auto"  # "cudnn" (NVIDIA, bfloat16), "by_heads" (CPU), "xla", or "plain", which alone can drop
     config.deterministic = True  # bit-identical reruns on NVIDIA too, by XLA's deterministic-ops flag; a little slower
 
     # Watching and keeping.

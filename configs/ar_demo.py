@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.milestones = ()
     config.optimizer.freeze = "conditioning_encoder/.*"  # six seconds of conditioning are most of a tiny model's work
-    config.remat = False
+    config.remat = "none"
     config.eval_every = 20
     config.log_every = 10
     config.sample_every = 120  # at the start and at the end: before and after

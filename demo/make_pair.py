@@ -38,7 +38,7 @@ SPEECH = {
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
     "conditioning_clips": 1,
-    "remat": False,
+    "remat": "none",
     "embed_dropout": 0.0,
     "residual_dropout": 0.0,
     "optimizer.learning_rate": 1e-3,

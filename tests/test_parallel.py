@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from tortoise_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
+MEMORY = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 
 def start_host(*arguments: object) -> subprocess.Popen[str]:
@@ -147,6 +149,15 @@ def test_replicated_trees_come_back_as_they_were() -> None:
     assert np.array_equal(back["a"], tree["a"])
 
 
+def test_replicated_arrays_are_memory_that_results_can_be_written_to() -> None:
+    """On CPU a device would read numpy's own, and a step that is given it would need as much again."""
+    where = lambda array: [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+    given = parallel.replicate(np.ones((64, 64), np.float32))
+    before = where(given)
+    assert len(set(before)) == jax.local_device_count()
+    assert where(parallel.mapped(lambda x: x + 1, donate=True)(given)) == before
+
+
 def test_mapped_sums_over_all_devices_and_donates_its_first_argument() -> None:
     devices = jax.local_device_count()
     assert devices == 8
@@ -202,15 +213,41 @@ def test_errors_of_one_process_are_its_own() -> None:
 
 
 @pytest.mark.parametrize(
+    ("platform", "version", "capability", "dtype", "attention"),
+    [
+        ("cpu", "cpu", None, "float32", "by_heads"),
+        ("tpu", "libtpu", None, "bfloat16", "xla"),
+        ("gpu", "PJRT C API\ncuda 12090", "8.6", "bfloat16", "cudnn"),
+        ("gpu", "PJRT C API\ncuda 12090", "8.6", "float32", "xla"),
+        ("gpu", "PJRT C API\ncuda 12090", "7.5", "bfloat16", "xla"),
+        ("gpu", "rocm 60300", "9.4", "bfloat16", "xla"),
+    ],
+)
+def test_attention_by_platform(
+    platform: str, version: str, capability: str, dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(platform=platform, compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert parallel.best_attention(dtype) == attention
+
+
+@pytest.mark.parametrize(
     ("given", "deterministic", "flags"),
     [
-        ("", True, "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
+        ("", True, f"{MEMORY} --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
         (
             "--xla_gpu_deterministic_ops=true --other=1",
             True,
-            "--xla_gpu_deterministic_ops=true --other=1 --xla_gpu_enable_triton_gemm=false",
+            f"--xla_gpu_deterministic_ops=true --other=1 {MEMORY} --xla_gpu_enable_triton_gemm=false",
         ),
-        ("--other=1", False, "--other=1"),
+        (
+            "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT",
+            False,
+            "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT",
+        ),
+        ("--other=1", False, f"--other=1 {MEMORY}"),
     ],
 )
 def test_what_cannot_be_tried_out_is_not_left_to_triton(

@@ -40,16 +40,21 @@ Tree = Any
 # No tile fits the conditioning encoder's 517 frames: the step would not compile. cuBLAS multiplies any shape.
 WITHOUT_TRITON = "xla_gpu_enable_triton_gemm"
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", f"--{WITHOUT_TRITON}=false")
+# XLA's default on CPU starts what it can as early as it can: all that `remat` computes again, too.
+LITTLE_MEMORY = ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",)
 
 
 def prepare_process(deterministic: bool = True) -> None:
-    """Before JAX starts: keep compiled programs for the next run, and, on NVIDIA, compute the same bits every time."""
-    if deterministic:
-        given = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = " ".join([*given.split(), *(flag for flag in DETERMINISTIC if flag not in given)])
+    """Before JAX starts: keep compiled programs for the next run, use little memory on CPU, and, on NVIDIA, compute the
+    same bits every time."""
+    given, wanted = os.environ.get("XLA_FLAGS", ""), LITTLE_MEMORY + (DETERMINISTIC if deterministic else ())
+    missing = [flag for flag in wanted if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *missing])
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long together
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -346,6 +351,14 @@ def best_dtype() -> str:
     return "bfloat16" if device.platform in ("gpu", "cuda") and capability >= 8.0 else "float32"
 
 
+def best_attention(dtype: str) -> str:
+    """cuDNN's fused kernels where they train: bfloat16 on NVIDIA from Ampere on. Else XLA's; on CPU head by head."""
+    if on_cpu():
+        return "by_heads"
+    nvidia = "cuda" in jax.devices()[0].client.platform_version.lower()
+    return "cudnn" if nvidia and dtype == best_dtype() == "bfloat16" else "xla"
+
+
 def mapped(step: Callable[..., Any], *, donate: bool, devices: list[Any] | None = None) -> Any:
     """A per-device function of (replicated state, device's batch) as one pmapped program; devices: all by default."""
     return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else (), devices=devices)
@@ -393,13 +406,20 @@ def call(program: Any, *arguments: Tree) -> Any:
 
 
 def replicate(tree: Tree) -> Tree:
-    """A copy of every array on each local device, with a leading device axis, sharded as pmap's own outputs are."""
+    """A copy of every array on each local device, with a leading device axis, sharded as pmap's own outputs are.
+
+    On CPU too: a device there would read numpy's own memory, which no program can be given to write its results to.
+    """
     devices = jax.local_devices()
     sharding = jax.sharding.NamedSharding(local_mesh(), jax.sharding.PartitionSpec(AXIS))
 
+    def put(one: np.ndarray, device: Any) -> Any:
+        there = jax.device_put(one, device)
+        return jax.device_put(there, device, may_alias=False) if on_cpu() else there
+
     def copy(leaf: Any) -> Any:
         one = np.asarray(leaf)[None]
-        shards = [jax.device_put(one, device) for device in devices]
+        shards = [put(one, device) for device in devices]
         return jax.make_array_from_single_device_arrays((len(devices), *one.shape[1:]), sharding, shards)
 
     return jax.tree.map(copy, tree)

@@ -13,7 +13,7 @@ import torch
 
 from convert.tables import dvae, unified_voice
 from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
-from tests.support.parity import MODULE, Change, assert_close, assert_module_parity
+from tests.support.parity import MODULE, Change, assert_close, assert_module_parity, assert_trees_close
 from tests.support.torch_reference import randomize
 from tests.support.torch_reference.dvae import ResBlock
 from tests.support.torch_reference.unified_voice import AttentionBlock, ConditioningEncoder, group_count
@@ -81,7 +81,7 @@ def check_gpt2_block(
     )
 
 
-@pytest.mark.parametrize("attention", ["plain", "xla"])
+@pytest.mark.parametrize("attention", ["plain", "by_heads", "xla"])
 def test_gpt2_block(torch_voice: Any, attention: str) -> None:
     check_gpt2_block(torch_voice, compute=Compute(attention=attention))
 
@@ -157,8 +157,9 @@ def test_conditioning_attention(width: int) -> None:
     check_conditioning_attention(width)
 
 
-def test_conditioning_attention_through_jax_nn() -> None:
-    check_conditioning_attention(64, attention="xla")
+@pytest.mark.parametrize("attention", ["by_heads", "xla"])
+def test_conditioning_attention_by_other_means(attention: str) -> None:
+    check_conditioning_attention(64, attention=attention)
 
 
 @pytest.mark.parametrize(
@@ -191,21 +192,75 @@ def test_group_count_is_upstreams() -> None:
         assert layers.group_count(width) == group_count(width)
 
 
+@pytest.mark.parametrize("width", [16, 96])
+def test_the_first_frame_alone_is_the_first_of_all(width: int) -> None:
+    """Of the last block: values, and gradients for all frames and parameters, without a key or a value of any frame."""
+    check_first_frame(width, layers.first_frame)
+
+
+def check_first_frame(width: int, ours: Any, heads: int = 4) -> None:
+    block = ConditioningAttention(heads, PLAIN)
+    x = jnp.asarray(noise(2, 11, width).numpy())
+    no_zeros = lambda leaf: leaf + 0.1 * jnp.asarray(noise(*leaf.shape).numpy())
+    params = jax.tree.map(no_zeros, block.init(jax.random.key(0), x, None)["params"])
+    weighting = jnp.asarray(noise(2, width, seed=3).numpy())
+    want, backward = jax.vjp(lambda params, x: block.apply({"params": params}, x, None)[0][:, 0], params, x)
+    got, our_backward = jax.vjp(lambda params, x: ours(params, x, heads, jnp.float32), params, x)
+    assert_close(got, want, MODULE, "output")
+    (of_params, of_x), (want_params, want_x) = our_backward(weighting), backward(weighting)
+    assert_close(of_x, want_x, MODULE, "gradient of the frames")
+    assert_trees_close({"attn": of_params}, {"attn": want_params}, MODULE, heads)
+
+
+def test_the_check_of_the_first_frame_fires() -> None:
+    second = lambda params, x, *rest: layers.first_frame(params, jnp.roll(x, 1, axis=1), *rest)
+    with pytest.raises(AssertionError, match="output"):
+        check_first_frame(16, second)
+    still = lambda params, x, *rest: layers.first_frame(
+        params | {"norm": jax.lax.stop_gradient(params["norm"])}, x, *rest
+    )
+    with pytest.raises(AssertionError, match="attn/norm"):
+        check_first_frame(16, still)
+
+
 # Attention, dropout and settings by themselves
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_implementations_agree(causal: bool) -> None:
+@pytest.mark.parametrize("implementation", ["by_heads", "xla"])
+def test_attention_implementations_agree(causal: bool, implementation: str) -> None:
+    """Values and gradients."""
+    q, k, v, weighting = (jax.random.normal(jax.random.key(i), (2, 9, 4, 16)) for i in range(4))
+
+    def found(**options: Any) -> Any:
+        value, backward = jax.vjp(lambda *given: attend(*given, **options), q, k, v)
+        return value, *backward(weighting)
+
+    got, plain = found(causal=causal, implementation=implementation), found(causal=causal)
+    for name, a, b in zip(("value", "q", "k", "v"), got, plain, strict=True):
+        assert_close(a, b, MODULE, name)
+    for a, b in zip(found(causal=not causal, implementation=implementation), plain, strict=True):
+        with pytest.raises(AssertionError):
+            assert_close(a, b, MODULE)
+
+
+@pytest.mark.parametrize("implementation", ["by_heads", "xla", "cudnn"])
+def test_where_attention_drops_it_is_plain(implementation: str) -> None:
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, 4, 16)) for i in range(3))
-    plain = attend(q, k, v, causal=causal)
-    assert_close(attend(q, k, v, causal=causal, implementation="xla"), plain, MODULE)
-    with pytest.raises(AssertionError):
-        assert_close(attend(q, k, v, causal=not causal, implementation="xla"), plain, MODULE)
+    half = lambda weights: weights / 2
+    got = attend(q, k, v, causal=True, drop=half, implementation=implementation)
+    assert_close(got, attend(q, k, v, causal=True) / 2, MODULE)
 
 
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="attention is 'flash', expected one of"):
         Compute(attention="flash")
+
+
+def test_remat_is_a_policy_or_a_truth_value() -> None:
+    assert (Compute(remat=False), Compute(remat=True)) == (Compute(), Compute(remat="full"))
+    with pytest.raises(ValueError, match="remat is 'half', expected one of"):
+        Compute(remat="half")
 
 
 def row_keys(*examples: int) -> jax.Array:
@@ -285,7 +340,8 @@ def test_cudnn_computes_the_gpt_blocks_alone(monkeypatch: pytest.MonkeyPatch) ->
     compute = Compute(attention="cudnn")
     encoder = layers.ConditioningEncoder(32, 2, 2, compute)
     jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 517, 80)))
-    assert lengths == []
+    assert {implementation for implementation, _ in lengths} == {"xla"}
+    lengths.clear()
     row = jnp.zeros((1, 64, 32))
     jax.eval_shape(GPT2Block(2, compute).init, jax.random.key(0), row, jnp.zeros((), jnp.int32), None)
     assert lengths == [("cudnn", 64)]

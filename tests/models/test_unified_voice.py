@@ -121,8 +121,8 @@ def check_stack(run: TorchRun, twin: Twin, compute: Compute = PLAIN, change: Any
 
 @pytest.mark.parametrize(
     "compute",
-    [PLAIN, Compute(unroll=3, attention="xla"), Compute(remat=True, unroll=2)],
-    ids=["plain", "unrolled, attention of jax.nn", "remat, unrolled by 2"],
+    [PLAIN, Compute(unroll=3, attention="by_heads", remat="dots"), Compute(attention="xla", remat="full", unroll=2)],
+    ids=["plain", "unrolled, head by head, products kept", "attention of jax.nn, all again, unrolled by 2"],
 )
 def test_stack_losses_and_all_gradients(run: TorchRun, voice: Twin, compute: Compute) -> None:
     check_stack(run, voice, compute)

@@ -43,7 +43,7 @@ FIELDS = {
     "log_every": 1,
     "sample_every": 0,
     "conditioning_clips": 1,
-    "remat": False,
+    "remat": "none",
     "export": "",
     "optimizer.learning_rate": 1e-3,
 }

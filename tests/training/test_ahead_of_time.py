@@ -24,7 +24,7 @@ from tortoise_jax import parallel
 from tortoise_jax.audio import CONDITIONING_FRAMES, default_mel_norms
 from tortoise_jax.checkpoints.parts import abstract_tree
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, Compute
+from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, Compute
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.training import ahead_of_time, hlo, presets, roofline, topologies
 from tortoise_jax.training.estimate import size
@@ -106,7 +106,7 @@ def test_codes_do_not_depend_on_fast_products(target: str) -> None:
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
-    "remat": (False, True),
+    "remat": REMAT,
     "unroll": (1, runs.AR.layers),
     "embed_dropout": (0.0, 0.1),
     "residual_dropout": (0.0, 0.1),
@@ -218,8 +218,8 @@ def products_of(jaxpr: Any) -> int:
     return total
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_the_formula_counts_the_products_of_the_step(remat: bool) -> None:
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_formula_counts_the_products_of_the_step(remat: str) -> None:
     compute = Compute(remat=remat)
     model = dataclasses.replace(RELEASED, layers=3)
     config = dataclasses.replace(recipe(compute, config=model), axis=None)

@@ -31,7 +31,7 @@ def test_every_config_loads(name: str) -> None:
     (dvae_run.fill if codec else presets.fill)(settings, 100)
     assert None not in config.flat(settings).values()
     assert schemas.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
-    assert codec or schemas.compute(settings, "bfloat16", 1).dtype == "bfloat16"
+    assert codec or schemas.compute(settings, "bfloat16", "plain", 1).dtype == "bfloat16"
 
 
 def test_which_schema_a_configuration_needs_is_read_from_it() -> None:
@@ -60,7 +60,7 @@ def test_reviving_is_off_where_a_checkpoint_is_fine_tuned() -> None:
         ("seed", -1, "at least 0"),
         ("embed_dropout", 1.0, "0 to 0.99"),
         ("dtype", "float16", "one of auto, float32, bfloat16"),
-        ("attention", "flash", "one of plain, xla, cudnn"),
+        ("attention", "flash", "one of auto, plain, by_heads, xla, cudnn"),
         ("optimizer.name", "adam", "one of adamw, adafactor"),
         ("optimizer.schedule", "linear", "one of stepped, cosine, constant"),
         ("optimizer.learning_rate", 0.0, "1e-12 to 1"),
@@ -114,7 +114,8 @@ def test_missing_fields_and_impossible_pairs_are_named() -> None:
         (["--config", "configs/ar.py", "--config.accumulation=2"], "is called gradient_accumulation_steps now"),
         (["--config", "configs/ar.py", "stray"], "stray"),
         (["--config", "configs/ar.py", "--config.optimizer=3"], "optimizer is a group of fields: optimizer.beta1, "),
-        (["--config", "configs/ar.py", "--config.remat=5"], "--config.remat: '5' is neither true nor false"),
+        (["--config", "configs/ar.py", "--config.remat=5"], "remat is '5', expected one of none, dots, full"),
+        (["--config", "configs/ar.py", "--config.deterministic=5"], "--config.deterministic: '5' is neither true nor"),
         (["--config", "configs/ar.py", "--plan=5"], "--plan: '5' is no truth value (true or false)"),
         (["--config", "configs/ar.py", "--num_processes=x"], "--num_processes: 'x' is no whole number"),
         (["--config", "configs/ar.py", "--config.seed=None"], "--config.seed: 'None' is not a number"),
@@ -129,6 +130,28 @@ def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypa
     with pytest.raises(UserError) as raised:
         config.parse(["train.py", *arguments], SCHEMA)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(("given", "held"), [("True", "full"), ("False", "none"), ("dots", "dots")])
+def test_remat_may_be_a_truth_value_still(given: str, held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config.FLAGS.unparse_flags()
+    if "config.remat" in config.FLAGS:
+        delattr(config.FLAGS, "config.remat")  # absl takes a flag once in a process
+    arguments = ["train.py", "--config", "configs/ar.py", f"--config.remat={given}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert config.parse(arguments, SCHEMA).remat == held
+    delattr(config.FLAGS, "config.remat")
+
+
+def test_attention_is_the_platforms_unless_one_is_asked_for() -> None:
+    settings = ar.get_config()
+    presets.fill(settings, 100)
+    assert schemas.compute(settings, "bfloat16", "cudnn", 1).attention == "cudnn"
+    settings.attention = "xla"
+    assert schemas.compute(settings, "bfloat16", "cudnn", 1).attention == "xla"
+    settings.attention, settings.attention_dropout = "auto", 0.1
+    config.check(settings, SCHEMA)  # whatever "auto" is, it is plain where it drops
 
 
 def test_what_help_shows_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_the_plan_is_for_the_batches_of_the_run(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_run_that_does_not_fit_is_told_fields_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines, _ = plan_that_does_not_fit(monkeypatch, gradient_accumulation_steps=2, remat=False)
+    lines, _ = plan_that_does_not_fit(monkeypatch, gradient_accumulation_steps=2, remat="none")
     assert "it does not fit, and so is not timed; in this order:" in lines
     advised = [line.strip().removeprefix("--config.").split("=")[0] for line in lines if "--config." in line]
     assert advised == ["gradient_accumulation_steps", "remat", "dtype", "optimizer.name"]

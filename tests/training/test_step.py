@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from tests.support import small
 from tests.support.parity import MEL_ABSOLUTE, ZERO_GRADIENT, absolute_error, apart, assert_close
 from tests.support.small import CONFIG, DROPOUT, Batch, clips, with_padding_rows
 from tortoise_jax.models.layers import Compute
-from tortoise_jax.parallel import AXIS
+from tortoise_jax.models.unified_voice import UnifiedVoice
+from tortoise_jax.parallel import AXIS, LITTLE_MEMORY
 from tortoise_jax.training import forward
 from tortoise_jax.training import step as step_module
 from tortoise_jax.training.forward import dropout_keys
@@ -176,6 +178,39 @@ def test_invariance_fires_for_counted_padding() -> None:
     longer["token_types"][:, -1], longer["weights"][:, -1] = 2, 1.0
     with pytest.raises(AssertionError):
         assert_same_gradient(one_step(longer, compute=NO_DROPOUT)[0], want)
+
+
+# How it is computed
+
+
+@pytest.mark.parametrize("compute", [Compute(remat=remat, unroll=2) for remat in ("dots", "full")])
+def test_what_is_computed_again_changes_nothing(compute: Compute) -> None:
+    got, metrics = one_step(clips(0), compute=dataclasses.replace(DROPOUT, remat=compute.remat, unroll=compute.unroll))
+    want, want_metrics = one_step(clips(0))
+    assert_same_gradient(got, want)
+    for name in ("loss/text", "loss/mel", "loss/total"):
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("unroll", "remat", "share"), [(1, "dots", 0.5), (1, "full", 0.25), (6, "full", 0.5)])
+def test_what_is_computed_again_is_not_kept(unroll: int, remat: str, share: float) -> None:
+    """Where layers stand side by side in one program too: there XLA would compute all again before it is needed."""
+    assert temporaries(remat, unroll) < share * temporaries("none", unroll)
+
+
+@functools.cache
+def temporaries(remat: str, unroll: int) -> int:
+    """Bytes of the gradient's program for six layers, compiled as runs compile on CPU."""
+    config = dataclasses.replace(CONFIG, layers=6)
+    model = UnifiedVoice(config, Compute(remat=remat, unroll=unroll))
+    row = np.zeros((4, 64), np.int32)
+    arrays = (np.zeros((4, 1, 5, config.mel_channels), np.float32), row, row, row)
+    params = jax.eval_shape(model.init, jax.random.key(0), *arrays)["params"]
+    targets = {"text": row, "mel": row}
+    losses_of = lambda params: model.apply({"params": params}, *arrays, targets, method=UnifiedVoice.losses)
+    gradient = jax.jit(jax.grad(lambda params: sum(map(jnp.sum, losses_of(params).values()))))
+    options = dict(flag.removeprefix("--").split("=") for flag in LITTLE_MEMORY)
+    return gradient.lower(params).compile(compiler_options=options).memory_analysis().temp_size_in_bytes
 
 
 # Evaluation

@@ -11,18 +11,22 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tortoise_jax.models.attention import by_heads
+
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-5
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products as they are: by default TPUs take bf16 and NVIDIA cards TF32
 HIGH = "high"  # between the two: TF32 on NVIDIA cards, as torch convolves there, three bf16 products on TPUs
 FRAMES_PER_CODE = 4
-ATTENTION_IMPLEMENTATIONS = ("plain", "xla", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("plain", "by_heads", "xla", "cudnn")
+REMAT = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +34,15 @@ class Compute:
     """How the AR model is computed: speed and memory, not the function (dropout aside).
 
     dtype: activations and matrix products ("float32" or "bfloat16"); parameters and losses stay float32.
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    remat: what the backward pass computes again: "none" of a block, all but its products with weights ("dots"), or all
+    but its input ("full"); False and True mean the first and the last.
     unroll: layers a compiled loop step holds; 1 compiles fastest, the number of layers runs fastest on CPU.
-    attention: "plain" (einsum), or "xla" / "cudnn" of `jax.nn.dot_product_attention`, which know no dropout; "cudnn" is
-    for the GPT blocks alone.
+    attention: "plain" (einsum), "by_heads" (models/attention.py), or "xla" / "cudnn" of `jax.nn.dot_product_attention`;
+    plain wherever attention drops, for the others know no dropout. "cudnn" is for the GPT blocks alone.
     """
 
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"
     unroll: int = 1
     embed_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -45,6 +50,10 @@ class Compute:
     attention: str = "plain"
 
     def __post_init__(self) -> None:
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}, expected one of {REMAT}")
         if self.attention not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(f"attention is {self.attention!r}, expected one of {ATTENTION_IMPLEMENTATIONS}")
 
@@ -76,7 +85,9 @@ def attend(
 
     bias: added to the scaled scores, (b or 1, h, s, s). mask (b, s): the keys that may be read.
     """
-    if implementation != "plain" and drop is None:
+    if implementation == "by_heads" and drop is None and bias is None and mask is None:
+        return by_heads(q, k, v, causal)
+    if implementation in ("xla", "cudnn") and drop is None:
         kernel: Any = implementation
         keys = None if mask is None else mask[:, None, None]
         added = None if bias is None else bias.astype(q.dtype)
@@ -93,6 +104,67 @@ def attend(
     if drop is not None:
         weights = drop(weights)
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+
+def stacked(block: Any, layers: int, **axes: Any) -> Any:
+    """The class of so many blocks with their parameters stacked, which makes them; `run_blocks` runs them."""
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, **axes)
+
+
+Run = Callable[..., Array]  # a block: (its parameters, x (b, s, d), whatever else it reads) -> x (b, s, d)
+
+
+def recomputed(run: Run, compute: Compute) -> Run:
+    """The same block, whose backward pass computes again what `compute.remat` says."""
+    if compute.remat == "none":
+        return run
+    if compute.remat == "full" and compute.unroll > 1:
+        return recomputed_late(run)
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
+    # Of blocks in one program XLA would merge what is computed again with its first computation.
+    return jax.checkpoint(run, prevent_cse=compute.unroll > 1, policy=policy)
+
+
+def recomputed_late(run: Run) -> Run:
+    """`run`, all computed again in the backward pass when the gradient of its output is there, and used up there.
+
+    XLA on CPU orders only what depends on each other. Of blocks in one program it computes all again at once, and
+    leaves the gradients of all weights to the end, unless each block waits for its gradient and the one before it for
+    that.
+    """
+
+    @jax.custom_vjp
+    def late(params: Any, x: Array, *rest: Any) -> Array:
+        return run(params, x, *rest)
+
+    def backward(kept: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+        params, x, *rest = kept
+        again = jax.vjp(lambda params, x: run(params, x, *rest), params, once_computed(gradient, x))[1]
+        of_params, of_x = again(gradient)
+        return of_params, once_computed(of_params, of_x), *[None] * len(rest)
+
+    late.defvjp(lambda *given: (run(*given), given), backward)
+    return late
+
+
+def once_computed(tree: Any, x: Array) -> Array:
+    """x, not before the tree's arrays are there; NaN where one of them begins with NaN, as diverged gradients do."""
+    first = jnp.stack([leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(tree)])
+    return jnp.where(jnp.any(jnp.isnan(first)), jnp.full((), jnp.nan, x.dtype), x)
+
+
+def run_blocks(run: Run, compute: Compute, params: Any, x: Array, *rest: Any) -> tuple[Array, Array]:
+    """Blocks one after the other: x (b, s, d) -> (x, every block's output (l, b, s, d)).
+
+    params: of l blocks, stacked; rest: what each block reads of its own (l, …), or None.
+    """
+    layers = len(jax.tree.leaves(params)[0])
+
+    def one(x: Array, own: Any) -> tuple[Array, Array]:
+        x = recomputed(run, compute)(own[0], x, *own[1])
+        return x, x
+
+    return jax.lax.scan(one, x, (params, rest), unroll=max(1, min(compute.unroll, layers)))
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
@@ -159,16 +231,16 @@ class GPT2(nn.Module):
     def __call__(self, x: Array, keys: Array | None) -> tuple[Array, Array]:
         """x (b, s, d) -> (normed x (b, s, d), the output of every block (layers, b, s, d))."""
         x = dropout(x, self.compute.embed_dropout, keys, 0)
-        block = nn.remat(GPT2Block, prevent_cse=False) if self.compute.remat else GPT2Block
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.layers,
-            unroll=min(self.compute.unroll, self.layers),
-        )(self.heads, self.compute, name="h")
-        x, every = blocks(x, jnp.arange(self.layers, dtype=jnp.int32), keys)
+        if self.is_initializing():
+            stack = stacked(GPT2Block, self.layers, in_axes=(0, nn.broadcast))
+            x, every = stack(self.heads, self.compute, name="h")(x, jnp.arange(self.layers, dtype=jnp.int32), keys)
+        else:
+            block = GPT2Block(self.heads, self.compute, parent=None)
+            run = lambda params, x, layer, keys: block.apply({"params": params}, x, layer, keys)[0]
+            numbers = jnp.arange(self.layers, dtype=jnp.int32)
+            of_rows = None if keys is None else jnp.broadcast_to(keys[None], (self.layers, *keys.shape))
+            params: Any = self.get_variable("params", "h")
+            x, every = run_blocks(run, self.compute, params, x, numbers, of_rows)
         return layer_norm("ln_f", jnp.dtype(self.compute.dtype))(x), every
 
 
@@ -178,6 +250,10 @@ def group_count(channels: int) -> int:
     while channels % groups:
         groups //= 2
     return groups
+
+
+def group_norm(width: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
+    return nn.GroupNorm(group_count(width), epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class ConditioningAttention(nn.Module):
@@ -190,16 +266,33 @@ class ConditioningAttention(nn.Module):
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:  # (b, t, d)
         b, t, d = x.shape
         dtype = jnp.dtype(self.compute.dtype)
-        norm = nn.GroupNorm(
-            group_count(d), epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name="norm"
-        )
-        qkv = nn.Dense(3 * d, dtype=dtype, name="qkv")(norm(x).reshape(b * t, d))
+        qkv = nn.Dense(3 * d, dtype=dtype, name="qkv")(group_norm(d, dtype, "norm")(x).reshape(b * t, d))
         # Interleaved per head: head 0's q, k, v, then head 1's.
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, self.heads, 3, d // self.heads), 3, 0)
         # cuDNN trains on even lengths only, and six seconds are 517 frames.
-        implementation = "plain" if self.compute.attention == "cudnn" else self.compute.attention
+        implementation = "xla" if self.compute.attention == "cudnn" else self.compute.attention
         mixed = attend(q, k, v, causal=False, implementation=implementation).reshape(b * t, d)
         return x + nn.Dense(d, dtype=dtype, name="proj_out")(mixed).reshape(b, t, d), None
+
+
+def first_frame(params: Any, x: Array, heads: int, dtype: Any) -> Array:
+    """What `ConditioningAttention` with these parameters gives for the first frame of x (b, t, d): (b, d).
+
+    One query needs no key or value of any frame: a score is the frame times the query taken back through the keys'
+    weights, and what is mixed are the frames, which then go through the values' weights. The keys' bias adds the same
+    to all scores, and so nothing.
+    """
+    b, _, d = x.shape
+    normed: Any = group_norm(d, dtype).apply({"params": params["norm"]}, x)
+    of_queries, of_keys, of_values = jnp.moveaxis(params["qkv"]["kernel"].astype(dtype).reshape(d, heads, 3, -1), 2, 0)
+    query_bias, _, value_bias = jnp.moveaxis(params["qkv"]["bias"].astype(dtype).reshape(heads, 3, -1), 1, 0)
+    query = jnp.einsum("bd,dhk->bhk", normed[:, 0], of_queries) + query_bias[None]
+    taken_back = jnp.einsum("bhk,dhk->bhd", query * query.shape[-1] ** -0.5, of_keys)
+    scores = jnp.einsum("bhd,btd->bht", taken_back, normed, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bht,btd->bhd", jax.nn.softmax(scores, axis=-1).astype(dtype), normed)
+    values = jnp.einsum("bhd,dhk->bhk", mixed, of_values) + value_bias[None]
+    projected: Any = nn.Dense(d, dtype=dtype).apply({"params": params["proj_out"]}, values.reshape(b, d))
+    return x[:, 0] + projected
 
 
 class ConditioningEncoder(nn.Module):
@@ -215,17 +308,15 @@ class ConditioningEncoder(nn.Module):
         b, t, m = mel.shape
         dtype = jnp.dtype(self.compute.dtype)
         x = nn.Dense(self.width, dtype=dtype, name="init")(mel.reshape(b * t, m)).reshape(b, t, self.width)
-        block = nn.remat(ConditioningAttention, prevent_cse=False) if self.compute.remat else ConditioningAttention
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.layers,
-            unroll=min(self.compute.unroll, self.layers),
-        )(self.heads, self.compute, name="attn")
-        x, _ = blocks(x, None)
-        return x[:, 0]
+        if self.is_initializing():
+            stack = stacked(ConditioningAttention, self.layers)
+            return stack(self.heads, self.compute, name="attn")(x, None)[0][:, 0]
+        block = ConditioningAttention(self.heads, self.compute, parent=None)
+        run = lambda params, x: block.apply({"params": params}, x, None)[0]
+        params: Any = self.get_variable("params", "attn")
+        whole, last = jax.tree.map(lambda leaf: leaf[:-1], params), jax.tree.map(lambda leaf: leaf[-1], params)
+        x, _ = run_blocks(run, self.compute, whole, x)
+        return first_frame(last, x, self.heads, dtype)
 
 
 class ResidualBlock(nn.Module):

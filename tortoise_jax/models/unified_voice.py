@@ -11,6 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from tortoise_jax.models.heads import Head
 from tortoise_jax.models.layers import GPT2, Array, Compute, ConditioningEncoder, layer_norm
 
 CONDITIONING, TEXT, MEL = 0, 1, 2  # types of what is at a position; padding is of type CONDITIONING
@@ -78,8 +79,8 @@ class UnifiedVoice(nn.Module):
         self.mel_pos_embedding = nn.Embed(c.mel_positions, c.width, dtype=dtype)
         self.gpt = GPT2(c.layers, c.heads, self.compute)
         self.final_norm = layer_norm("final_norm", dtype)
-        self.text_head = nn.Dense(c.text_tokens, dtype=dtype)
-        self.mel_head = nn.Dense(c.mel_tokens, dtype=dtype)
+        self.text_head = Head(c.width, c.text_tokens, dtype)
+        self.mel_head = Head(c.width, c.mel_tokens, dtype)
 
     def condition(self, conditioning_mel: Array) -> Array:
         """Mels of u clips per row (b, u, t, m) -> conditioning (b, 1, d): the mean of the clips' vectors."""
@@ -114,22 +115,47 @@ class UnifiedVoice(nn.Module):
         embedded (b, s, d), blocks (layers, b, s, d), hidden (b, s, d) after ln_f and final_norm,
         text_logits (b, s, text_tokens) and mel_logits (b, s, mel_tokens) float32, the prediction of what follows.
         """
-        b, s = tokens.shape
         embedded = self.embed(conditioning, tokens, token_types, positions)
         normed, blocks = self.gpt(embedded, dropout_keys)
         hidden = self.final_norm(normed)  # on top of GPT-2's own ln_f: upstream applies both
-        flat = hidden.reshape(b * s, -1)
         return {
             "embedded": embedded,
             "blocks": blocks,
             "hidden": hidden,
-            "text_logits": self.text_head(flat).reshape(b, s, -1).astype(jnp.float32),
-            "mel_logits": self.mel_head(flat).reshape(b, s, -1).astype(jnp.float32),
+            "text_logits": self.text_head(hidden),
+            "mel_logits": self.mel_head(hidden),
         }
 
-    def hidden_states(self, conditioning: Array, tokens: Array, token_types: Array, positions: Array) -> Array:
+    def hidden_states(
+        self,
+        conditioning: Array,
+        tokens: Array,
+        token_types: Array,
+        positions: Array,
+        dropout_keys: Array | None = None,
+    ) -> Array:
         """`hidden` (b, s, d) of `from_conditioning` alone: compiled, it computes no logits."""
-        return self.from_conditioning(conditioning, tokens, token_types, positions)["hidden"]
+        return self.from_conditioning(conditioning, tokens, token_types, positions, dropout_keys)["hidden"]
+
+    def losses(
+        self,
+        conditioning_mel: Array,
+        tokens: Array,
+        token_types: Array,
+        positions: Array,
+        targets: dict[str, Array],
+        dropout_keys: Array | None = None,
+    ) -> dict[str, Array]:
+        """targets of "text" and "mel", each (b, s) and in its table -> their negative log-likelihoods (b, s) float32.
+
+        As from the logits, which never exist all at once.
+        """
+        conditioning = self.condition(conditioning_mel)
+        hidden = self.hidden_states(conditioning, tokens, token_types, positions, dropout_keys)
+        return {
+            "text": self.text_head.losses(hidden, targets["text"]),
+            "mel": self.mel_head.losses(hidden, targets["mel"]),
+        }
 
     def __call__(
         self,

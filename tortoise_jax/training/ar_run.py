@@ -128,15 +128,20 @@ def make_step_config(
 ) -> StepConfig:
     """The step for the devices that are here, or for others."""
     dtype = target.chip.dtype if target else parallel.best_dtype()
-    unroll = pretrained.ar.config.layers if parallel.on_cpu() and not target else 1  # a loop costs 10-20 % on CPU
-    compute = schemas.compute(settings, dtype, unroll)
+    # To plan needs no cuDNN: XLA's attention takes the same memory.
+    attention = "xla" if target else parallel.best_attention(settings.dtype if settings.dtype != "auto" else dtype)
+    model = pretrained.ar.config
+    # A loop costs 10-20 % on CPU.
+    unroll = max(model.layers, model.conditioning_layers) if parallel.on_cpu() and not target else 1
+    compute = schemas.compute(settings, dtype, attention, unroll)
+    fused = "plain" if compute.attention_dropout else compute.attention
     parallel.say(
-        f"computing in {compute.dtype}; dropout: embedding {compute.embed_dropout}, residual "
-        f"{compute.residual_dropout}, attention {compute.attention_dropout}"
+        f"computing in {compute.dtype}, attention {fused}, remat {compute.remat}; dropout: embedding "
+        f"{compute.embed_dropout}, residual {compute.residual_dropout}, attention {compute.attention_dropout}"
     )
     optimizer_config = schemas.optimizer(settings)
     return StepConfig(
-        model=UnifiedVoice(pretrained.ar.config, compute),
+        model=UnifiedVoice(model, compute),
         optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
         schedule=learning_rate_schedule(optimizer_config),
         mel_norms=pretrained.mel_norms,

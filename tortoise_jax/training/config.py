@@ -44,6 +44,7 @@ class Schema:
 
     file: the configuration to start from, which has every field and its default. defaults: makes it. choices: fields
     that hold one of a few strings. ranges: lowest and highest value of a field. renamed: old name -> new name.
+    meanings: of a field's other values, such as it had once: value -> what is meant.
     rule: raises UserError for fields that do not go together, given all as {dotted name: value}.
     """
 
@@ -52,6 +53,7 @@ class Schema:
     choices: Mapping[str, tuple[str, ...]]
     ranges: Mapping[str, tuple[float, float]]
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    meanings: Mapping[str, Mapping[Any, str]] = dataclasses.field(default_factory=dict)
     rule: Callable[[dict[str, Any]], None] = lambda given: None
 
     def types(self) -> dict[str, type]:
@@ -95,6 +97,9 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
         node = functools.reduce(lambda inner, group: inner[group], groups, FLAGS.config)
         with node.ignore_type():
             node[name] = None
+    for field, meanings in schema.meanings.items():
+        with FLAGS.config.ignore_type():
+            FLAGS.config[field] = meanings.get(FLAGS.config.get(field), FLAGS.config.get(field))
     check(FLAGS.config, schema)
     return FLAGS.config
 

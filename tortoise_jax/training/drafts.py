@@ -38,7 +38,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     """
     if not settings.sample_every or not settings.prompts:
         return None
-    config, dvae = pretrained.ar.config, pretrained.dvae
+    config, dvae, mel_norms = pretrained.ar.config, pretrained.dvae, pretrained.mel_norms  # not the AR model's weights
     cleaner = recorded(dataset.header)
     text_ids = [pretrained.tokenizer.encode(prompt, cleaner) for prompt in settings.prompts]
     room = max_text_ids(config)
@@ -58,6 +58,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     decoders = decoders_of(settings, pretrained, preset) if parallel.is_main() else pretrained
     speakers = fixed_voices(dataset)
     heard = {voice: diffusion_half(decoders, preset, clips) for voice, clips in speakers.items()}
+    decoders = decoders.only(*decoders.parts.keys() - {AR})  # the weights a run begins with are not kept for it
     options = sampler.SamplingOptions(max_codes=min(500, max_codes(config)))
 
     def draft(step: int, params: Any, run: Run) -> None:
@@ -69,7 +70,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
         for index, (voice, clips) in enumerate(speakers.items()):
             recording = f"{FOLDER}/voice-{index}-recording.wav"
             drafts.write_wav(run.folder / recording, trim_silence(clips[0]))
-            vector = voices.condition(params, config, pretrained.mel_norms, list(clips))
+            vector = voices.condition(params, config, mel_norms, list(clips))
             vectors = np.repeat(vector[None], len(text_ids), axis=0)
             drawn = sampler.sample(weights, config, vectors, text_ids, SEED, options)
             rows = [
@@ -92,7 +93,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
                         "recording": recording,
                         "file": f"{FOLDER}/{name}",
                         "stopped": bool(drawn.stopped[i]),
-                        "trailing_silence": trailing_silence(mel, pretrained.mel_norms),
+                        "trailing_silence": trailing_silence(mel, mel_norms),
                     }
                 )
         for entry in entries:

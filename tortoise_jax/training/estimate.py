@@ -174,8 +174,8 @@ def remedies(settings: ConfigDict, accumulation: int, rows: int) -> Iterator[str
     """What to change where memory does not suffice, what costs least first."""
     if rows > 1:
         yield f"  --config.gradient_accumulation_steps={2 * accumulation}: half the rows at a time, the same result"
-    if not settings.get("remat", True):
-        yield "  --config.remat=True: a fifth slower, a fraction of the activations"
+    if settings.get("remat", "full") != "full":
+        yield "  --config.remat=full: a fifth slower, a fraction of the activations"
     if "dtype" in settings:
         yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
     yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"

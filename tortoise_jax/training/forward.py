@@ -10,7 +10,7 @@ import numpy as np
 from tortoise_jax.audio import log_mel
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
-from tortoise_jax.training.losses import Sums, loss_sums
+from tortoise_jax.training.losses import Sums, stream_targets, weighted_sums
 
 Batch = dict[str, Array]
 
@@ -41,7 +41,8 @@ def forward_sums(
 ) -> Sums:
     """Loss sums of a micro-batch, whose arrays are (b, …); dropout_keys (b,): None for no dropout."""
     mel = jax.lax.stop_gradient(conditioning_mel(batch, mel_norms))
-    outputs: Any = model.apply(
-        {"params": params}, mel, batch["tokens"], batch["token_types"], batch["positions"], dropout_keys
+    rows = (batch[name] for name in ("tokens", "token_types", "positions"))
+    losses: Any = model.apply(
+        {"params": params}, mel, *rows, stream_targets(batch), dropout_keys, method=UnifiedVoice.losses
     )
-    return loss_sums(outputs, batch, model.config.stop_mel)
+    return weighted_sums(losses, batch, model.config.stop_mel)

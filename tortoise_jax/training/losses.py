@@ -49,19 +49,30 @@ def counts(batch: Arrays, stop_mel: int) -> Sums:
     return total | {"position_count": by_position(streams["mel"], batch["positions"])}
 
 
+def stream_targets(batch: Arrays) -> dict[str, Array]:
+    """What the text and the mel head are to predict at each position (b, s); 0 where the stream is another."""
+    token_types, targets = batch["token_types"], batch["targets"]
+    return {name: jnp.where(token_types == stream, targets, 0) for name, stream in (("text", TEXT), ("mel", MEL))}
+
+
 def loss_sums(outputs: Arrays, batch: Arrays, stop_mel: int) -> Sums:
+    """`weighted_sums` from the model's dict with its logits."""
+    targets = stream_targets(batch)
+    losses = {name: cross_entropy(outputs[f"{name}_logits"], targets[name]) for name in targets}
+    return weighted_sums(losses, batch, stop_mel)
+
+
+def weighted_sums(losses: Arrays, batch: Arrays, stop_mel: int) -> Sums:
     """Summed losses of a batch: text_sum, mel_sum, stop_sum (the stop targets' part of mel_sum), and position_sum
     (POSITION_BUCKETS,), mel_sum by where in the codes the target stands.
 
-    outputs: the model's dict; batch: token_types, weights, targets, positions, each (b, s); weight 0 for padding.
+    losses: of `stream_targets`, "text" and "mel" (b, s); batch: token_types, weights, targets, positions, each (b, s);
+    weight 0 for padding.
     """
-    token_types, targets = batch["token_types"], batch["targets"]
-    streams = stream_weights(token_types, batch["weights"], targets, stop_mel)
-    text = cross_entropy(outputs["text_logits"], jnp.where(token_types == TEXT, targets, 0))
-    mel = cross_entropy(outputs["mel_logits"], jnp.where(token_types == MEL, targets, 0))
-    losses = {"text": text, "mel": mel, "stop": mel}
-    total = {f"{name}_sum": jnp.sum(losses[name] * weight) for name, weight in streams.items()}
-    return total | {"position_sum": by_position(mel * streams["mel"], batch["positions"])}
+    streams = stream_weights(batch["token_types"], batch["weights"], batch["targets"], stop_mel)
+    of_stream = {"text": losses["text"], "mel": losses["mel"], "stop": losses["mel"]}
+    total = {f"{name}_sum": jnp.sum(of_stream[name] * weight) for name, weight in streams.items()}
+    return total | {"position_sum": by_position(losses["mel"] * streams["mel"], batch["positions"])}
 
 
 def total_loss(sums: Arrays, counts: Arrays, text_weight: float) -> Array:

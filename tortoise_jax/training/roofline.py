@@ -42,24 +42,27 @@ def attention_products(positions: int, width: int) -> int:
     return 4 * positions**2 * width
 
 
-def block_products(config: UnifiedVoiceConfig, step: Step, again: bool = False) -> int:
-    """Operations of one row's forward pass through the blocks.
+def block_products(config: UnifiedVoiceConfig, step: Step, gpt: int = 12, conditioning: int = 4) -> int:
+    """Operations of one row's forward pass through the blocks; the last one of the conditioning takes next to none.
 
-    again: of what `remat` computes a second time, which is all but each block's last product: no gradient needs that.
+    gpt, conditioning: weights of a block, in squares of the width; fewer where not all are multiplied with.
     """
     d, s, t = config.width, step.length, CONDITIONING_FRAMES
-    gpt, conditioning = (8, 3) if again else (12, 4)  # weights of a block, in squares of the width
     gpt_blocks = config.layers * (2 * s * gpt * d**2 + attention_products(s, d))
-    conditioning_blocks = config.conditioning_layers * (2 * t * conditioning * d**2 + attention_products(t, d))
+    whole_blocks = config.conditioning_layers - 1
+    conditioning_blocks = whole_blocks * (2 * t * conditioning * d**2 + attention_products(t, d))
     return gpt_blocks + step.conditioning_clips * conditioning_blocks
+
+
+def head_products(config: UnifiedVoiceConfig, step: Step) -> int:
+    """Operations of one row's logits."""
+    return 2 * step.length * config.width * (config.text_tokens + config.mel_tokens)
 
 
 def forward_products(config: UnifiedVoiceConfig, step: Step) -> int:
     """Operations of one row's whole forward pass."""
-    d = config.width
-    heads = 2 * step.length * d * (config.text_tokens + config.mel_tokens)
-    frames = step.conditioning_clips * CONDITIONING_FRAMES * 2 * config.mel_channels * d
-    return block_products(config, step) + heads + frames
+    frames = step.conditioning_clips * CONDITIONING_FRAMES * 2 * config.mel_channels * config.width
+    return block_products(config, step) + head_products(config, step) + frames
 
 
 def model_products(config: UnifiedVoiceConfig, step: Step) -> int:
@@ -68,15 +71,19 @@ def model_products(config: UnifiedVoiceConfig, step: Step) -> int:
 
 
 def computed_products(model: UnifiedVoice, step: Step) -> int:
-    """Those, and what is computed again to save memory."""
-    again = step.device_rows * block_products(model.config, step, again=True) if model.compute.remat else 0
-    return model_products(model.config, step) + again
+    """Those, and what is computed again to save memory: the logits always.
+
+    Of a block whatever a gradient needs and `remat` does not keep; none needs its last product.
+    """
+    weights = {"none": None, "dots": (0, 0), "full": (8, 3)}[str(model.compute.remat)]
+    blocks = 0 if weights is None else block_products(model.config, step, *weights)
+    return model_products(model.config, step) + step.device_rows * (blocks + head_products(model.config, step))
 
 
 def memory_traffic(model: UnifiedVoice, step: Step, parameters: int) -> int:
     """Bytes that must be moved, if nothing but weights, gradients, block inputs and logits leaves the chip."""
     config, c = model.config, model.compute
-    weights = (2 + c.remat) * parameters * FLOAT32  # read in every pass
+    weights = (2 + (c.remat == "full")) * parameters * FLOAT32  # read in every pass
     gradients = 3 * parameters * FLOAT32  # written, read, added to what earlier micro-batches left
     positions = config.layers * step.length + step.conditioning_clips * config.conditioning_layers * CONDITIONING_FRAMES
     kept = 2 * positions * config.width * jnp.dtype(c.dtype).itemsize

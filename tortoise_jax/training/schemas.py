@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, Compute
+from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, Compute
 from tortoise_jax.synthesis.presets import PRESETS
 from tortoise_jax.training.config import ONE_OR_MORE, ZERO_OR_MORE, Schema
 from tortoise_jax.training.dvae_step import RECONSTRUCTIONS
@@ -46,7 +46,8 @@ def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
         defaults=defaults,
         choices={
             "dtype": ("auto", "float32", "bfloat16"),
-            "attention": ATTENTION_IMPLEMENTATIONS,
+            "attention": ("auto", *ATTENTION_IMPLEMENTATIONS),
+            "remat": REMAT,
             "sample_preset": tuple(PRESETS),
             **COMMON_CHOICES,
         },
@@ -58,6 +59,7 @@ def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
             **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
         },
         renamed={"accumulation": "gradient_accumulation_steps"},
+        meanings={"remat": {True: "full", False: "none", "True": "full", "False": "none"}},
         rule=check_ar,
     )
 
@@ -81,7 +83,7 @@ def dvae_schema(defaults: Callable[[], ConfigDict]) -> Schema:
 def check_ar(given: dict[str, Any]) -> None:
     """Raises UserError for milestones that do not rise and for dropout that an attention kernel does not have."""
     check_milestones(given)
-    if given["attention_dropout"] and given["attention"] != "plain":
+    if given["attention_dropout"] and given["attention"] not in ("auto", "plain"):
         raise UserError(f"config: attention={given['attention']} has no dropout; set attention_dropout=0")
 
 
@@ -94,8 +96,8 @@ def check_milestones(given: dict[str, Any]) -> None:
         )
 
 
-def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:
-    """How the model is computed, with `dtype` in place of "auto"."""
+def compute(config: ConfigDict, dtype: str, attention: str, unroll: int) -> Compute:
+    """How the model is computed, with `dtype` and `attention` in place of "auto"."""
     return Compute(
         dtype=dtype if config.dtype == "auto" else config.dtype,
         remat=config.remat,
@@ -103,7 +105,7 @@ def compute(config: ConfigDict, dtype: str, unroll: int) -> Compute:
         embed_dropout=config.embed_dropout,
         residual_dropout=config.residual_dropout,
         attention_dropout=config.attention_dropout,
-        attention=config.attention,
+        attention=attention if config.attention == "auto" else config.attention,
     )
 
 

@@ -209,16 +209,25 @@ def train_step(config: Objective, state: TrainState, batch: Batch) -> tuple[Trai
     norms = group_norms(gradient)
     loss = config.loss(sums, total)
     finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    params = keep(finite, config.moved(merge(updated, frozen), sums), state.params)
+    # XLA on CPU orders only what depends on each other: unless the moments wait for the parameters, which are computed
+    # from the old ones, it keeps a copy of these through the whole step.
+    first = [leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(params)]
+    written = ~jnp.isnan(jnp.sum(jnp.stack(first)))
     new_state = TrainState(
         step=state.step + 1,
-        params=keep(config.moved(merge(updated, frozen), sums), state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=params,
+        opt_state=keep(finite & written, opt_state, state.opt_state),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = config.metrics(sums, total, batch) | norms | part_norms(gradient)
     metrics |= {"loss/total": loss, "learning_rate": learning_rate, "finite": finite}
     return new_state, metrics | total
+
+
+def keep(condition: Array, new: Tree, old: Tree) -> Tree:
+    """The new tree where the condition () is true, else the old one."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def padding_share(token_types: Array, axis: str | None) -> Array:

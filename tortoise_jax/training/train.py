@@ -95,6 +95,7 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
                 parallel.say(f"changed since the run began: {line}")
             checkpoints = RunCheckpoints(folder, settings.keep_last)
             state = resume_or_start(checkpoints, step_config, pretrained.part(kind.part).tree)
+            del pretrained  # on CPU the memory of its weights is the devices' own
             first = int(parallel.first_copy(state.step))
             history = History(folder, first, parallel.is_main())
 
@@ -139,7 +140,8 @@ def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params:
     blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, parallel.say)
     if found is None:
-        return parallel.replicate(initial_state(params, step_config.optimizer))
+        start = functools.partial(initial_state, optimizer=step_config.optimizer)
+        return parallel.mapped(start, donate=True)(parallel.replicate(params))
     restored, opt_state = swapped(*found[:2])
     progress = found[2]
     parallel.say(f"going on from step {progress['step']}")

@@ -1,0 +1,60 @@
+"""What a run compiles: one program per shape and thing to do; where it has run before, nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+from jax import monitoring
+
+import train
+from configs import ar
+from tests.support import runs
+from tortoise_jax.checkpoints.parts import AR
+from tortoise_jax.training import loop, stopping
+
+REQUESTS, HITS = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
+
+
+@pytest.fixture
+def events() -> Iterator[Counter[str]]:
+    """How often JAX asked for a program, and found it compiled; however quickly it was compiled, it is kept."""
+    counted: Counter[str] = Counter()
+    count = lambda event, **_: counted.update([event])
+    monitoring.register_event_listener(count)
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield counted
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    monitoring.unregister_event_listener(count)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_warm_compiles_nothing(
+    tmp_path: Path, events: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the first one compiles its step and its evaluation once per length of rows, of which there are few."""
+    monkeypatch.setattr(stopping, "on_signals", lambda: lambda: False)
+    traced: Counter[str] = Counter()
+    for name in ("train_step", "eval_step"):
+        function = getattr(loop, name)
+        count = lambda *given, function=function, name=name: traced.update([name]) or function(*given)
+        monkeypatch.setattr(loop, name, count)
+    project = runs.write_project(tmp_path)
+    settings = ar.get_config()
+    settings.update(checkpoint=str(project / "checkpoint"), data=str(project / "data"))
+    for name, value in runs.FIELDS.items():
+        settings.update_from_flattened_dict({name: value})
+    for name in ("cold", "warm"):
+        events.clear()
+        traced.clear()
+        flags: Any = SimpleNamespace(workdir=str(tmp_path / name), plan=False, replay="")
+        train.train(train.KINDS[AR], settings.copy_and_resolve_references(), flags)
+        assert events[REQUESTS] > 0
+        assert traced == {"train_step": 1, "eval_step": 1}  # all clips are of one length, rounded up
+    assert events[HITS] == events[REQUESTS]
