@@ -24,12 +24,12 @@ import jax
 import numpy as np
 
 from convert import download
-from convert.command_line import Parser, positive
+from convert.command_line import positive
 from convert.tables import MODELS
 from tortoise_jax import __version__, api, parallel
 from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, RANDOM_AR, VOCODER
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
-from tortoise_jax.errors import UserError, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 from tortoise_jax.models.clvp import CLVP as Clvp
 from tortoise_jax.models.diffusion import DiffusionDecoder
 from tortoise_jax.models.random_voice import RandomVoice

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tortoise_jax.data.manifests import read_inputs
-from tortoise_jax.errors import UserError, count_of, exit_with_one_line
+from tortoise_jax.errors import Parser, UserError, count_of, exit_with_one_line
 from tortoise_jax.files import check_writable, write_atomically
-from tortoise_jax.prepare import Parser
 from tortoise_jax.text import bpe
 from tortoise_jax.text.cleaners import CLEANERS, check_cleaner
 
@@ -20,10 +19,9 @@ from tortoise_jax.text.cleaners import CLEANERS, check_cleaner
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m tortoise_jax.tokenizer",
-        description="Learns a tokenizer (BPE) from transcripts, for a language whose letters the released models do "
-        "not know. Give it to prepare with the same cleaner: --cleaner basic --tokenizer own.json; train.py grows the "
+        description="Learns a tokenizer (BPE) from transcripts, for a language whose letters the released models do\n"
+        "not know. Give it to prepare with the same cleaner: --cleaner basic --tokenizer own.json; train.py grows the\n"
         "text tables of the model for it.",
-        allow_abbrev=False,
     )
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH", help="as prepare is given it")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .json to write")
