@@ -80,8 +80,11 @@ class Steps:
 def inputs_for(pretrained: Pretrained, seed: int = 0) -> Arrays:
     """What both sides compute from, of the sizes that the models have: the same for every run."""
     draw = np.random.default_rng(seed)
-    normal = lambda *shape: draw.standard_normal(shape, np.float32)
     ar = pretrained.ar.config
+
+    def normal(*shape: int) -> np.ndarray:
+        return draw.standard_normal(shape, np.float32)
+
     given: Arrays = {
         "mel": normal(100, ar.mel_channels) - 3,
         "text": draw.integers(1, ar.start_text, TEXT),
