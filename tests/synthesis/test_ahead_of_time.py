@@ -37,7 +37,7 @@ def compilers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="where the compilers are")
 @pytest.mark.usefixtures("compilers")
 def test_the_sampler_of_the_released_size_fits_a_tpu() -> None:
-    """Four rows of 500 codes (23 s each), guided, as 80 steps of one loop; README.md states the memory."""
+    """Four rows of 500 codes (23 s each), guided, as 80 steps of one loop; the memory is printed."""
     variables, steps = abstract_variables(RELEASED), denoising.coefficients(80, 2.0)
     shape = lambda dtype, *axes: jax.ShapeDtypeStruct(axes, dtype)
     rows = (
