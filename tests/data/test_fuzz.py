@@ -52,8 +52,21 @@ SEPARATORS = st.sampled_from(["|", "\t", ",", ";", " | "])
 ENDS = st.sampled_from(["\n", "\r\n", "\r", "\n\n", "\0"])
 NAMES = ["audio", "text", "speaker", "split", "audio_file", "speaker_name", "client_id", "path", "sentence"]
 NAMES += ["id", "raw_text", "normalized_text", "speaker_id", "start", "end", "Audio", "TEXT"]
+NAMES += ["file_name", "transcription", "audio_filepath", "offset", "duration"]
 ENCODINGS = st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "shift-jis"])
-FILES = ["metadata.csv", "list.txt", "val.txt", "data.csv", "data.tsv", "data.jsonl", "a.json", "a.srt", "a.txt", "x"]
+FILES = [
+    "metadata.csv",
+    "list.txt",
+    "val.txt",
+    "data.csv",
+    "data.tsv",
+    "data.jsonl",
+    "a.json",
+    "a.srt",
+    "a.txt",
+    "x",
+    "metadata.jsonl",
+]
 
 
 @st.composite
@@ -68,8 +81,9 @@ def tables(draw: st.DrawFn) -> str:
 def json_lines(draw: st.DrawFn) -> str:
     fields = st.fixed_dictionaries({}, optional=dict.fromkeys(["audio", "text", *NAMES], JSON) | {"segments": JSON})
     usual = st.fixed_dictionaries({"audio": TEXT, "text": TEXT, "start": NUMBERS, "end": NUMBERS})
+    of_nemo = st.fixed_dictionaries({"audio_filepath": TEXT, "text": TEXT, "offset": NUMBERS, "duration": NUMBERS})
     segments = st.fixed_dictionaries({"segments": st.lists(st.one_of(usual, JSON), max_size=4)})
-    rows = draw(st.lists(st.one_of(fields, usual, segments), max_size=4))
+    rows = draw(st.lists(st.one_of(fields, usual, of_nemo, segments), max_size=4))
     return "\n".join(json.dumps(row) for row in rows) + draw(st.sampled_from(["", "{", "]" * 9, "[" * 20_000]))
 
 
