@@ -178,14 +178,16 @@ def verify(
 ) -> None:
     """Everything, in order. Raises UserError where a step fails."""
     python = sys.executable
-    checkpoint, run, exported = out / "tortoise", out / "run", out / "exported"
+    checkpoint, data, run, exported = (out / name for name in ("tortoise", "data", "run", "exported"))
     exported.mkdir(parents=True, exist_ok=True)
     files(steps, folder)
     if not (checkpoint / "tortoise.json").exists():
         steps.run("converted", python, "convert/torch_to_flax.py", "--models", folder, "--out", checkpoint)
     values(steps, "released", checkpoint, folder, tortoise, out / "released", sizes)
+    prepare = ("-m", "tortoise_jax.prepare", "--data", voice, "--checkpoint", checkpoint, "--out", data)
+    steps.run("prepared", python, *prepare)
     fields = [f"--config.{name}={value}" for name, value in {
-        "checkpoint": checkpoint, "data": voice, "steps": train_steps, "eval_every": train_steps, "export": "",
+        "checkpoint": checkpoint, "data": data, "steps": train_steps, "eval_every": train_steps, "export": "",
         "sample_every": 0, "patience": 0,
     }.items()]  # fmt: skip
     steps.run(
