@@ -200,7 +200,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", VOICE, "--chekc"), "unrecognized arguments: --chekc; python -m tortoise_jax.prepare --help lists"),
+        (("--data", VOICE, "--chekc"), "unrecognized arguments: --chekc (see --help)"),
         (("--data", VOICE, "--out", "x"), "--checkpoint must be given, unless with --check"),
         (("--data", VOICE), "--checkpoint and --out must be given"),
         (("--check",), "the following arguments are required: --data"),
