@@ -40,8 +40,11 @@ Tree = Any
 # No tile fits the conditioning encoder's 517 frames: the step would not compile. cuBLAS multiplies any shape.
 WITHOUT_TRITON = "xla_gpu_enable_triton_gemm"
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", f"--{WITHOUT_TRITON}=false")
-# XLA's default on CPU starts what it can as early as it can: all that `remat` computes again, too.
-LITTLE_MEMORY = ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",)
+# XLA's default on CPU starts what it can as early as it can: all that `remat` computes again, too. A flag that an XLA
+# does not know ends the process, so that this one is for the versions it was seen in.
+LITTLE_MEMORY = (
+    ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",) if jax.__version_info__ < (0, 11) else ()
+)
 
 
 def prepare_process(deterministic: bool = True) -> None:
