@@ -22,6 +22,7 @@ Tree = Any
 
 # orbax narrates every save through absl's logger, and failures by tracebacks; what users should know is said by us.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of several reads that fail, all but the one that is reported
 
 
 def digest(tree: Tree) -> str:
