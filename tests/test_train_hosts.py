@@ -102,7 +102,7 @@ def test_taken_up_by_other_numbers_of_hosts_it_is_the_same_run(project: Path, on
 
 @pytest.mark.slow
 def test_hosts_stop_early_together(project: Path, tmp_path: Path) -> None:
-    fields = FIELDS | {"patience": 2, "optimizer__learning_rate": 1e-30, "export": ""}  # nothing gets better
+    fields = FIELDS | {"patience": 2, "optimizer__learning_rate": 1e-12, "export": ""}  # nothing gets better
     ended = runs.outputs(runs.start_hosts(project, tmp_path / "run", 2, 1, **fields))
     assert_all_ended(ended)
     assert "stopped early; report: " in ended[0][1]
