@@ -65,8 +65,8 @@ def restore_tree(path: Path | epath.Path, shapes: Tree) -> Tree:
         with ocp.StandardCheckpointer(multiprocessing_options=on_this_host()) as checkpointer:
             return checkpointer.restore(epath.Path(path).absolute(), target)
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-        for part in [path, *path.rglob("*")]:
-            if Path(part).exists() and not os.access(part, os.R_OK):  # a bucket has no such path
+        for part in [Path(path), *Path(path).rglob("*")]:
+            if part.exists() and not os.access(part, os.R_OK):  # a bucket has no such path
                 raise UserError(f"{part} cannot be read: Permission denied") from None
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
