@@ -137,10 +137,10 @@ def show_replay(step_config: Objective, file: Path, dataset: Dataset) -> None:
 
 def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params: Any) -> TrainState:
     """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
-    blank = jax.eval_shape(functools.partial(initial_state, optimizer=step_config.optimizer), params)
+    start = functools.partial(initial_state, optimizer=step_config.optimizer)
+    blank = jax.eval_shape(start, params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, parallel.say)
     if found is None:
-        start = functools.partial(initial_state, optimizer=step_config.optimizer)
         return parallel.mapped(start, donate=True)(parallel.replicate(params))
     restored, opt_state = swapped(*found[:2])
     progress = found[2]
