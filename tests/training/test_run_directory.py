@@ -19,8 +19,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.support import runs, small
+from tortoise_jax.checkpoints import run_checkpoints
 from tortoise_jax.checkpoints.pretrained import load_pretrained
-from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, steps_folder
+from tortoise_jax.checkpoints.run_checkpoints import Manager, RunCheckpoints, steps_folder
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay, report, run_directory
 from tortoise_jax.training.run_directory import History
@@ -107,6 +108,28 @@ def test_one_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
     progress.write_text("{")
     with pytest.raises(UserError, match="steps/2/progress is damaged"):
         RunCheckpoints.to_read(tmp_path).restore_params(shapes, 2)
+
+
+def test_a_checkpoint_that_a_running_run_removes_meanwhile_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes after the folder was listed, before it was looked at, when opened and when looked at again."""
+    saved(tmp_path, {1: 2.0, 2: 3.0, 3: 1.0}, keep_last=3)
+    look = Manager.metrics
+    gone = [1, 2]
+
+    def just_removed(self: Manager, step: int) -> Any:
+        if gone and step == gone[0]:
+            shutil.rmtree(tmp_path / "steps" / str(gone.pop(0)))
+            raise FileNotFoundError(step)
+        return look(self, step)
+
+    monkeypatch.setattr(Manager, "metrics", just_removed)
+    monkeypatch.setattr(run_checkpoints, "REMOVAL_SECONDS", 0)
+    reader = RunCheckpoints.to_read(tmp_path)
+    assert 1 not in reader.steps()
+    reader.manager.reload()
+    assert (reader.steps(), gone) == ([3], [])
 
 
 def test_a_checkpoint_that_a_running_run_removes_is_not_called_damaged(

@@ -23,6 +23,7 @@ TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"
 ELSEWHERE = "steps.txt"  # in a run's directory: where its steps are, if not in STEPS
 PARAMS_CRC32 = "params_crc32"
 REMOVAL_SECONDS = 1  # longer than a run takes to remove an old checkpoint
+LISTINGS = 10  # tries to list a run's checkpoints between two of its removals
 
 
 def is_run(path: Path) -> bool:
@@ -60,6 +61,15 @@ class Manager(ocp.CheckpointManager):
         except Exception as error:
             self.failed(error)
             raise
+
+    def _load_checkpoint_infos(self, *args: Any, **kwargs: Any) -> Any:
+        """Again where a run that is going on removed a checkpoint after the folder was listed, before it was read."""
+        for _ in range(LISTINGS - 1):
+            try:
+                return super()._load_checkpoint_infos(*args, **kwargs)
+            except FileNotFoundError:
+                time.sleep(REMOVAL_SECONDS)
+        return super()._load_checkpoint_infos(*args, **kwargs)
 
 
 class RunCheckpoints:
