@@ -1,11 +1,12 @@
 """What befalls train.py on two hosts: a signal, a kill, a damaged checkpoint, a full disk. No run hangs, none is lost.
 
-Each happens once in the quick tests, and ten times at random moments in the slow ones.
+All happen to one run in the quick test, and each ten times at random moments in the slow ones.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -19,9 +20,8 @@ from tortoise_jax import parallel
 LONG = 4000  # steps, which no run here comes to
 FIELDS: dict[str, Any] = {"export": "", "optimizer__learning_rate": 1e-5, "eval_every": LONG, "save_every": 2}
 SECONDS = 300  # for all hosts to end: to join and compile takes long on a busy machine
-ONCE_AND_TEN_TIMES = pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 11))]
-)
+TEN_TIMES = pytest.mark.parametrize("seed", range(1, 11))
+GOING_ON = re.compile(r"going on from step (\d+)")
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +53,29 @@ def one_line(errors: str) -> str:
     return line
 
 
-@ONCE_AND_TEN_TIMES
-def test_a_signal_to_one_host_saves_the_same_step_on_all_and_ends_them(
-    project: Path, tmp_path: Path, seed: int
-) -> None:
-    moment = random.Random(seed)
-    hosts = start(project, tmp_path / "run", LONG)
-    runs.wait_for_steps(tmp_path / "run", moment.randint(1, 40))
+def resumed_from(project: Path, run: Path, steps: int) -> int:
+    [step] = GOING_ON.findall(train_on(project, run, steps)[0][1])
+    return int(step)
+
+
+def signalled(project: Path, run: Path, moment: random.Random) -> int:
+    """A signal to one host saves the same step on all, and ends them. Gives that step."""
+    hosts = start(project, run, LONG)
+    runs.wait_for_steps(run, moment.randint(1, 40))
     hosts[moment.randrange(2)].send_signal(signal.SIGTERM)
     for code, out, errors in (ended := runs.outputs(hosts, SECONDS)):
         assert code == 0, out + errors
         assert "Traceback" not in errors
     stopped = int(ended[0][1].split("stopped and saved at step ")[1].split(";")[0])
-    assert saved(tmp_path / "run")[-1] == stopped
-    assert f"going on from step {stopped}" in train_on(project, tmp_path / "run", stopped + 2)[0][1]
+    assert saved(run)[-1] == stopped
+    return stopped
 
 
-@ONCE_AND_TEN_TIMES
-def test_a_killed_host_ends_the_other_and_the_run_goes_on(project: Path, tmp_path: Path, seed: int) -> None:
-    moment = random.Random(seed)
-    run, victim = tmp_path / "run", moment.randrange(2)
+def killed(project: Path, run: Path, moment: random.Random) -> None:
+    """The other host ends, and says why."""
+    before, victim = len(runs.history(run)), moment.randrange(2)
     hosts = start(project, run, LONG)
-    runs.wait_for_steps(run, moment.randint(4, 40))
+    runs.wait_for_steps(run, before + moment.randint(4, 40))
     hosts[victim].kill()
     ended = runs.outputs(hosts, SECONDS)
     assert ended[victim][0] == -signal.SIGKILL
@@ -83,32 +84,72 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on(project: Path, tmp_pat
     line = one_line(errors)
     assert "was lost" in line
     assert "run the same command again on all hosts" in line
-    assert "going on from step" in train_on(project, run, saved(run)[-1] + 2)[0][1]
 
 
-@ONCE_AND_TEN_TIMES
-def test_a_damaged_newest_checkpoint_is_skipped_by_all(project: Path, tmp_path: Path, seed: int) -> None:
-    run = tmp_path / "run"
-    train_on(project, run, 4)
-    params = run / "steps" / "4" / "params"
-    damaged = [params / "manifest.ocdbt"] if seed % 2 else [path for path in params.rglob("d/*") if path.is_file()]
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[: int(random.Random(seed).random() * path.stat().st_size)])
-    ended = train_on(project, run, 6)
-    assert "going on from step 2" in ended[0][1], damaged
-
-
-@ONCE_AND_TEN_TIMES
-def test_a_full_disk_of_the_host_that_writes_ends_all(project: Path, tmp_path: Path, seed: int) -> None:
-    run = tmp_path / "run"
-    train_on(project, run, 2)
+def on_a_full_disk(project: Path, run: Path, moment: random.Random) -> None:
+    """Where the host that writes cannot, all end, and what was saved before is whole."""
     before = saved(run)
-    limit = random.Random(seed).randint(10_000, 100_000)
-    (code, _, errors), (other, _, other_errors) = runs.outputs(start(project, run, 8, largest_file=limit), SECONDS)
+    hosts = start(project, run, before[-1] + 6, largest_file=moment.randint(50_000, 100_000))
+    (code, _, errors), (other, _, other_errors) = runs.outputs(hosts, SECONDS)
     assert code == 2, errors
     assert "could not be written" in one_line(errors)
     assert other in (2, parallel.LOST_HOST), other_errors
     one_line(other_errors)
     assert saved(run) == before
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    assert "going on from step 2" in train_on(project, run, 8)[0][1]
+
+
+def damage(params: Path, seed: int) -> None:
+    damaged = [params / "manifest.ocdbt"] if seed % 2 else [path for path in params.rglob("d/*") if path.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[: int(random.Random(seed).random() * path.stat().st_size)])
+
+
+def test_a_run_that_meets_every_fault_comes_to_its_end(project: Path, tmp_path: Path) -> None:
+    """A signal, a full disk, a kill and a damaged checkpoint, one after the other."""
+    run, moment = tmp_path / "run", random.Random(0)
+    stopped = signalled(project, run, moment)
+    on_a_full_disk(project, run, moment)
+    assert saved(run)[-1] == stopped
+    killed(project, run, moment)
+    whole, newest = saved(run)[-2:]
+    assert whole >= stopped
+    damage(run / "steps" / str(newest) / "params", seed=0)
+    assert resumed_from(project, run, newest + 2) == whole
+
+
+@pytest.mark.slow
+@TEN_TIMES
+def test_a_signal_to_one_host_saves_the_same_step_on_all_and_ends_them(
+    project: Path, tmp_path: Path, seed: int
+) -> None:
+    stopped = signalled(project, tmp_path / "run", random.Random(seed))
+    assert resumed_from(project, tmp_path / "run", stopped + 2) == stopped
+
+
+@pytest.mark.slow
+@TEN_TIMES
+def test_a_killed_host_ends_the_other_and_the_run_goes_on(project: Path, tmp_path: Path, seed: int) -> None:
+    run = tmp_path / "run"
+    killed(project, run, random.Random(seed))
+    newest = saved(run)[-1]
+    assert resumed_from(project, run, newest + 2) == newest
+
+
+@pytest.mark.slow
+@TEN_TIMES
+def test_a_damaged_newest_checkpoint_is_skipped_by_all(project: Path, tmp_path: Path, seed: int) -> None:
+    run = tmp_path / "run"
+    train_on(project, run, 4)
+    damage(run / "steps" / "4" / "params", seed)
+    assert resumed_from(project, run, 6) == 2
+
+
+@pytest.mark.slow
+@TEN_TIMES
+def test_a_full_disk_of_the_host_that_writes_ends_all(project: Path, tmp_path: Path, seed: int) -> None:
+    run = tmp_path / "run"
+    train_on(project, run, 2)
+    on_a_full_disk(project, run, random.Random(seed))
+    assert resumed_from(project, run, 8) == 2

@@ -144,8 +144,8 @@ def start_hosts(
     a file of host 0 may grow, as where its disk is full.
     """
     coordinator = f"127.0.0.1:{free_port()}"
-    own_cache = {"JAX_COMPILATION_CACHE_DIR": str(project / "compiled")} if largest_file else {}  # half programs in it
-    limits = own_cache | {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
+    none_kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"} if largest_file else {}  # half programs else
+    limits = none_kept | {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
     started = []
     for host in range(hosts):
         where = ["--coordinator", coordinator, "--num_processes", str(hosts), "--process_id", str(host)]

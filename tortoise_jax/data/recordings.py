@@ -156,7 +156,7 @@ def load_ahead(
     except BrokenProcessPool:
         raise UserError(
             f"a process that decodes audio was killed (out of memory?); run again with fewer than {workers} --workers: "
-            "what is finished is kept"
+            "what is finished is kept. A script of your own must call prepare under if __name__ == '__main__':"
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
