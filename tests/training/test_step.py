@@ -183,17 +183,8 @@ def test_invariance_fires_for_counted_padding() -> None:
 # How it is computed
 
 
-@pytest.fixture
-def not_kept() -> Iterator[None]:
-    """Programs compiled meanwhile are not kept for other processes: XLA crashed once where it serialised such a one."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 @pytest.mark.parametrize("compute", [Compute(remat=remat, unroll=2) for remat in ("dots", "full")])
-@pytest.mark.usefixtures("not_kept")
+@pytest.mark.usefixtures("not_kept")  # XLA crashed once where it serialised such a program
 def test_what_is_computed_again_changes_nothing(compute: Compute) -> None:
     got, metrics = one_step(clips(0), compute=dataclasses.replace(DROPOUT, remat=compute.remat, unroll=compute.unroll))
     want, want_metrics = one_step(clips(0))
