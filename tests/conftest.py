@@ -22,7 +22,9 @@ import pytest
 import torch
 
 from tests.support import torch_reference
+from tests.support.compilers import LITTLE_EFFORT
 from tests.support.parity import Twin, dvae_twin, voice_twin
+from tortoise_jax import parallel
 
 MANY_MAPPINGS = 10_000
 
@@ -81,3 +83,30 @@ def torch_dvae() -> torch_reference.DiscreteVAE:
 def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
     """`torch_dvae` converted to Flax."""
     return dvae_twin(torch_dvae)
+
+
+@pytest.fixture
+def not_kept() -> Iterator[None]:
+    """Programs compiled meanwhile are not kept for other tests and processes."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture
+def compilers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, not_kept: None) -> Iterator[None]:
+    """As train.py compiles for machines that are not here, in a process whose JAX has started.
+
+    With Flax's own promotions, and optimised, in quick tests with little effort. Not kept: a program for another
+    machine cannot be read back.
+    """
+    slow = request.node.get_closest_marker("slow")
+    for name, value in parallel.COMPILING_AHEAD.items():
+        monkeypatch.setenv(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_exec_time_optimization_effort", 0.0 if slow else float(LITTLE_EFFORT))
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -29,6 +29,18 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_project(tmp_path_factory.mktemp("project"))
 
 
+@pytest.fixture(scope="module")
+def four_steps(project: Path) -> Path:
+    """A run to copy, of two hosts: checkpoints of steps 2 and 4."""
+    train_on(project, project / "four-steps", 4)
+    return project / "four-steps"
+
+
+@pytest.fixture
+def run(four_steps: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(four_steps, tmp_path / "run"))
+
+
 def start(project: Path, run: Path, steps: int, **more: Any) -> list[Any]:
     return runs.start_hosts(project, run, 2, 1, **FIELDS | {"steps": steps} | more)
 
@@ -139,17 +151,13 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on(project: Path, tmp_pat
 
 @pytest.mark.slow
 @TEN_TIMES
-def test_a_damaged_newest_checkpoint_is_skipped_by_all(project: Path, tmp_path: Path, seed: int) -> None:
-    run = tmp_path / "run"
-    train_on(project, run, 4)
+def test_a_damaged_newest_checkpoint_is_skipped_by_all(project: Path, run: Path, seed: int) -> None:
     damage(run / "steps" / "4" / "params", seed)
     assert resumed_from(project, run, 6) == 2
 
 
 @pytest.mark.slow
 @TEN_TIMES
-def test_a_full_disk_of_the_host_that_writes_ends_all(project: Path, tmp_path: Path, seed: int) -> None:
-    run = tmp_path / "run"
-    train_on(project, run, 2)
+def test_a_full_disk_of_the_host_that_writes_ends_all(project: Path, run: Path, seed: int) -> None:
     on_a_full_disk(project, run, random.Random(seed))
-    assert resumed_from(project, run, 8) == 2
+    assert resumed_from(project, run, 8) == 4

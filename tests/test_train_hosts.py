@@ -117,10 +117,10 @@ def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: 
         assert "seed: 0 on host 0, 1 on host 1" in errors
 
 
-@pytest.fixture
-def folders(project: Path, tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def folders(project: Path) -> list[Path]:
     """Two hosts' own storage: the checkpoint is the same, the data sets differ by a clip."""
-    made = [tmp_path / "first", tmp_path / "second"]
+    made = [project / "first", project / "second"]
     for folder, clips in zip(made, (runs.CLIPS, runs.CLIPS - 1), strict=True):
         folder.mkdir()
         (folder / "checkpoint").symlink_to(project / "checkpoint")
@@ -133,11 +133,11 @@ OWN = {"checkpoint": "checkpoint", "data": "data"}
 
 
 def test_hosts_with_other_data_under_the_same_name_are_refused(project: Path, folders: list[Path]) -> None:
-    hosts = runs.start_hosts(project, folders[0] / "run", 2, 1, folders=folders, **FIELDS | OWN)
+    hosts = runs.start_hosts(project, folders[0] / "refused", 2, 1, folders=folders, **FIELDS | OWN)
     for code, _, errors in runs.outputs(hosts):
         assert code == 2, errors
         assert "the data set differs between hosts: [1] do not have what host 0 has" in errors
-    assert not (folders[0] / "run").exists()
+    assert not (folders[0] / "refused").exists()
 
 
 def test_a_run_folder_that_hosts_do_not_share_is_refused(project: Path, folders: list[Path]) -> None:

@@ -144,21 +144,20 @@ def start_hosts(
     a file of host 0 may grow, as where its disk is full.
     """
     coordinator = f"127.0.0.1:{free_port()}"
-    none_kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"} if largest_file else {}  # half programs else
-    limits = none_kept | {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
+    limits = {"TORTOISE_JAX_JOIN_SECONDS": "120", "TORTOISE_JAX_LOST_SECONDS": "15"}
     started = []
     for host in range(hosts):
         where = ["--coordinator", coordinator, "--num_processes", str(hosts), "--process_id", str(host)]
         own = of_second if of_second and host == 1 else {}
-        limited = (
-            ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "-"] if largest_file and not host else []
-        )
+        full = largest_file is not None and host == 0
+        limited = ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "-"] if full else []
+        reading = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"} if full else {}  # no half programs kept
         python, script, *flags = command(project, run, *where, **fields | own)
         started.append(
             subprocess.Popen(
                 [*limited, python, str(ROOT / script if folders else script), *flags],
                 cwd=folders[host] if folders else ROOT,
-                env=environment(devices) | limits,
+                env=environment(devices) | limits | reading,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

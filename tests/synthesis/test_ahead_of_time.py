@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 import pytest
 
-from tortoise_jax import parallel
+from tests.support.compilers import needs_compilers
 from tortoise_jax.checkpoints.parts import abstract_variables
 from tortoise_jax.models.diffusion import RELEASED, frames_of
 from tortoise_jax.synthesis import denoising, rendering
@@ -21,20 +17,8 @@ ROWS, CODES = rendering.RENDERED_AT_ONCE, 500
 WEIGHTS, MOST = 1.09, 8.0  # GiB
 
 
-@pytest.fixture
-def compilers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Optimised, and with Flax's own promotions."""
-    for name in parallel.COMPILING_AHEAD:
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-    os.environ |= parallel.COMPILING_AHEAD
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="where the compilers are")
+@needs_compilers
 @pytest.mark.usefixtures("compilers")
 def test_the_sampler_of_the_released_size_fits_a_tpu() -> None:
     """Four rows of 500 codes (23 s each), guided, as 80 steps of one loop; the memory is printed."""

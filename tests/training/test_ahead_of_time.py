@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import math
 import os
-import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,62 +20,28 @@ from jax.extend.core import jaxprs_in_params
 
 from configs import ar
 from tests.support import programs, runs
-from tortoise_jax import parallel
-from tortoise_jax.audio import CONDITIONING_FRAMES, default_mel_norms
+from tests.support.compilers import (
+    BF16,
+    LITTLE_EFFORT,
+    assert_as_wanted,
+    compiled_with,
+    needs_compilers,
+    recipe,
+    with_nvidia,
+)
+from tortoise_jax.audio import CONDITIONING_FRAMES
 from tortoise_jax.checkpoints.parts import abstract_tree
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, Compute
-from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoice
 from tortoise_jax.training import ahead_of_time, hlo, presets, roofline, topologies
-from tortoise_jax.training.estimate import size
-from tortoise_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, split
 from tortoise_jax.training.roofline import Step
-from tortoise_jax.training.step import StepConfig, gradients
+from tortoise_jax.training.step import gradients
 from tortoise_jax.training.topologies import DoesNotFit, Target, parse
 
 ROOT = Path(__file__).parents[2]
-STEP = Step(length=64, rows=2, accumulation=2, conditioning_clips=1)
-BF16 = Compute(dtype="bfloat16", remat=True, embed_dropout=0.1, residual_dropout=0.1)
-needs_compilers = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the compilers are for Linux on x86-64"
-)
-
-
-@pytest.fixture
-def compilers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As train.py compiles ahead, in a process whose JAX has started: optimised, and with Flax's own promotions."""
-    for name in parallel.COMPILING_AHEAD:
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-    os.environ |= parallel.COMPILING_AHEAD
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-def recipe(
-    compute: Compute, optimizer: str = "adamw", freeze: str = "", config: UnifiedVoiceConfig = runs.AR
-) -> StepConfig:
-    options = OptimizerConfig(name=optimizer, freeze=freeze)
-    return StepConfig(
-        model=UnifiedVoice(config, compute),
-        optimizer=make_optimizer(options, abstract_tree(config)),
-        schedule=learning_rate_schedule(options),
-        mel_norms=default_mel_norms(),
-        freeze=freeze,
-    )
-
 
 # --- real compilers ---------------------------------------------------------------------------------------------------
-
-
-def assert_as_wanted(compiled: ahead_of_time.Compiled, trained: int) -> None:
-    """The state is written in place; every gradient is summed over the devices once, in float32, outside all loops."""
-    assert compiled.donated >= compiled.state
-    assert compiled.sums
-    assert not [one for one in compiled.sums if one.in_loop]
-    assert {dtype for one in compiled.large_sums for dtype in one.dtypes} == {"f32"}
-    assert 0 <= sum(one.size for one in compiled.large_sums) - trained < 1024  # a few metrics ride along
 
 
 @needs_compilers
@@ -83,6 +49,16 @@ def assert_as_wanted(compiled: ahead_of_time.Compiled, trained: int) -> None:
 def test_a_step_of_two_layers_compiles_for_tpus() -> None:
     assert runs.AR.layers == 2
     assert_as_wanted(*compiled_with("v5e:2x4", BF16))
+
+
+@needs_compilers
+def test_a_step_of_two_layers_compiles_for_nvidia() -> None:
+    """In a process of its own, see `with_nvidia`."""
+    command = [sys.executable, "-m", "tests.support.compilers", "rtx3060-12g:2"]
+    environment = with_nvidia(os.environ)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "as wanted" in done.stdout
 
 
 @needs_compilers
@@ -146,13 +122,6 @@ def test_other_machines(target: str) -> None:
     compute = dataclasses.replace(BF16, dtype=parse(target).chip.dtype)
     assert_as_wanted(*compiled_with(target, compute))
     assert_as_wanted(*compiled_with(target, compute, optimizer="adafactor", freeze="conditioning_encoder/.*"))
-
-
-def compiled_with(target: str, compute: Compute, **options: Any) -> tuple[ahead_of_time.Compiled, int]:
-    """The compiled step, and the bytes of the parameters that it trains."""
-    config = recipe(compute, **options)
-    params = abstract_tree(config.model.config)
-    return ahead_of_time.compile_step(parse(target), config, params, STEP), size(split(params, config.freeze)[0])
 
 
 # --- the compiled text ------------------------------------------------------------------------------------------------
@@ -328,8 +297,13 @@ def test_rows_without_a_clip_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the real command -------------------------------------------------------------------------------------------------
 
 
-def show_plan(project: Path, *flags: str, **fields: Any) -> subprocess.CompletedProcess[str]:
-    environment = runs.environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+def show_plan(
+    project: Path, *flags: str, effort: str = LITTLE_EFFORT, **fields: Any
+) -> subprocess.CompletedProcess[str]:
+    environment = runs.environment() | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
+        "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": effort,
+    }
     command = runs.command(project, project / "run", *flags, **fields)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -373,7 +347,7 @@ def test_the_plan_for_a_machine_that_is_not_here(tmp_path: Path, name: str, titl
 def test_the_plan_for_a_pod_needs_no_checkpoint(tmp_path: Path) -> None:
     """And at 256 chips, the sums of gradients take less than a tenth of a step of 16 clips per chip."""
     fields = dict(checkpoint="none", batch_size=4096, gradient_accumulation_steps=4, steps=100, remat=True)
-    done = show_plan(tmp_path, "--plan", "--topology", "v5e:16x16", conditioning_clips=2, **fields)
+    done = show_plan(tmp_path, "--plan", "--topology", "v5e:16x16", effort="0", conditioning_clips=2, **fields)
     assert done.returncode == 0, done.stderr
     assert "config.checkpoint=none does not exist: planning for the released model" in done.stdout
     assert "parameters: 421,526,786" in done.stdout

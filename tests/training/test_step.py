@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,11 +25,12 @@ from tortoise_jax.training import forward
 from tortoise_jax.training import step as step_module
 from tortoise_jax.training.forward import dropout_keys
 from tortoise_jax.training.losses import means
-from tortoise_jax.training.optimizer import split
+from tortoise_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, split
 from tortoise_jax.training.step import TrainState, eval_step, initial_state, train_step
 
 SAME = 1e-5  # of each array's gradient norm, and of each loss
 STEPS = 20
+CPU_OPTIONS = dict(flag.removeprefix("--").split("=") for flag in LITTLE_MEMORY)  # those of runs on CPU
 NO_DROPOUT = Compute()
 Layout = tuple[int, int]  # devices, micro-batches
 LAYOUTS: list[Layout] = [(1, 1), (1, 4), (2, 1), (4, 2), (8, 1)]
@@ -183,17 +185,8 @@ def test_invariance_fires_for_counted_padding() -> None:
 # How it is computed
 
 
-@pytest.fixture
-def not_kept() -> Iterator[None]:
-    """Programs compiled meanwhile are not kept for other processes: XLA crashed once where it serialised such a one."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 @pytest.mark.parametrize("compute", [Compute(remat=remat, unroll=2) for remat in ("dots", "full")])
-@pytest.mark.usefixtures("not_kept")
+@pytest.mark.usefixtures("not_kept")  # XLA crashed once where it serialised such a program
 def test_what_is_computed_again_changes_nothing(compute: Compute) -> None:
     got, metrics = one_step(clips(0), compute=dataclasses.replace(DROPOUT, remat=compute.remat, unroll=compute.unroll))
     want, want_metrics = one_step(clips(0))
@@ -219,8 +212,31 @@ def temporaries(remat: str, unroll: int) -> int:
     targets = {"text": row, "mel": row}
     losses_of = lambda params: model.apply({"params": params}, *arrays, targets, method=UnifiedVoice.losses)
     gradient = jax.jit(jax.grad(lambda params: sum(map(jnp.sum, losses_of(params).values()))))
-    options = dict(flag.removeprefix("--").split("=") for flag in LITTLE_MEMORY)
-    return gradient.lower(params).compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+    return gradient.lower(params).compile(compiler_options=CPU_OPTIONS).memory_analysis().temp_size_in_bytes
+
+
+def test_the_moments_wait_for_the_parameters() -> None:
+    """Else XLA on CPU keeps a copy of the first moments, of the size of all parameters."""
+    params = {"part": {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((256, 256), np.float32)} for i in range(8)}}
+    options = OptimizerConfig()
+    config = SimpleNamespace(
+        optimizer=make_optimizer(options, params),
+        schedule=learning_rate_schedule(options),
+        freeze="",
+        axis=None,
+        counts=lambda batch: {},
+        sums=lambda params, batch, step: {"square": sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)) * batch},
+        loss=lambda sums, counts: sums["square"],
+        moved=lambda params, sums: params,
+        metrics=lambda sums, counts, batch: {},
+    )
+    state = jax.eval_shape(functools.partial(initial_state, optimizer=config.optimizer), params)
+    step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+    program = step.lower(state, jax.ShapeDtypeStruct((1,), np.float32))
+    needed = program.compile(compiler_options=CPU_OPTIONS).memory_analysis()
+    size = 4 * sizes(params)
+    assert needed.alias_size_in_bytes > 3 * size
+    assert needed.temp_size_in_bytes < 2.1 * size  # two gradients: the sum of the micro-batches, and the last one's
 
 
 # Evaluation

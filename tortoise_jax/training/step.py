@@ -10,6 +10,7 @@ Sums over the devices of `axis` are taken once, in float32, after the micro-batc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import flax.struct
@@ -210,19 +211,26 @@ def train_step(config: Objective, state: TrainState, batch: Batch) -> tuple[Trai
     loss = config.loss(sums, total)
     finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     params = keep(finite, config.moved(merge(updated, frozen), sums), state.params)
-    # XLA on CPU orders only what depends on each other: unless the moments wait for the parameters, which are computed
-    # from the old ones, it keeps a copy of these through the whole step.
-    first = [leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(params)]
-    written = ~jnp.isnan(jnp.sum(jnp.stack(first)))
+    written = jax.lax.platform_dependent(params, cpu=functools.partial(wait_for, finite), default=lambda _: finite)
     new_state = TrainState(
         step=state.step + 1,
         params=params,
-        opt_state=keep(finite & written, opt_state, state.opt_state),
+        opt_state=keep(written, opt_state, state.opt_state),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = config.metrics(sums, total, batch) | norms | part_norms(gradient)
     metrics |= {"loss/total": loss, "learning_rate": learning_rate, "finite": finite}
     return new_state, metrics | total
+
+
+def wait_for(finite: Array, params: Tree) -> Array:
+    """`finite` (), known once the new parameters are written.
+
+    XLA on CPU orders only what depends on each other: unless the moments wait for the parameters, which are computed
+    from the old ones, it keeps a copy of these through the whole step. What a branch reads is written before it.
+    """
+    first = lambda tree: jnp.stack([leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(tree)])
+    return jax.lax.cond(finite, lambda tree: ~jnp.isnan(jnp.sum(first(tree))), lambda _: finite, params)
 
 
 def keep(condition: Array, new: Tree, old: Tree) -> Tree:
