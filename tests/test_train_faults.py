@@ -118,6 +118,7 @@ def damage(params: Path, seed: int) -> None:
         path.write_bytes(path.read_bytes()[: int(random.Random(seed).random() * path.stat().st_size)])
 
 
+@pytest.mark.timeout(900)  # seven process starts, each as long as a machine is busy
 def test_a_run_that_meets_every_fault_comes_to_its_end(project: Path, tmp_path: Path) -> None:
     """A signal, a full disk, a kill and a damaged checkpoint, one after the other."""
     run, moment = tmp_path / "run", random.Random(0)
