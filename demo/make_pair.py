@@ -51,7 +51,8 @@ SPEECH = {
     "sample_every": 0,
     "patience": 0,
 }
-LONGER = (900, 600)  # steps of two more such runs, each from the end of the one before it
+RUNS = ("ar-begun", "ar-longer", "ar-still-longer", "ar")  # each from the end of the one before it
+LONGER = (900, 600, 900)  # steps of the runs after the first
 MODEL = UnifiedVoiceConfig(
     layers=8, width=128, heads=2, text_tokens=256, mel_tokens=258, text_positions=62, mel_positions=134
 )
@@ -71,8 +72,8 @@ def main() -> None:
     table, data = work / "speech/metadata.csv", work / "data"
     run("-m", "tortoise_jax.prepare", "--data", table, "--checkpoint", work / "start", "--out", data)
     speech = {"checkpoint": work / "start", "data": data} | SPEECH
-    run("train.py", "--config", "configs/ar.py", *fields(speech), f"--workdir={work / 'ar-begun'}")
-    for before, after, steps in zip(("ar-begun", "ar-longer"), ("ar-longer", "ar"), LONGER, strict=True):
+    run("train.py", "--config", "configs/ar.py", *fields(speech), f"--workdir={work / RUNS[0]}")
+    for before, after, steps in zip(RUNS[:-1], RUNS[1:], LONGER, strict=True):
         longer = speech | {"checkpoint": work / before, "steps": steps}
         run("train.py", "--config", "configs/ar.py", *fields(longer), f"--workdir={work / after}")
     for part, name in ((DVAE, "dvae"), (AR, "autoregressive")):

@@ -149,8 +149,8 @@ def test_it_says_sentences_it_never_heard_and_stops(pair: Pretrained) -> None:
     found = spoken.figures(pair, drawn, renderings)
     assert found.stops >= 0.98, found
     assert found.silence < 0.3, found
-    assert found.nearest >= 0.7, found  # of 40: 72 to 88 % by which clips it is conditioned on; the aim is 95 %
-    assert found.ratio <= 1.25, found
+    assert found.nearest >= 0.85, found  # of 40: 88 to 93 % by which clips it is conditioned on; the aim is 95 %
+    assert found.ratio <= 1.15, found
     # Codes that are shuffled between the sentences say other ones: the figures can tell.
     others = np.roll(np.arange(len(SENTENCES)), 1)
     swapped = Renderings(
