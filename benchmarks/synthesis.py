@@ -49,7 +49,7 @@ from tortoise_jax.text.tokenizer import Tokenizer
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen when he came home."
 CANDIDATES, CODES, CALM = 16, 500, 8
 IMPOSSIBLE = -1e4
-LONG = 60.0  # seconds, after which nothing is run again, and the time of compiling is taken off
+LONG = 60.0  # seconds, after which nothing is run again: compiling is taken off the clock, not off the processors
 Work = Callable[[], Any]
 
 
@@ -261,7 +261,7 @@ def measured_here(name: str, which: int) -> Took:
     wall, processor = seconds(work)
     compiled = sum(compiling)
     if wall > LONG:
-        wall, processor = wall - compiled, processor - compiled
+        wall -= compiled
     else:
         wall, processor = seconds(work)
     return Took(compiled, wall, processor, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
