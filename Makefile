@@ -33,6 +33,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.train --layers 4
 	$(BIN)/python -m benchmarks.generate --size tiny
 	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.synthesis
 	$(BIN)/python -m benchmarks.data_throughput
 	$(BIN)/python -m benchmarks.copy_synthesis
 	$(BIN)/python -m benchmarks.convert_real_size --folder bench-output

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
-from tests.support.parity import MODULE, Change, assert_close, error, twin_of
+from tests.support.parity import MODULE, Change, Twin, assert_close, error, twin_of
 from tests.support.released import DIFFUSION_PARAMETERS
 from tests.support.synthesis_models import Comparison, channels_last, diffusion_comparison
 from tests.support.torch_reference import DiffusionTts, tiny_diffusion
@@ -88,35 +88,58 @@ def test_buckets_and_biases_of_every_pair(length: int) -> None:
 # Padding
 
 
-CODES = (6, 9)
+CODES, MORE_CODES, MORE_FRAMES = (6, 9), 5, 30
 
 
-def check_padding(extra_codes: int, extra_frames: int) -> None:
-    """Two rows of 6 and 9 codes, padded with noise: each as the row alone, with and without conditioning."""
-    twin = twin_of(parts.DIFFUSION, tiny_diffusion(num_layers=1))
+@functools.cache
+def padded() -> tuple[Twin, dict[str, jax.Array]]:
+    """A decoder, and what two rows of 6 and 9 codes give it, padded with noise."""
+    normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    frames = frames_of(max(CODES)) + MORE_FRAMES
+    rows = {
+        "latents": normal(0, 2, max(CODES) + MORE_CODES, 24),
+        "x": normal(1, 2, frames, 100),
+        "voice": normal(2, 2, 64),
+        "steps": jnp.array([3998, 17]),
+    }
+    return twin_of(parts.DIFFUSION, tiny_diffusion(num_layers=1)), rows
+
+
+def estimates(latents: jax.Array, x: jax.Array, voice: jax.Array, steps: jax.Array, lengths: Any, mask: Any) -> Any:
+    """What is aligned, and the conditional and the unconditional pass (2, b, t, 2 m)."""
+    twin, _ = padded()
     call = lambda method, *arguments: DiffusionDecoder(twin.config).apply(twin.variables, *arguments, method=method)
-    latents = jax.random.normal(jax.random.key(0), (2, max(CODES) + extra_codes, 24))
-    x = jax.random.normal(jax.random.key(1), (2, frames_of(max(CODES)) + extra_frames, 100))
-    voice, steps = jax.random.normal(jax.random.key(2), (2, 64)), jnp.array([3998, 17])
+    aligned = call("align", latents, voice, x.shape[1], lengths)["aligned"]
+    both = jnp.concatenate([aligned, call("unconditioned", *x.shape[:2])])
+    twice = lambda rows: rows if rows is None else jnp.concatenate([rows, rows])
+    return aligned, call("estimate", twice(x), twice(steps), both, twice(mask)).reshape(2, *x.shape[:2], -1)
 
-    def estimates(latents: jax.Array, voice: jax.Array, steps: jax.Array, x: jax.Array, lengths: Any, mask: Any) -> Any:
-        aligned = call("align", latents, voice, x.shape[1], lengths)["aligned"]
-        both = jnp.concatenate([aligned, call("unconditioned", *x.shape[:2])])
-        twice = lambda rows: rows if rows is None else jnp.concatenate([rows, rows])
-        return aligned, call("estimate", twice(x), twice(steps), both, twice(mask)).reshape(2, *x.shape[:2], -1)
 
-    mask = jnp.arange(x.shape[1])[None] < jnp.array([[frames_of(n)] for n in CODES])
-    aligned, out = jax.jit(estimates)(latents, voice, steps, x, jnp.array(CODES), mask)
+@functools.cache
+def alone(r: int) -> Any:
+    """A row without its padding."""
+    rows = {name: array[r : r + 1] for name, array in padded()[1].items()}
+    rows |= {"latents": rows["latents"][:, : CODES[r]], "x": rows["x"][:, : frames_of(CODES[r])]}
+    return jax.jit(lambda rows: estimates(**rows, lengths=None, mask=None))(rows)
+
+
+def check_padding(more_codes: int, more_frames: int) -> None:
+    """Both rows padded so far: each as the row alone, with and without conditioning."""
+    want = [alone(r) for r in range(len(CODES))]
+    t = frames_of(max(CODES)) + more_frames
+    rows = padded()[1]
+    rows = rows | {"latents": rows["latents"][:, : max(CODES) + more_codes], "x": rows["x"][:, :t]}
+    mask = jnp.arange(t)[None] < jnp.array([[frames_of(n)] for n in CODES])
+    aligned, out = jax.jit(lambda rows: estimates(**rows, lengths=jnp.array(CODES), mask=mask))(rows)
     for r, n in enumerate(CODES):
         row, t = slice(r, r + 1), frames_of(n)
-        alone = jax.jit(estimates)(latents[row, :n], voice[row], steps[row], x[row, :t], None, None)
-        assert_close(aligned[row, :t], alone[0], MODULE, "aligned")
-        assert_close(out[0, row, :t], alone[1][0], MODULE, "conditional")
-        assert_close(out[1, row, :t], alone[1][1], MODULE, "unconditional")
+        assert_close(aligned[row, :t], want[r][0], MODULE, "aligned")
+        assert_close(out[0, row, :t], want[r][1][0], MODULE, "conditional")
+        assert_close(out[1, row, :t], want[r][1][1], MODULE, "unconditional")
         assert not np.asarray(out[:, r, t:]).any()
 
 
-@pytest.mark.parametrize(("codes", "frames"), [(0, 0), (5, 30)])
+@pytest.mark.parametrize(("codes", "frames"), [(0, 0), (MORE_CODES, MORE_FRAMES)])
 def test_padding_changes_nothing(codes: int, frames: int) -> None:
     check_padding(codes, frames)
 
@@ -138,9 +161,11 @@ attend = diffusion.attend
     ],
 )
 def test_padding_that_is_seen_shows(name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for r in range(len(CODES)):
+        alone(r)
     monkeypatch.setattr(diffusion, name, wrong)
     with pytest.raises(AssertionError):
-        check_padding(5, 30)
+        check_padding(MORE_CODES, MORE_FRAMES)
 
 
 # Mistakes

@@ -68,11 +68,11 @@ class Comparison:
     def compiled(self) -> Callable[[Tree], Outputs]:
         return jax.jit(lambda variables: self.got(self.twin.config, variables))
 
-    def check(self, change: Change = lambda tree: tree) -> None:
-        """Every output of torch and of ours, within the tolerance of a module. change: of our weights."""
+    def check(self, change: Change = lambda tree: tree, tolerance: float = MODULE) -> None:
+        """Every output of torch and of ours, within the tolerance. change: of our weights."""
         got = self.compiled(in_collections(self.twin.config, change(self.twin.params)))
         for name, want in self.wanted.items():
-            assert_close(got[name], want, MODULE, name)
+            assert_close(got[name], want, tolerance, name)
 
     def check_gradients(self, heads: int = 1) -> None:
         """The gradients of a random weighting of all outputs, for every parameter. heads: of a fused qkv."""

@@ -14,7 +14,7 @@ from tests.support.torch_reference import CLVP, tiny_clvp, tiny_diffusion, tiny_
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.models.clvp import CLVP as CLVPModel
 from tortoise_jax.models.diffusion import frames_of
-from tortoise_jax.synthesis import denoising, rendering
+from tortoise_jax.synthesis import denoising, diffusion_inputs, rendering
 from tortoise_jax.synthesis.diffusion_inputs import repaired
 from tortoise_jax.synthesis.presets import PRESETS
 
@@ -98,21 +98,36 @@ def test_presets_are_upstreams() -> None:
     }
 
 
-def test_a_row_is_rendered_alike_alone_and_beside_others() -> None:
+def test_a_row_is_rendered_alike_alone_and_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion_inputs, "CODE_BUCKET", 8)
     diffusion = twin_of(parts.DIFFUSION, tiny_diffusion(num_layers=1, model_channels=64))
     vocoder = twin_of(parts.VOCODER, tiny_vocoder(n_mel_channels=100, strides=(4, 2)))
-    random = np.random.default_rng(0)
-    latents = [random.standard_normal((n, 24)).astype(np.float32) for n in (8, 60)]
+    random, codes = np.random.default_rng(0), (12, 20)
+    latents = [random.standard_normal((n, 24)).astype(np.float32) for n in codes]
     voice, how = random.standard_normal(128).astype(np.float32), {"steps": 3, "guidance": 2.0}
     together = rendering.diffuse(diffusion.part, latents, voice, **how, seed=4)
-    assert [mel.shape for mel in together] == [(frames_of(8), 100), (frames_of(60), 100)]
+    assert [mel.shape for mel in together] == [(frames_of(n), 100) for n in codes]
     alone = rendering.diffuse(diffusion.part, latents[:1], voice, **how, seed=4, rows=[0])[0]
     assert_close(together[0], alone, CHAIN)
     assert np.abs(rendering.diffuse(diffusion.part, latents[:1], voice, **how, seed=5)[0] - alone).max() > 0.1
     waveforms = rendering.vocode(vocoder.part, together, seed=4)
-    assert [len(waveform) for waveform in waveforms] == [8 * frames_of(8), 8 * frames_of(60)]
+    assert [len(waveform) for waveform in waveforms] == [8 * frames_of(n) for n in codes]
     assert_close(rendering.vocode(vocoder.part, together[:1], seed=4)[0], waveforms[0], MODULE)
     assert np.abs(waveforms[1]).max() <= 1
+
+
+def test_rows_are_not_padded_to_twice_their_length_and_come_back_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grouped = lambda *lengths: [(s, index.tolist()) for s, index in rendering.of_like_length(np.array(lengths))]
+    assert grouped(60, 3, 120, 300, 0, 151) == [(300, [3, 5]), (150, [0, 2]), (50, [1, 4])]
+    echo = lambda frames: lambda _, __, ___, latents, *____: jax.numpy.repeat(latents[:, :1], frames, axis=1)
+    monkeypatch.setattr(rendering, "_denoiser", lambda config, frames, guided: echo(frames))
+    lengths = (60, 3, 120, 300, 151)
+    latents = [np.full((length, 2), length, np.float32) for length in lengths]
+    diffusion = parts.Part(None, {})
+    mels = rendering.diffuse(diffusion, latents, np.zeros(4), steps=2, guidance=None)
+    assert [(len(mel), mel[0, 0]) for mel in mels] == [(frames_of(length), length) for length in lengths]
 
 
 def test_new_lengths_in_a_bucket_are_not_new_programs() -> None:

@@ -10,7 +10,7 @@ Axis letters: c codes, s codes of a row in its bucket, t mel frames, l latent wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -105,14 +105,30 @@ def diffuse(
     guidance: its strength, None for none. rows: numbers that the rows' noise is drawn by, 0, 1, … by default.
     """
     lengths = lengths_of(latents)
-    s = bucket(int(lengths.max()))
     alike = (diffusion.variables, denoising.coefficients(steps, guidance), np.float32(temperature))
     keys = keys_of(seed, range(len(latents)) if rows is None else rows, DIFFUSION_NOISE)
     voices = np.broadcast_to(np.asarray(voice, np.float32), (len(latents), len(voice)))
-    denoise = _denoiser(diffusion.config, frames_of(s), guidance is not None)
-    given = (padded_to(s, latents), voices, lengths, keys)
-    mels = parallel.run_by_rows(denoise, alike, given, RENDERED_AT_ONCE, progress)
-    return [mel[: frames_of(len(row))] for mel, row in zip(mels, latents, strict=True)]
+    mels = [np.empty(0)] * len(latents)
+    for s, index in of_like_length(lengths):
+        denoise = _denoiser(diffusion.config, frames_of(s), guidance is not None)
+        given = (padded_to(s, [latents[i] for i in index]), voices[index], lengths[index], keys[index])
+        made = parallel.run_by_rows(denoise, alike, given, RENDERED_AT_ONCE, progress)
+        for i, mel in zip(index, made, strict=True):
+            mels[i] = mel[: frames_of(int(lengths[i]))]
+    return mels
+
+
+def of_like_length(lengths: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows that are rendered at once, the longest first: the bucket they are padded to, and which they are.
+
+    None is padded to the double of its own bucket or more: what a row costs grows with the square of its length.
+    """
+    buckets = np.array([bucket(int(length)) for length in lengths])
+    while buckets.any():
+        longest = int(buckets.max())
+        (index,) = np.nonzero(2 * buckets > longest)
+        buckets[index] = 0
+        yield longest, index
 
 
 @functools.cache

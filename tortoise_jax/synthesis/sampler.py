@@ -127,7 +127,7 @@ def sample(
     config: UnifiedVoiceConfig,
     conditioning: np.ndarray | Array,
     text_ids: Sequence[int] | Sequence[Sequence[int]],
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     options: SamplingOptions | None = None,
     candidates: int = 1,
     first_candidate: int = 0,
@@ -137,8 +137,8 @@ def sample(
 
     params: a parameter tree, or for many calls SamplerWeights. conditioning (d,) or (r, d); text_ids without stops, one
     list for all prompts or one per prompt. A row depends on the seed, its prompt's number and its own number among the
-    candidates, which are counted from first_candidate; on nothing else. progress(n) is called now and then, when n
-    codes per row are drawn.
+    candidates, which are counted from first_candidate; on nothing else. A seed per prompt takes the place of the
+    prompt's number: each draws what it would alone. progress(n) is called now and then, when n codes per row are drawn.
 
     Raises UserError for texts and settings the model has no room for, and if the model's outputs are not finite.
     """
@@ -233,12 +233,15 @@ class Layout:
         part = np.arange(len(self.prompt)) % self.parts
         return (part[:, None] * self.share + np.arange(self.share)).reshape(-1)
 
-    def keys(self, seed: int, first_candidate: int) -> np.ndarray:
-        """Each row's key (rows, 2) uint32, from the seed, its prompt and its candidate number."""
+    def keys(self, seed: int | Sequence[int], first_candidate: int) -> np.ndarray:
+        """Each row's key (rows, 2) uint32, from the seed, its prompt and its candidate number; see `sample`."""
         fold = jax.vmap(jax.random.fold_in)
-        candidate = first_candidate + self.candidate()
-        keys = jnp.broadcast_to(jax.random.key(seed), candidate.shape)
-        keys = fold(fold(keys, jnp.asarray(self.prompt_of_rows())), jnp.asarray(candidate))
+        prompt, candidate = self.prompt_of_rows(), first_candidate + self.candidate()
+        if np.ndim(seed):
+            seeds, number = np.asarray(seed)[prompt], np.zeros_like(prompt)
+        else:
+            seeds, number = np.full(prompt.shape, seed), prompt
+        keys = fold(fold(jax.vmap(jax.random.key)(seeds), jnp.asarray(number)), jnp.asarray(candidate))
         return np.asarray(jax.random.key_data(keys))
 
     def rows(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import CLVP, DIFFUSION, DVAE, HIFIGAN, VOCODER, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
-from tortoise_jax.errors import UserError
+from tortoise_jax.errors import UserError, count_of
 from tortoise_jax.synthesis import ranking, rendering, sampler
 from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, SILENCE_CODE, hidden_states, repaired, silent_from
 from tortoise_jax.synthesis.drafts import decode_mel, draft
@@ -86,26 +86,42 @@ def say(
 ) -> list[Utterance]:
     """Draws candidates for each part of a text and keeps the best. voice (d,); batch: candidates drawn at once.
 
-    The parts draw with seeds that follow each other from `seed` on; the batch does not change what is drawn. Where the
-    preset has a CLVP it ranks them, as in TorToiSe; without it a candidate's flaws and likelihood do.
+    The parts draw with seeds that follow each other from `seed` on. Short of `batch` candidates, several parts are
+    drawn at once; what is drawn does not depend on it. Where the preset has a CLVP it ranks them, as in TorToiSe;
+    without it a candidate's flaws and likelihood do.
     """
-    said = []
-    for i, text in enumerate(texts):
-        text_ids = pretrained.tokenizer.encode(text, cleaner)
-        found: list[Candidate] = []
-        for first in range(0, candidates, batch):
-            count = min(batch, candidates - first)
-            draw = functools.partial(
-                sampler.sample, weights, pretrained.ar.config, voice, text_ids, seed + i, options, count, first
+    text_ids = [pretrained.tokenizer.encode(text, cleaner) for text in texts]
+    found: list[list[Candidate]] = [[] for _ in texts]
+    for parts, first, count in rounds(list(map(len, text_ids)), candidates, batch):
+        prompts, seeds = [text_ids[i] for i in parts], [seed + i for i in parts]
+        numbers = ", ".join(str(i + 1) for i in parts)
+        with bar(options.max_codes, "code", f"{count_of(count, 'candidate')} of part {numbers}") as shown:
+            progress = functools.partial(show, shown)
+            drawn = sampler.sample(
+                weights, pretrained.ar.config, voice, prompts, seeds, options, count, first, progress
             )
-            with bar(options.max_codes, "code", f"part {i + 1}, {count} candidates") as shown:
-                drawn = draw(progress=functools.partial(show, shown))
-            found += evaluate(pretrained, preset, drawn, first)
-        if CLVP in preset.parts:
-            found = scored(pretrained.part(CLVP), text_ids, found, f"part {i + 1}, scores")
-        ranked = ranking.by_score(found) if CLVP in preset.parts else ranking.rank(found)
-        said.append(Utterance(text, text_ids, ranked[:keep]))
-    return said
+        made = evaluate(pretrained, preset, drawn, [*range(first, first + count)] * len(parts))
+        for place, i in enumerate(parts):
+            found[i] += made[place * count : (place + 1) * count]
+    if CLVP in preset.parts:
+        clvp = pretrained.part(CLVP)
+        found = [scored(clvp, ids, found[i], f"part {i + 1}, scores") for i, ids in enumerate(text_ids)]
+    best = ranking.by_score if CLVP in preset.parts else ranking.rank
+    return [Utterance(text, ids, best(drawn)[:keep]) for text, ids, drawn in zip(texts, text_ids, found, strict=True)]
+
+
+def rounds(lengths: Sequence[int], candidates: int, batch: int) -> Iterator[tuple[list[int], int, int]]:
+    """What is drawn at once: parts of a text, the first of their candidates, and how many of each.
+
+    lengths: of the parts, of which those of like length are drawn together. A part's prompt counts as one candidate
+    more, so that no round takes more memory than `batch` candidates of one part.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for first in range(0, candidates, batch):
+        count = min(batch, candidates - first)
+        at_once = max(1, (batch + 1) // (count + 1))
+        for place in range(0, len(order), at_once):
+            yield order[place : place + at_once], first, count
 
 
 def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: str) -> list[Candidate]:
@@ -125,15 +141,15 @@ def bar(total: int, unit: str, title: str) -> tqdm:
     return tqdm(total=total, unit=unit, desc=title, leave=False, dynamic_ncols=True, disable=None)
 
 
-def evaluate(pretrained: Pretrained, preset: Preset, drawn: Samples, first: int) -> list[Candidate]:
-    """Drawn rows as candidates, numbered from `first` on; without the dVAE, silence after speech is not looked for."""
+def evaluate(pretrained: Pretrained, preset: Preset, drawn: Samples, numbers: Sequence[int]) -> list[Candidate]:
+    """Drawn rows as candidates of these numbers; without the dVAE, silence after speech is not looked for."""
     rows = [drawn.row(i) for i in range(len(drawn.lengths))]
     mels = candidate_mels(pretrained, drawn) if DVAE in preset.parts else [None] * len(rows)
     found = []
-    for i, (codes, mel) in enumerate(zip(rows, mels, strict=True)):
+    for i, (codes, mel, number) in enumerate(zip(rows, mels, numbers, strict=True)):
         stopped = bool(drawn.stopped[i])
         flags = ranking.flags(codes, stopped, mel, pretrained.mel_norms)
-        found.append(Candidate(first + i, flags, float(drawn.log_likelihood[i]), codes, stopped=stopped))
+        found.append(Candidate(number, flags, float(drawn.log_likelihood[i]), codes, stopped=stopped))
     return found
 
 
