@@ -46,6 +46,12 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 4.0  # longest gradient, of decayed and of undecayed parameters each
     config.optimizer.freeze = ""  # regular expression of parameter paths to leave alone, e.g. "conditioning_encoder/.*"
 
+    # Adapters (LoRA): low-rank additions to the GPT's products with weights, trained in place of all else, then merged.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of the adapters, e.g. 16; 0: none, and all parameters are trained
+    config.lora.alpha = 16.0  # the adapters are added times alpha / rank
+    config.lora.also_train = ""  # regular expression of what is trained beside them, e.g. "text_.*" for a new alphabet
+
     # What is kept, evaluated and exported.
     config.ema = 0.0  # how much of the parameters' moving average is kept per step, e.g. 0.999; 0: the parameters
 

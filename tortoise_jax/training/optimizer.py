@@ -12,6 +12,7 @@ import optax
 from optax import MaskedNode
 
 from tortoise_jax.errors import UserError
+from tortoise_jax.models.lora import LORA
 
 Tree = Any
 # Decayed: matrices that multiply activations. Not decayed: biases, norms' scales, embedding tables.
@@ -51,21 +52,39 @@ def paths(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(key.key) for key in path), tree)
 
 
-def frozen_marks(params: Tree, freeze: str) -> Tree:
-    """For each parameter whether `freeze` matches its whole path; an expression must match some, not all."""
-    if not freeze:
+def marks_of(params: Tree, expression: str, field: str) -> Tree:
+    """For each parameter whether the expression, of that field, matches its whole path; it must match some, or be ""."""
+    if not expression:
         return jax.tree.map(lambda _: False, params)
     try:
-        pattern = re.compile(freeze)
+        pattern = re.compile(expression)
     except re.error as error:
-        raise UserError(f"optimizer.freeze: {freeze!r} is not a regular expression: {error}") from None
+        raise UserError(f"{field}: {expression!r} is not a regular expression: {error}") from None
     marks = jax.tree.map(lambda path: bool(pattern.fullmatch(path)), paths(params))
     if not any(jax.tree.leaves(marks)):
         examples = ", ".join(sorted(jax.tree.leaves(paths(params)))[:3])
-        raise UserError(f"optimizer.freeze: {freeze!r} matches no parameter; their paths look like {examples}")
+        raise UserError(f"{field}: {expression!r} matches no parameter; their paths look like {examples}")
+    return marks
+
+
+def frozen_marks(params: Tree, freeze: str) -> Tree:
+    """For each parameter whether `freeze` matches its whole path; an expression must match some, not all."""
+    marks = marks_of(params, freeze, "optimizer.freeze")
     if all(jax.tree.leaves(marks)):
         raise UserError(f"optimizer.freeze: {freeze!r} matches every parameter: nothing would be trained")
     return marks
+
+
+def frozen_beside_adapters(params: Tree, freeze: str, also_train: str) -> str:
+    """An expression of what is frozen where adapters are trained: all but them and `also_train`, and all of `freeze`.
+
+    params: with adapters. Raises UserError for an expression that is none or matches nothing.
+    """
+    frozen_marks(params, freeze)
+    marks_of(params, also_train, "lora.also_train")
+    trained = "|".join(f"(?:{expression})" for expression in (f"{LORA}/.*", also_train) if expression)
+    others = rf"(?!(?:{trained})\Z).*"
+    return f"(?:{freeze})|{others}" if freeze else others
 
 
 def split(params: Tree, freeze: str) -> tuple[Tree, Tree]:
