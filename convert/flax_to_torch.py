@@ -237,8 +237,10 @@ def main() -> None:
         raise UserError("--public is about --push_to_hub")
     if args.out.suffix == SUFFIX:
         if args.source or args.adapters or args.push_to_hub:
-            raise UserError(f"--out {args.out}: a {SUFFIX} holds a run's adapters alone; --source, --adapters and "
-                            "--push_to_hub are about a .pth")
+            raise UserError(
+                f"--out {args.out}: a {SUFFIX} holds a run's adapters alone; --source, --adapters and "
+                "--push_to_hub are about a .pth"
+            )
         print("\n".join(save(args.checkpoint, args.out, args.step)))
         return
     attn_masks = None if args.attn_masks is None else args.attn_masks == "true"

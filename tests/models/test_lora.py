@@ -18,10 +18,11 @@ from tortoise_jax.models.lora import LORA, PRODUCTS, LoraConfig, inserted, merge
 from tortoise_jax.models.unified_voice import UnifiedVoice
 
 CONFIG = LoraConfig(rank=4, alpha=8.0)
+PLAIN = Compute()
 SAME = 1e-5
 
 
-def outputs(params: Any, compute: Compute = Compute()) -> dict[str, Any]:
+def outputs(params: Any, compute: Compute = PLAIN) -> dict[str, Any]:
     batch = small.clips(0, rows=3)
     rows = (batch[name] for name in ("tokens", "token_types", "positions"))
     model = UnifiedVoice(small.CONFIG, compute)
@@ -29,7 +30,7 @@ def outputs(params: Any, compute: Compute = Compute()) -> dict[str, Any]:
     return found
 
 
-def loss(params: Any, compute: Compute = Compute()) -> Any:
+def loss(params: Any, compute: Compute = PLAIN) -> Any:
     found = outputs(params, compute)
     return sum(jnp.mean(jnp.square(found[name])) for name in ("text_logits", "mel_logits"))
 

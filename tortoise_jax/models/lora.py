@@ -34,6 +34,9 @@ class LoraConfig:
         return self.alpha / self.rank if self.rank else 0.0
 
 
+NO_LORA = LoraConfig()
+
+
 def with_adapters(params: Tree, config: LoraConfig, seed: int) -> Tree:
     """The parameters, and adapters that change nothing yet: a (l, i, r) uniform within 1 / √i, b (l, r, o) zero."""
     if not config.rank:

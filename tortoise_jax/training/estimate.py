@@ -178,7 +178,12 @@ def remedies(settings: ConfigDict, accumulation: int, rows: int) -> Iterator[str
         yield "  --config.remat=full: a fifth slower, a fraction of the activations"
     if "dtype" in settings:
         yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
-    yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
+    if settings.optimizer.moments != "bfloat16" and settings.optimizer.name == "adamw":
+        yield "  --config.optimizer.moments=bfloat16: half the optimiser state"
+    if settings.optimizer.name != "adafactor":
+        yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
+    if settings.get("lora", {"rank": 1})["rank"] == 0:
+        yield "  --config.lora.rank=16: adapters alone are trained, no gradients or optimiser state of the model"
 
 
 def step_seconds(work: Work, whole: Any, rows: int, accumulation: int) -> tuple[float, int]:

@@ -44,9 +44,10 @@ HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
 DIGESTS = ("data_digest", "text_digest")
 OF_LORA = {"lora.rank": 0, "lora.alpha": 16.0, "lora.also_train": ""}
-FIXED = ("seed", "batch_size", "save_to", "ema", "optimizer.name", "optimizer.freeze", *OF_LORA, *DIGESTS)
+OF_OPTIMIZER = ("optimizer.name", "optimizer.moments", "optimizer.freeze")
+FIXED = ("seed", "batch_size", "save_to", "ema", *OF_OPTIMIZER, *OF_LORA, *DIGESTS)
 # What runs begun with an older version did, unsaid.
-ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft", **OF_LORA}
+ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft", "optimizer.moments": "float32", **OF_LORA}
 # What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 RATE = "learning_rate"  # of a step's line, beside its losses

@@ -15,7 +15,7 @@ from tortoise_jax.models.lora import LoraConfig
 from tortoise_jax.synthesis.presets import PRESETS
 from tortoise_jax.training.config import ONE_OR_MORE, ZERO_OR_MORE, Schema
 from tortoise_jax.training.dvae_step import RECONSTRUCTIONS
-from tortoise_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from tortoise_jax.training.optimizer import MOMENTS, OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 BELOW_ONE = (0, 0.99)
 _COUNTS = (
@@ -37,7 +37,7 @@ COMMON_RANGES = {
     "optimizer.epsilon": (1e-30, 1),
     "optimizer.clip_norm": (1e-6, math.inf),
 }
-COMMON_CHOICES = {"optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES}
+COMMON_CHOICES = {"optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES, "optimizer.moments": MOMENTS}
 
 
 def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:

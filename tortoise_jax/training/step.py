@@ -21,7 +21,7 @@ import optax
 
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, SAMPLES_PER_CODE
 from tortoise_jax.models.layers import Array
-from tortoise_jax.models.lora import LoraConfig, inserted, with_adapters
+from tortoise_jax.models.lora import NO_LORA, LoraConfig, inserted, with_adapters
 from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, UnifiedVoice
 from tortoise_jax.training.forward import Batch, dropout_keys, forward_sums, has_dropout
 from tortoise_jax.training.losses import CODES_PER_BUCKET, Sums, counts, means, total_loss
@@ -113,7 +113,7 @@ class StepConfig:
     freeze: str = ""
     axis: str | None = "data"
     conditioning_clips: int = 1
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = NO_LORA
 
     curves = ("mel", "text", "stop")
     unit = "positions"
