@@ -26,7 +26,8 @@ from tortoise_jax.models.lora import LORA, LoraConfig, merged
 
 STEPS = runs.FIELDS["steps"]
 # A rate at which six steps of so small a model move it beyond rounding.
-FIELDS: dict[str, Any] = {"lora__rank": 4, "lora__alpha": 8.0, "optimizer__learning_rate": 3e-2, "patience": 0}
+FIELDS: dict[str, Any] = {"lora__rank": 4, "lora__alpha": 8.0, "optimizer__learning_rate": 3e-2}
+FIELDS["optimizer__schedule"] = "constant"  # else the rate falls by how many steps are asked for
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def lora_run(project: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_taken_up_again_it_is_the_same_run_bit_for_bit(project: Path, lora_run: Path) -> None:
     whole = project / "whole"
     done = runs.train(project, whole, devices=2, **FIELDS)
@@ -66,8 +68,6 @@ def test_a_run_holds_its_base_untouched_and_is_read_merged(project: Path, lora_r
     adapters_of_run = saved.pop(LORA)
     assert parameter_count(adapters_of_run) < parameter_count(saved) / 4
     jax.tree.map(np.testing.assert_array_equal, saved, before.params)
-    start = load_pretrained(lora_run, ("ar",), 0).ar
-    jax.tree.map(np.testing.assert_array_equal, start.params, before.params)
     kernel = lambda part: part.params["gpt"]["h"]["mlp"]["c_fc"]["kernel"]
     assert np.abs(kernel(after) - kernel(before)).max() > 1e-3
 
@@ -126,10 +126,9 @@ def test_mistakes_with_adapters_are_one_line(
 def test_adapters_beside_which_more_was_trained_are_not_kept_alone(lora_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     copy.mkdir()
-    for name in ("tortoise.json", "config.json", "steps"):
+    for name in ("tortoise.json", "tokenizer.json", "mel_norms.txt", "steps"):
         (copy / name).symlink_to(lora_run / name)
     settings = json.loads((lora_run / "config.json").read_text()) | {"lora.also_train": "text_head/.*"}
-    (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"trained 'text_head/\.\*' beside its adapters"):
         adapters.save(copy, tmp_path / "voice.npz")
@@ -138,6 +137,7 @@ def test_adapters_beside_which_more_was_trained_are_not_kept_alone(lora_run: Pat
         load_pretrained(copy, ("ar",))
 
 
+@pytest.mark.slow
 def test_another_run_begins_from_it_and_its_rank_stays(project: Path, lora_run: Path, tmp_path: Path) -> None:
     done = runs.train(project, tmp_path / "next", checkpoint=lora_run, steps=1, eval_every=1)
     assert done.returncode == 0, done.stderr
