@@ -49,8 +49,8 @@ def get_config() -> ConfigDict:
 
     # Adapters (LoRA): low-rank additions to the GPT's products with weights, trained in place of all else, then merged.
     config.lora = ConfigDict()
-    config.lora.rank = 0  # of the adapters, e.g. 16, which get ten times the recipe's rate; 0: all parameters are trained
-    config.lora.alpha = 16.0  # the adapters are added times alpha / rank
+    config.lora.rank = 0  # of the adapters, e.g. 16; 0: all parameters are trained
+    config.lora.alpha = 16.0  # the adapters are added times alpha / rank; their rate is ten times the recipe's
     config.lora.also_train = ""  # regular expression of what is trained beside them, e.g. "text_.*" for a new alphabet
 
     # What is kept, evaluated and exported.
