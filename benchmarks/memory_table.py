@@ -61,6 +61,12 @@ def rows_that_fit(one: int, more: int, state: int, memory: float) -> int:
     return max(0, int(1 + (memory * GIB - one - state) / slope))
 
 
+def about(rows: int) -> str:
+    """In two digits, downwards: what lies far beyond the rows compiled for is an estimate."""
+    unit = 10 ** max(0, len(str(rows)) - 2)
+    return f"{rows // unit * unit:,}" if rows else "–"
+
+
 def table(kind: str) -> None:
     name, sizes = MACHINES[kind]
     target, released = topologies.parse(name), released_shapes()
@@ -73,7 +79,7 @@ def table(kind: str) -> None:
         own = method if method in COMPILED else COMPILED[0]
         state = size(state_shapes(step_config(method, remat, target, released), released.ar.params).opt_state)
         fit = [rows_that_fit(*programs[own, remat], state, memory) for memory in sizes.values()]
-        print(f"| {method} | {remat} | {' | '.join(str(rows or '–') for rows in fit)} |", flush=True)
+        print(f"| {method} | {remat} | {' | '.join(map(about, fit))} |", flush=True)
 
 
 def main(kinds: Sequence[str]) -> None:

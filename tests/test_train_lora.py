@@ -37,11 +37,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_run(project: Path) -> Path:
-    """A run stopped after three steps and taken up again, on two devices, with drafts and an export."""
+    """A run stopped after three steps and taken up again, on two devices, with a draft and an export."""
     run = project / "lora"
-    drafts: dict[str, Any] = {"sample_every": 6, "prompts": "('Yes.',)"}
-    for steps, export in ((3, ""), (STEPS, "voice.pth")):
-        done = runs.train(project, run, devices=2, steps=steps, export=export, **FIELDS | drafts)
+    leaves: dict[str, Any] = {"sample_every": STEPS, "prompts": "('Yes.',)", "export": "voice.pth"}
+    for more in ({"steps": 3}, leaves):
+        done = runs.train(project, run, devices=2, **FIELDS | more)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from step 3" in done.stdout
     assert "adapters of rank 4, added times 2" in done.stdout
@@ -80,7 +80,7 @@ def test_every_reader_of_runs_takes_it_as_any_other(lora_run: Path) -> None:
     for key, value in expected.items():
         np.testing.assert_array_equal(exported[key].numpy(), value, err_msg=key)
     assert any(line.startswith("  AR model: ") for line in inspect(lora_run))
-    assert len(list((lora_run / "samples").glob("step-*.wav"))) == 2
+    assert len(list((lora_run / "samples").glob("step-*.wav"))) == 1
     assert (lora_run / "report.html").exists()
 
 
