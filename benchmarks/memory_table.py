@@ -74,12 +74,13 @@ def table(kind: str) -> None:
         (method, remat): [compiled_bytes(target, method, remat, rows, released) for rows in (1, MORE_ROWS)]
         for method, remat in itertools.product(COMPILED, ("none", "full"))
     }
-    print(f"\n| {kind} | remat | {' | '.join(sizes)} |\n|---|---|{'---|' * len(sizes)}")
+    lines = [f"\n| {kind} | remat | {' | '.join(sizes)} |", f"|---|---|{'---|' * len(sizes)}"]
     for method, remat in itertools.product(METHODS, ("none", "full")):
         own = method if method in COMPILED else COMPILED[0]
         state = size(state_shapes(step_config(method, remat, target, released), released.ar.params).opt_state)
         fit = [rows_that_fit(*programs[own, remat], state, memory) for memory in sizes.values()]
-        print(f"| {method} | {remat} | {' | '.join(map(about, fit))} |", flush=True)
+        lines.append(f"| {method} | {remat} | {' | '.join(map(about, fit))} |")
+    print("\n".join(lines), flush=True)
 
 
 def main(kinds: Sequence[str]) -> None:
