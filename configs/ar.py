@@ -44,7 +44,14 @@ def get_config() -> ConfigDict:
     config.optimizer.epsilon = 1e-8  # added to the root of the mean squared gradient that a step is divided by
     config.optimizer.weight_decay = 1e-2  # per step, times the rate; of matrices, not of biases, norms and embeddings
     config.optimizer.clip_norm = 4.0  # longest gradient, of decayed and of undecayed parameters each
+    config.optimizer.moments = "float32"  # how AdamW keeps the two means; "bfloat16": half their memory, rounded
     config.optimizer.freeze = ""  # regular expression of parameter paths to leave alone, e.g. "conditioning_encoder/.*"
+
+    # Adapters (LoRA): low-rank additions to the GPT's products with weights, trained in place of all else, then merged.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of the adapters, e.g. 16; 0: all parameters are trained
+    config.lora.alpha = 16.0  # the adapters are added times alpha / rank; their rate is ten times the recipe's
+    config.lora.also_train = ""  # regular expression of what is trained beside them, e.g. "text_.*" for a new alphabet
 
     # What is kept, evaluated and exported.
     config.ema = 0.0  # how much of the parameters' moving average is kept per step, e.g. 0.999; 0: the parameters

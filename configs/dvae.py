@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     config.optimizer.epsilon = 1e-8  # added to the root of the mean squared gradient that a step is divided by
     config.optimizer.weight_decay = 0.0  # per step, times the rate; of matrices, not of biases
     config.optimizer.clip_norm = 4.0  # longest gradient
+    config.optimizer.moments = "float32"  # how AdamW keeps the two means; "bfloat16": half their memory, rounded
     config.optimizer.freeze = ""  # regular expression of parameter paths to leave alone, e.g. "encoder/.*"
 
     # Loss and codebook.

@@ -3,6 +3,10 @@
   python convert/flax_to_torch.py runs/voice --out voice.pth
   python convert/flax_to_torch.py runs/voice --out voice.pth --source autoregressive.pth
                                   adds the tensors of the original file that the conversion dropped
+  python convert/flax_to_torch.py runs/voice --out voice.npz
+                                  of a run with LoRA the adapters alone, a small file, which
+  python convert/flax_to_torch.py checkpoints/tortoise --adapters voice.npz --out voice.pth
+                                  merges into the model that the run began with
 
 The .json says what the tensors cannot tell: heads, tokenizer, mel norms, how it was trained. Keep it beside the .pth.
 """
@@ -22,6 +26,7 @@ from convert.source import metadata_beside
 from convert.tables import MODELS, TorchModel
 from convert.torch_files import OUT_DTYPES, cast, load, write_state_dict
 from tortoise_jax import __version__
+from tortoise_jax.checkpoints.adapters import SUFFIX, merge, save
 from tortoise_jax.checkpoints.parts import AR, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     SUMMARY,
@@ -47,12 +52,21 @@ def export(
     source: Path | None = None,
     dtype: str = "float32",
     attn_masks: bool | None = None,
+    adapters: Path | None = None,
 ) -> list[str]:
-    """Writes one model of a checkpoint on disk, as `write`. step: of a run; None takes the best."""
+    """Writes one model of a checkpoint on disk, as `write`. step: of a run; None takes the best.
+
+    adapters: a file of them, merged into the model first.
+    """
     check_names(out, source)
     part = part or first_part(read_metadata(checkpoint))
     check_step(checkpoint, part, step)
-    return write(load_pretrained(checkpoint, (part,), step), out, part, source, dtype, attn_masks)
+    pretrained = load_pretrained(checkpoint, (part,), step)
+    if adapters:
+        if part != AR:
+            raise UserError(f"--adapters are of the AR model, not of the {PART_TYPES[part].title}")
+        pretrained = merge(pretrained, adapters)
+    return write(pretrained, out, part, source, dtype, attn_masks)
 
 
 def write(
@@ -196,12 +210,13 @@ def export_metadata(pretrained: Pretrained, model: TorchModel, facts: dict[str, 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a converted checkpoint or a run")
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the .pth to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the .pth to write, or .npz")
     parser.add_argument("--part", choices=sorted(MODELS), help="which model (default: ar if the checkpoint has it)")
     parser.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the best)")
     parser.add_argument(
         "--source", type=Path, metavar="FILE", help="the original file; its tensors that conversion dropped are added"
     )
+    parser.add_argument("--adapters", type=Path, metavar="FILE", help="the .npz of a run with LoRA, to be merged in")
     parser.add_argument("--dtype", choices=list(OUT_DTYPES), default="float32", help="of the weights (%(default)s)")
     parser.add_argument(
         "--attn_masks",
@@ -220,8 +235,16 @@ def main() -> None:
         hub.check(args.push_to_hub)
     elif args.public:
         raise UserError("--public is about --push_to_hub")
+    if args.out.suffix == SUFFIX:
+        if args.source or args.adapters or args.push_to_hub:
+            raise UserError(
+                f"--out {args.out}: a {SUFFIX} holds a run's adapters alone; --source, --adapters and "
+                "--push_to_hub are about a .pth"
+            )
+        print("\n".join(save(args.checkpoint, args.out, args.step)))
+        return
     attn_masks = None if args.attn_masks is None else args.attn_masks == "true"
-    lines = export(args.checkpoint, args.out, args.part, args.step, args.source, args.dtype, attn_masks)
+    lines = export(args.checkpoint, args.out, args.part, args.step, args.source, args.dtype, attn_masks, args.adapters)
     print("\n".join(lines))
     if args.push_to_hub:
         print(hub.push(args.out, args.checkpoint, args.push_to_hub, args.public, lines[1:]))

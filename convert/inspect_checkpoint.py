@@ -97,7 +97,8 @@ def inspect_ours(path: Path) -> list[str]:
     if is_run(path):
         checkpoints = RunCheckpoints.to_read(path)
         lines.append(f"  steps {', '.join(map(str, checkpoints.steps()))}; the best is {checkpoints.best()}")
-    for name, origin in whole.source.items():
+    origins = {name: origin for name, origin in whole.source.items() if name in PART_TYPES}
+    for name, origin in origins.items():
         lines.append(f"  {name} from {json.dumps(origin.get('file'))}, sha256 {origin.get('sha256')}")
     command = f"python convert/flax_to_torch.py {path} --out voice.pth"
     return [*lines, f"  conversion back: would succeed, {command}"]

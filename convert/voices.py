@@ -19,8 +19,8 @@ import torch
 
 from convert.torch_files import load
 from tortoise_jax.errors import Parser, UserError, exit_with_one_line
-from tortoise_jax.files import write_atomically
-from tortoise_jax.synthesis.voices import DIFFUSION, VECTOR, read_npz, read_voice, save_voice
+from tortoise_jax.files import read_npz, write_atomically
+from tortoise_jax.synthesis.voices import DIFFUSION, VECTOR, read_voice, save_voice
 
 LATENTS = "latents"
 

@@ -17,6 +17,7 @@ from tortoise_jax import speak
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, default_mel_norms
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import read_npz
 from tortoise_jax.synthesis import drafts, speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs
 from tortoise_jax.synthesis.sampler import SamplingOptions
@@ -126,7 +127,7 @@ def test_latents_are_those_of_the_kept_codes(
     monkeypatch.setattr(speak, "diffusion_inputs", lambda *arguments: diffusion_inputs(*arguments, **small))
     monkeypatch.setattr(speak, "check_diffusion_inputs", lambda *_: None)
     run(folder, tmp_path, "--codes", str(tmp_path / "codes.npy"), "--latents", str(tmp_path / "latents.npz"))
-    arrays = voices.read_npz(tmp_path / "latents.npz")
+    arrays = read_npz(tmp_path / "latents.npz")
     vector = voices.read_voice(folder / "voice.npz")["conditioning"]
     ids = Tokenizer.default().encode("Hi there.")
     codes, latents = diffusion_inputs(voice.params, voice.config, vector, ids, np.load(tmp_path / "codes.npy"), **small)

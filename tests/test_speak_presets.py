@@ -27,6 +27,7 @@ from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained, with_parts_of_origin
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import read_npz
 from tortoise_jax.models.diffusion import frames_of
 from tortoise_jax.synthesis import presets, speech, voices
 from tortoise_jax.synthesis.prompts import max_text_ids
@@ -88,7 +89,7 @@ def test_speech_at_24_khz(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert info.frames == 256 * frames_of(len(codes) + 8)  # eight calm codes stay
         assert np.abs(soundfile.read(tmp_path / name)[0]).max() > 1e-3
         assert f"{name}: {info.frames / 24000:.1f} s, preset fast" in said
-    arrays = voices.read_npz(saved)
+    arrays = read_npz(saved)
     assert {name: array.shape for name, array in arrays.items()} == {"conditioning": (64,), "diffusion": (64,)}
     first = soundfile.read(tmp_path / "speech.wav")[0]
     speak.main(arguments(folder, tmp_path, "--keep", "2", "--voice", str(saved)))
@@ -104,7 +105,7 @@ def test_the_fast_path(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     info = soundfile.info(tmp_path / "speech.wav")
     assert (info.samplerate, info.frames) == (24000, 256 * frames_of(len(codes) + stopped))
     assert "preset hifigan" in said
-    assert list(voices.read_npz(tmp_path / "v.npz")) == ["conditioning"]
+    assert list(read_npz(tmp_path / "v.npz")) == ["conditioning"]
 
 
 @pytest.mark.parametrize("preset", ["fast", "hifigan"])
@@ -114,7 +115,7 @@ def test_a_random_voice_is_its_seeds(folder: Path, tmp_path: Path, preset: str) 
         given = arguments(folder, tmp_path, "--voice", "random", "--preset", preset, "--save_voice", str(saved))
         speak.main([*without(given, "--steps" if preset == "hifigan" else ""), "--seed", str(seed)])
         assert (tmp_path / "speech.wav").exists()
-        return voices.read_npz(saved)
+        return read_npz(saved)
 
     first, other = voice(3), voice(4)
     assert list(first) == ["conditioning", "diffusion"][: 2 if preset == "fast" else 1]

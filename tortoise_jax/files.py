@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there, whenever the process ends; who may write them; JSON."""
+"""Files and folders that are either whole or not there, whenever the process ends; who may write them; arrays, JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import fnmatch
 import functools
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,9 +18,12 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from tortoise_jax.errors import UserError
 
@@ -222,6 +226,28 @@ def check_writable(path: Path, flag: str = "") -> None:
             pass
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written: {folder}: {error.strerror}".strip()) from None
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getvalue())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a .npz; nothing in it is executed."""
+    check_readable(path)
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise ValueError("not a .npz")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = "there is no such file" if not path.exists() else f"not a readable .npz ({error})"
+        raise UserError(f"{path}: {reason}") from None
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.errors import Parser, UserError, count_of, exit_with_one_line
-from tortoise_jax.files import check_writable, write_atomically
+from tortoise_jax.files import check_writable, save_npz, write_atomically
 from tortoise_jax.synthesis import presets, speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
 from tortoise_jax.synthesis.drafts import write_wav
@@ -171,7 +171,7 @@ def save_latents(path: Path, pretrained: Pretrained, voice: np.ndarray, part: Ut
     ar = pretrained.ar
     codes, latents = diffusion_inputs(ar.params, ar.config, voice, part.text_ids, part.kept[index].codes)
     arrays: dict[str, Any] = {"latents": latents, "codes": codes, voices.VECTOR: voice}
-    voices.save_npz(path, arrays)
+    save_npz(path, arrays)
     command = f"python convert/voices.py {path} --out {path.with_suffix('.pth')}"
     print(f"{path}: {len(latents)} latents; for TorToiSe: {command}")
 

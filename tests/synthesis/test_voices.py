@@ -19,6 +19,7 @@ from tortoise_jax.checkpoints import parts
 from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.errors import UserError
+from tortoise_jax.files import save_npz
 from tortoise_jax.synthesis import voices
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -224,7 +225,7 @@ def test_latents_become_a_torch_file(tmp_path: Path) -> None:
         "codes": np.arange(24, dtype=np.int32),
         "conditioning": np.ones(64, np.float32),
     }
-    voices.save_npz(tmp_path / "latents.npz", arrays)
+    save_npz(tmp_path / "latents.npz", arrays)
     convert_voices.convert(tmp_path / "latents.npz", tmp_path / "latents.pth")
     back = torch.load(tmp_path / "latents.pth", weights_only=True)
     assert back.keys() == arrays.keys()
@@ -285,7 +286,7 @@ def test_kinds_of_files_that_do_not_go_together(tmp_path: Path, pair: tuple[Path
         convert_voices.convert(source, tmp_path / "again.pth")
     with pytest.raises(UserError, match=r"--diffusion goes with a voice \.npz"):
         convert_voices.convert(source, tmp_path / "voice.npz", diffusion=source)
-    voices.save_npz(tmp_path / "latents.npz", {"latents": np.ones((2, 3))})
+    save_npz(tmp_path / "latents.npz", {"latents": np.ones((2, 3))})
     with pytest.raises(UserError, match=r"holds latents, not a voice"):
         convert_voices.convert(tmp_path / "latents.npz", tmp_path / "x.pth", diffusion=source)
     with pytest.raises(UserError, match=r"latents is float64 \(2, 3\), expected finite float32 of two axes"):

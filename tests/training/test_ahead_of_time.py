@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from configs import ar
+from configs import ar, ar_small_gpu
 from tests.support import programs, runs
 from tests.support.compilers import (
     BF16,
@@ -31,10 +31,13 @@ from tests.support.compilers import (
 )
 from tortoise_jax.audio import CONDITIONING_FRAMES
 from tortoise_jax.checkpoints.parts import abstract_tree
+from tortoise_jax.checkpoints.pretrained import released_shapes
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, Compute
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoice
-from tortoise_jax.training import ahead_of_time, hlo, presets, roofline, topologies
+from tortoise_jax.training import ahead_of_time, ar_run, hlo, presets, roofline, topologies
+from tortoise_jax.training.estimate import Epoch, assumed_lengths, size, state_shapes
+from tortoise_jax.training.optimizer import split
 from tortoise_jax.training.roofline import Step
 from tortoise_jax.training.step import gradients
 from tortoise_jax.training.topologies import DoesNotFit, Target, parse
@@ -122,6 +125,37 @@ def test_other_machines(target: str) -> None:
     compute = dataclasses.replace(BF16, dtype=parse(target).chip.dtype)
     assert_as_wanted(*compiled_with(target, compute))
     assert_as_wanted(*compiled_with(target, compute, optimizer="adafactor", freeze="conditioning_encoder/.*"))
+
+
+def small_settings(rank: int) -> Any:
+    settings = ar_small_gpu.get_config()
+    settings.lora.rank = rank
+    presets.fill(settings, 300)
+    return settings
+
+
+@pytest.mark.parametrize(("rank", "most"), [(0, 3.2), (16, 1.7)])
+def test_on_a_small_card_parameters_gradients_and_state_are_little(rank: int, most: float) -> None:
+    settings, released = small_settings(rank), released_shapes()
+    config = ar_run.make_step_config(settings, released, settings.batch_size, parse("rtx3070-8g"))
+    state = state_shapes(config, released.ar.params)
+    assert size(state) + size(split(state.params, config.freeze)[0]) < most * 2**30
+
+
+@pytest.mark.slow
+@needs_compilers
+@pytest.mark.usefixtures("compilers")
+@pytest.mark.parametrize(("rank", "most"), [(0, 5.5), (16, 2.5)])
+def test_the_released_model_is_trained_on_a_card_of_8_gb(rank: int, most: float) -> None:
+    """Rows as long as any of LJSpeech's."""
+    settings, released, target = small_settings(rank), released_shapes(), parse("rtx3070-8g")
+    config = ar_run.make_step_config(settings, released, settings.batch_size, target)
+    epoch = Epoch.of(settings, assumed_lengths(), 1)
+    step = Step(epoch.longest, epoch.rows, epoch.accumulation, settings.conditioning_clips)
+    assert (epoch.rows, epoch.accumulation) == (2, 16)
+    compiled = ahead_of_time.compile_step(target, config, released.ar.params, step)
+    assert compiled.needed < most * 2**30 < target.memory
+    assert compiled.donated >= compiled.state
 
 
 # --- the compiled text ------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def test_a_run_that_does_not_fit_is_told_fields_that_exist(monkeypatch: pytest.M
     lines, _ = plan_that_does_not_fit(monkeypatch, gradient_accumulation_steps=2, remat="none")
     assert "it does not fit, and so is not timed; in this order:" in lines
     advised = [line.strip().removeprefix("--config.").split("=")[0] for line in lines if "--config." in line]
-    assert advised == ["gradient_accumulation_steps", "remat", "dtype", "optimizer.name"]
+    optimizer = ["optimizer.moments", "optimizer.name"]
+    assert advised == ["gradient_accumulation_steps", "remat", "dtype", *optimizer, "lora.rank"]
     assert set(advised) <= config.flat(ar.get_config()).keys()
 
 

@@ -265,6 +265,28 @@ def test_each_group_is_clipped_by_its_own_norm() -> None:
     np.testing.assert_allclose(update["bias"] * 1e6, [-0.3, -0.4], rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0])
+def test_narrow_moments_are_half_the_state_and_nearly_the_same_steps(scale: float) -> None:
+    """Twelve updates from gradients of any size."""
+    random = np.random.default_rng(0)
+    params = {"a": {"kernel": jnp.asarray(random.standard_normal((8, 16), np.float32))}}
+    gradients = [{"a": {"kernel": scale * (1 + random.standard_normal((8, 16), np.float32))}} for _ in range(12)]
+    found = {}
+    for moments in ("float32", "bfloat16"):
+        config = OptimizerConfig(learning_rate=1.0, schedule="constant", moments=moments, weight_decay=0, epsilon=1e-12)
+        optimizer = make_optimizer(config, params)
+        state, total = optimizer.init(params), jnp.zeros((8, 16))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {moments}
+        for gradient in gradients:
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state, params)
+            total = total + updates["a"]["kernel"]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {moments}
+        found[moments] = np.asarray(total)
+    difference = np.abs(found["bfloat16"] - found["float32"]).max() / np.abs(found["float32"]).max()
+    assert 0 < difference < 0.01
+
+
 # Schedules
 
 

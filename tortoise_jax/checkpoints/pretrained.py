@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from tortoise_jax.audio import default_mel_norms
@@ -27,6 +29,7 @@ from tortoise_jax.checkpoints.trees import Tree, checksum, digest, restore_tree,
 from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import locked, read_json, sync, write_json, written_whole
 from tortoise_jax.models import dvae, unified_voice
+from tortoise_jax.models.lora import LoraConfig, merged, with_adapters
 from tortoise_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -196,7 +199,8 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
         if name == trained_part(metadata) and is_run(path):
             if step is None:
                 check_result(path)
-            found_step, tree = RunCheckpoints.to_read(path).restore_params(shapes, step)
+            found_step, saved, adapters = saved_params(path, part.config, step)
+            tree = merged(saved, adapters)
             pretrained = dataclasses.replace(pretrained, step=found_step)
             # The codes of a data set are those of one dVAE: a trained one must not pass for the one it began as.
             now = digest(tree) if name == DVAE else now
@@ -204,6 +208,22 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
             tree = undamaged(path / name, restore_tree(path / name, shapes), metadata)
         pretrained = pretrained.with_part(name, Part(part.config, in_collections(part.config, tree), now))
     return pretrained
+
+
+def saved_params(run: Path, config: Any, step: int | None) -> tuple[int, Tree, LoraConfig]:
+    """(step, the trained part's parameters as the run saved them, adapters apart; these). step: None takes the best."""
+    adapters = adapters_of(run)
+    shapes = jax.eval_shape(functools.partial(with_adapters, config=adapters, seed=0), abstract_tree(config))
+    return *RunCheckpoints.to_read(run).restore_params(shapes, step), adapters
+
+
+def adapters_of(run: Path) -> LoraConfig:
+    """How a run's parameters have adapters, if at all."""
+    settings = read_json(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else {}
+    try:
+        return LoraConfig(int(settings.get("lora.rank", 0)), float(settings.get("lora.alpha", 1)))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run / RUN_CONFIG} is damaged: {first_line(error)}") from None
 
 
 def check_result(run: Path) -> None:

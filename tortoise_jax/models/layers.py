@@ -27,6 +27,7 @@ HIGH = "high"  # between the two: TF32 on NVIDIA cards, as torch convolves there
 FRAMES_PER_CODE = 4
 ATTENTION_IMPLEMENTATIONS = ("plain", "by_heads", "xla", "cudnn")
 REMAT = ("none", "dots", "full")
+ADAPTERS = ("lora_a", "lora_b")  # of a product with weights, where there are some beside its kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,19 +138,34 @@ def recomputed_late(run: Run) -> Run:
     def late(params: Any, x: Array, *rest: Any) -> Array:
         return run(params, x, *rest)
 
+    def forward(params: Any, *given: Any) -> tuple[Array, Any]:
+        """Each array comes with whether a gradient of it is asked for, which frozen parameters' is not."""
+        value = lambda leaf: leaf.value
+        trained = jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, params)
+        frozen = jax.tree.map(lambda leaf: None if leaf.perturbed else leaf.value, params)
+        values = jax.tree.map(value, given)
+        return run(jax.tree.map(value, params), *values), (trained, frozen, *values)
+
     def backward(kept: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
-        params, x, *rest = kept
-        again = jax.vjp(lambda params, x: run(params, x, *rest), params, once_computed(gradient, x))[1]
-        of_params, of_x = again(gradient)
+        trained, frozen, x, *rest = kept
+
+        def of_trained(trained: Any, x: Array) -> Array:
+            either = lambda ours, other: other if ours is None else ours
+            return run(jax.tree.map(either, trained, frozen, is_leaf=lambda leaf: leaf is None), x, *rest)
+
+        of_params, of_x = jax.vjp(of_trained, trained, once_computed(gradient, x))[1](gradient)
         return of_params, once_computed(of_params, of_x), *[None] * len(rest)
 
-    late.defvjp(lambda *given: (run(*given), given), backward)
+    late.defvjp(forward, backward, symbolic_zeros=True)
     return late
 
 
 def once_computed(tree: Any, x: Array) -> Array:
     """x, not before the tree's arrays are there; NaN where one of them begins with NaN, as diverged gradients do."""
-    first = jnp.stack([leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(tree)])
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return x
+    first = jnp.stack([leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in leaves])
     return jnp.where(jnp.any(jnp.isnan(first)), jnp.full((), jnp.nan, x.dtype), x)
 
 
@@ -171,6 +187,18 @@ def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
+class Product(nn.Dense):
+    """A dense layer, and (x a) b added where its parameters have a low-rank adapter: see lora.py."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (n, i) -> (n, o)
+        out = super().__call__(x)
+        if not self.has_variable("params", ADAPTERS[0]):
+            return out
+        a, b = (jnp.asarray(self.get_variable("params", name), self.dtype) for name in ADAPTERS)
+        return out + x @ a @ b
+
+
 class GPT2Attention(nn.Module):
     """Hugging Face's GPT2Attention: fused c_attn is [q | k | v] blocks, causal, no mask but that."""
 
@@ -181,12 +209,12 @@ class GPT2Attention(nn.Module):
     def __call__(self, x: Array, keys: Array | None, site: Array | int) -> Array:  # (b, s, d) -> (b, s, d)
         b, s, d = x.shape
         dtype = jnp.dtype(self.compute.dtype)
-        qkv = nn.Dense(3 * d, dtype=dtype, name="c_attn")(x.reshape(b * s, d))
+        qkv = Product(3 * d, dtype=dtype, name="c_attn")(x.reshape(b * s, d))
         q, k, v = (part.reshape(b, s, self.heads, d // self.heads) for part in jnp.split(qkv, 3, axis=-1))
         rate = self.compute.attention_dropout
         drop = None if keys is None or rate == 0.0 else lambda weights: dropout(weights, rate, keys, site)
         mixed = attend(q, k, v, causal=True, drop=drop, implementation=self.compute.attention)
-        return nn.Dense(d, dtype=dtype, name="c_proj")(mixed.reshape(b * s, d)).reshape(b, s, d)
+        return Product(d, dtype=dtype, name="c_proj")(mixed.reshape(b * s, d)).reshape(b, s, d)
 
 
 class GPT2MLP(nn.Module):
@@ -196,8 +224,8 @@ class GPT2MLP(nn.Module):
     def __call__(self, x: Array) -> Array:  # (b, s, d) -> (b, s, d)
         b, s, d = x.shape
         dtype = jnp.dtype(self.compute.dtype)
-        wide = nn.Dense(4 * d, dtype=dtype, name="c_fc")(x.reshape(b * s, d))
-        return nn.Dense(d, dtype=dtype, name="c_proj")(nn.gelu(wide, approximate=True)).reshape(b, s, d)
+        wide = Product(4 * d, dtype=dtype, name="c_fc")(x.reshape(b * s, d))
+        return Product(d, dtype=dtype, name="c_proj")(nn.gelu(wide, approximate=True)).reshape(b, s, d)
 
 
 DROPOUT_SITES_PER_BLOCK = 3

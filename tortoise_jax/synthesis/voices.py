@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from tortoise_jax.checkpoints.parts import Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.decoders import AUDIO_SUFFIXES, is_recording
 from tortoise_jax.errors import UserError
-from tortoise_jax.files import check_readable, write_atomically
+from tortoise_jax.files import read_npz, save_npz
 from tortoise_jax.models.compiled import apply
 from tortoise_jax.models.diffusion import DiffusionConfig, DiffusionDecoder
 from tortoise_jax.models.random_voice import RandomVoice
@@ -150,25 +148,6 @@ def save_voice(path: Path, vector: np.ndarray, diffusion: np.ndarray | None = No
     if diffusion is not None:
         arrays[DIFFUSION] = np.asarray(diffusion, np.float32)
     save_npz(path, arrays)
-
-
-def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **arrays)
-    write_atomically(path, content.getvalue())
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a .npz; nothing in it is executed."""
-    check_readable(path)
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("not a .npz")
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        reason = "there is no such file" if not path.exists() else f"not a readable .npz ({error})"
-        raise UserError(f"{path}: {reason}") from None
 
 
 def read_voice(path: Path, width: int | None = None) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def compile_step(target: Target, config: StepConfig, params: Any, step: roofline
     batch = config.batch_shapes(step.length, step.rows, step.accumulation)
     program = target.compile(functools.partial(train_step, config), state, batch, donate=True)
     analysis = program.memory_analysis()
-    memory = memory_parts(analysis, state, size(split(params, config.freeze)[0]))
+    memory = memory_parts(analysis, state, size(split(state.params, config.freeze)[0]))
     return Compiled(memory, analysis.alias_size_in_bytes, size(state), tuple(hlo.collectives(program.as_text())))
 
 
@@ -74,7 +74,7 @@ def describe(
     epoch = Epoch.of(settings, lengths, target.device_count)
     step = roofline.Step(epoch.longest, epoch.rows, epoch.accumulation, settings.conditioning_clips)
     yield f"planning for {target.describe()}"
-    yield from describe_parameters(config, params)
+    yield from describe_parameters(config, state_shapes(config, params).params)
     yield from epoch.describe(config.unit)
     yield from describe_spare_rows(epoch, target)
     yield "compiling the longest shape for it …"

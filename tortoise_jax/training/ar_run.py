@@ -8,16 +8,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from tortoise_jax import parallel
 from tortoise_jax.checkpoints.parts import AR, DVAE
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
+from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches, plan
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.data.plan import BatchPlan
 from tortoise_jax.errors import UserError
+from tortoise_jax.models.lora import with_adapters
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.synthesis import voices
 from tortoise_jax.text.cleaners import record, recorded
@@ -25,7 +28,13 @@ from tortoise_jax.training import estimate, presets, report, schemas, text_table
 from tortoise_jax.training.drafts import fixed_voices, make_drafter
 from tortoise_jax.training.feed import Feed
 from tortoise_jax.training.kinds import Kind
-from tortoise_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tortoise_jax.training.optimizer import (
+    Tree,
+    frozen_beside_adapters,
+    learning_rate_schedule,
+    make_optimizer,
+    split,
+)
 from tortoise_jax.training.run_data import open_data
 from tortoise_jax.training.step import StepConfig
 from tortoise_jax.training.topologies import Target
@@ -139,18 +148,30 @@ def make_step_config(
         f"computing in {compute.dtype}, attention {fused}, remat {compute.remat}; dropout: embedding "
         f"{compute.embed_dropout}, residual {compute.residual_dropout}, attention {compute.attention_dropout}"
     )
-    optimizer_config = schemas.optimizer(settings)
+    optimizer_config, lora = schemas.optimizer(settings), schemas.lora(settings)
+    params = pretrained.ar.params
+    if lora.rank:
+        params = jax.eval_shape(functools.partial(with_adapters, config=lora, seed=settings.seed), params)
+        freeze = frozen_beside_adapters(params, settings.optimizer.freeze, settings.lora.also_train)
+        optimizer_config = dataclasses.replace(optimizer_config, freeze=freeze)
+        parallel.say(f"adapters of rank {lora.rank}, added times {lora.scale:g}; {parameters_trained(params, freeze)}")
     return StepConfig(
         model=UnifiedVoice(model, compute),
-        optimizer=make_optimizer(optimizer_config, pretrained.ar.params),
+        optimizer=make_optimizer(optimizer_config, params),
         schedule=learning_rate_schedule(optimizer_config),
         mel_norms=pretrained.mel_norms,
         seed=settings.seed,
         text_weight=settings.text_weight,
-        freeze=settings.optimizer.freeze,
+        freeze=optimizer_config.freeze,
         axis=parallel.AXIS,
         conditioning_clips=settings.conditioning_clips,
+        lora=lora,
     )
+
+
+def parameters_trained(params: Tree, freeze: str) -> str:
+    trained = parameter_count(split(params, freeze)[0])
+    return f"{trained:,} of {parameter_count(params):,} parameters are trained"
 
 
 def leave_voices(folder: Path, dataset: Dataset) -> None:

@@ -15,6 +15,7 @@ from tortoise_jax.checkpoints.parts import AR, DIFFUSION, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError, count_of
+from tortoise_jax.models import lora
 from tortoise_jax.synthesis import drafts, presets, sampler, speech, voices
 from tortoise_jax.synthesis.presets import Preset
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
@@ -22,6 +23,7 @@ from tortoise_jax.synthesis.ranking import Candidate, trailing_silence
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.cleaners import recorded
+from tortoise_jax.training import schemas
 from tortoise_jax.training.run_directory import Run
 
 FOLDER = "samples"
@@ -64,6 +66,7 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
     def draft(step: int, params: Any, run: Run) -> None:
         if run.history.has("sample", step):
             return
+        params = lora.merged(params, schemas.lora(settings))
         weights = sampler.SamplerWeights.of(params, config, options.dtype)
         now = decoders.with_part(AR, Part(config, {"params": params}))
         entries: list[dict[str, Any]] = []

@@ -52,6 +52,9 @@ class DVAEStep:
     curves = ("recon", "commit", "perplexity", "used")
     unit = "samples"
 
+    def begun(self, params: Tree) -> Tree:
+        return params
+
     def counts(self, batch: Any) -> Sums:
         """How many numbers each loss is the mean of, and the codes."""
         c = self.model.config

@@ -19,7 +19,7 @@ from tortoise_jax.data import batches
 from tortoise_jax.data.lengths import ljspeech_lengths
 from tortoise_jax.data.plan import training_epoch
 from tortoise_jax.training.optimizer import split
-from tortoise_jax.training.step import Objective, TrainState, initial_state, train_step
+from tortoise_jax.training.step import Objective, TrainState, first_state, train_step
 
 GIB = 2**30
 TIMED_STEPS = 3
@@ -35,19 +35,19 @@ def assumed_lengths() -> np.ndarray:
 def describe(config: Objective, params: Any, settings: ConfigDict, lengths: np.ndarray) -> Iterator[str]:
     """The lines of the plan, each as soon as it is known: compiling and timing take about a minute.
 
-    params: the model's tree, of which only shapes and dtypes are used. settings: filled.
+    params: the checkpoint's tree, of which only shapes and dtypes are used. settings: filled.
     lengths (clips,): of the training rows, before padding, in `config.unit`.
     """
     epoch = Epoch.of(settings, lengths, parallel.device_count())
     rows, accumulation = epoch.rows, epoch.accumulation
-    yield from describe_parameters(config, params)
-    yield from epoch.describe(config.unit)
     work = Work(config, params, epoch.longest)
+    yield from describe_parameters(config, work.state.params)
+    yield from epoch.describe(config.unit)
     yield "compiling the longest shape …"
     started = time.perf_counter()
     compiled = work.compile(rows, accumulation)
     yield f"  compiled in {time.perf_counter() - started:.0f} s"
-    memory = memory_parts(compiled.memory_analysis(), work.state, size(split(params, config.freeze)[0]))
+    memory = memory_parts(compiled.memory_analysis(), work.state, size(split(work.state.params, config.freeze)[0]))
     needed, limit = sum(memory.values()), parallel.device_memory()
     yield from describe_memory(memory, limit)
     if limit and needed > limit:
@@ -138,7 +138,7 @@ class Work:
 
 
 def state_shapes(config: Objective, params: Any) -> TrainState:
-    return jax.eval_shape(functools.partial(initial_state, optimizer=config.optimizer), params)
+    return jax.eval_shape(functools.partial(first_state, config=config), params)
 
 
 def with_device_axis(tree: Any) -> Any:
@@ -178,7 +178,12 @@ def remedies(settings: ConfigDict, accumulation: int, rows: int) -> Iterator[str
         yield "  --config.remat=full: a fifth slower, a fraction of the activations"
     if "dtype" in settings:
         yield "  --config.dtype=bfloat16: half the activations, where the hardware computes it"
-    yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
+    if settings.optimizer.moments != "bfloat16" and settings.optimizer.name == "adamw":
+        yield "  --config.optimizer.moments=bfloat16: half the optimiser state"
+    if settings.optimizer.name != "adafactor":
+        yield "  --config.optimizer.name=adafactor: optimiser state of a thousandth"
+    if settings.get("lora", {"rank": 1})["rank"] == 0:
+        yield "  --config.lora.rank=16: adapters alone are trained, no gradients or optimiser state of the model"
 
 
 def step_seconds(work: Work, whole: Any, rows: int, accumulation: int) -> tuple[float, int]:

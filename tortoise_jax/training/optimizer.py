@@ -12,12 +12,14 @@ import optax
 from optax import MaskedNode
 
 from tortoise_jax.errors import UserError
+from tortoise_jax.models.lora import LORA
 
 Tree = Any
 # Decayed: matrices that multiply activations. Not decayed: biases, norms' scales, embedding tables.
 UNDECAYED = re.compile(r".*/(bias|scale|embedding)")
 SCHEDULES = ("stepped", "cosine", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
+MOMENTS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +27,9 @@ class OptimizerConfig:
     """The numbers of an optimiser; defaults are DLAS's.
 
     milestones: steps after which the rate is multiplied by gamma ("stepped"). warmup: steps of linear rise from 0.
-    total_steps: where "cosine" reaches 0. clip_norm: the largest gradient norm of each group.
-    freeze: a regular expression; parameters whose whole path it matches are not trained. ema: how much of their mean is
-    kept per step, see `averaging`; 0 for none.
+    total_steps: where "cosine" reaches 0. clip_norm: the largest gradient norm of each group. moments: how AdamW's two
+    are kept between steps. freeze: a regular expression; parameters whose whole path it matches are not trained.
+    ema: how much of their mean is kept per step, see `averaging`; 0 for none.
     """
 
     name: str = "adamw"
@@ -42,6 +44,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 1e-2
     clip_norm: float = 4.0
+    moments: str = "float32"
     freeze: str = ""
     ema: float = 0.0
 
@@ -51,21 +54,39 @@ def paths(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(key.key) for key in path), tree)
 
 
-def frozen_marks(params: Tree, freeze: str) -> Tree:
-    """For each parameter whether `freeze` matches its whole path; an expression must match some, not all."""
-    if not freeze:
+def marks_of(params: Tree, expression: str, field: str) -> Tree:
+    """For each parameter whether an expression matches its whole path: some of them, or it is "". field: its name."""
+    if not expression:
         return jax.tree.map(lambda _: False, params)
     try:
-        pattern = re.compile(freeze)
+        pattern = re.compile(expression)
     except re.error as error:
-        raise UserError(f"optimizer.freeze: {freeze!r} is not a regular expression: {error}") from None
+        raise UserError(f"{field}: {expression!r} is not a regular expression: {error}") from None
     marks = jax.tree.map(lambda path: bool(pattern.fullmatch(path)), paths(params))
     if not any(jax.tree.leaves(marks)):
         examples = ", ".join(sorted(jax.tree.leaves(paths(params)))[:3])
-        raise UserError(f"optimizer.freeze: {freeze!r} matches no parameter; their paths look like {examples}")
+        raise UserError(f"{field}: {expression!r} matches no parameter; their paths look like {examples}")
+    return marks
+
+
+def frozen_marks(params: Tree, freeze: str) -> Tree:
+    """For each parameter whether `freeze` matches its whole path; an expression must match some, not all."""
+    marks = marks_of(params, freeze, "optimizer.freeze")
     if all(jax.tree.leaves(marks)):
         raise UserError(f"optimizer.freeze: {freeze!r} matches every parameter: nothing would be trained")
     return marks
+
+
+def frozen_beside_adapters(params: Tree, freeze: str, also_train: str) -> str:
+    """An expression of what is frozen where adapters are trained: all but them and `also_train`, and all of `freeze`.
+
+    params: with adapters. Raises UserError for an expression that is none or matches nothing.
+    """
+    frozen_marks(params, freeze)
+    marks_of(params, also_train, "lora.also_train")
+    trained = "|".join(f"(?:{expression})" for expression in (f"{LORA}/.*", also_train) if expression)
+    others = rf"(?!(?:{trained})\Z).*"
+    return f"(?:{freeze})|{others}" if freeze else others
 
 
 def split(params: Tree, freeze: str) -> tuple[Tree, Tree]:
@@ -119,7 +140,7 @@ def make_optimizer(config: OptimizerConfig, params: Tree) -> optax.GradientTrans
 
     def group(weight_decay: float) -> optax.GradientTransformation:
         if config.name == "adamw":
-            scale = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+            scale = kept_as(config.moments, optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
         elif config.name == "adafactor":
             scale = optax.scale_by_factored_rms(decay_rate=0.8)
         else:
@@ -135,6 +156,20 @@ def make_optimizer(config: OptimizerConfig, params: Tree) -> optax.GradientTrans
     groups = {"decayed": group(config.weight_decay), "undecayed": group(0.0), "frozen": optax.set_to_zero()}
     optimizer = optax.partition(groups, group_labels(params, config.freeze))
     return averaging(optimizer, config.ema, frozen_marks(params, config.freeze)) if config.ema else optimizer
+
+
+def kept_as(dtype: str, scale: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, computed in float32, whose state keeps its float32 arrays as `dtype` between steps."""
+    if dtype == "float32":
+        return scale
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    to = lambda tree, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
+
+    def update(gradient: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        updates, new = scale.update(gradient, to(state, jnp.float32), params)
+        return updates, to(new, dtype)
+
+    return optax.GradientTransformation(lambda params: to(scale.init(params), dtype), update)
 
 
 class Averaged(NamedTuple):

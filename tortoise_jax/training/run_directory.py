@@ -42,9 +42,12 @@ from tortoise_jax.training.metrics import MetricWriter
 
 HISTORY = "history.jsonl"
 # What a resumed run may not change: the state on disk would not fit, or the order of the data would break.
-FIXED = ("seed", "batch_size", "save_to", "ema", "optimizer.name", "optimizer.freeze", "data_digest", "text_digest")
-ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft"}  # what runs begun with an older version did, unsaid
 DIGESTS = ("data_digest", "text_digest")
+OF_LORA = {"lora.rank": 0, "lora.alpha": 16.0, "lora.also_train": ""}
+OF_OPTIMIZER = ("optimizer.name", "optimizer.moments", "optimizer.freeze")
+FIXED = ("seed", "batch_size", "save_to", "ema", *OF_OPTIMIZER, *OF_LORA, *DIGESTS)
+# What runs begun with an older version did, unsaid.
+ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft", "optimizer.moments": "float32", **OF_LORA}
 # What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 RATE = "learning_rate"  # of a step's line, beside its losses

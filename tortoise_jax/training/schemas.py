@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, Compute
+from tortoise_jax.models.lora import LoraConfig
 from tortoise_jax.synthesis.presets import PRESETS
 from tortoise_jax.training.config import ONE_OR_MORE, ZERO_OR_MORE, Schema
 from tortoise_jax.training.dvae_step import RECONSTRUCTIONS
-from tortoise_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from tortoise_jax.training.optimizer import MOMENTS, OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 BELOW_ONE = (0, 0.99)
 _COUNTS = (
@@ -36,7 +37,7 @@ COMMON_RANGES = {
     "optimizer.epsilon": (1e-30, 1),
     "optimizer.clip_norm": (1e-6, math.inf),
 }
-COMMON_CHOICES = {"optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES}
+COMMON_CHOICES = {"optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES, "optimizer.moments": MOMENTS}
 
 
 def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
@@ -56,6 +57,8 @@ def ar_schema(defaults: Callable[[], ConfigDict]) -> Schema:
             **dict.fromkeys(("conditioning_clips",), ONE_OR_MORE),
             **dict.fromkeys(("text_weight",), ZERO_OR_MORE),
             "ema": (0, 0.999999),
+            "lora.rank": (0, 1024),
+            "lora.alpha": (1e-6, math.inf),
             **dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), BELOW_ONE),
         },
         renamed={"accumulation": "gradient_accumulation_steps"},
@@ -107,6 +110,10 @@ def compute(config: ConfigDict, dtype: str, attention: str, unroll: int) -> Comp
         attention_dropout=config.attention_dropout,
         attention=attention if config.attention == "auto" else config.attention,
     )
+
+
+def lora(config: ConfigDict) -> LoraConfig:
+    return LoraConfig(config.lora.rank, config.lora.alpha)
 
 
 def optimizer(config: ConfigDict) -> OptimizerConfig:

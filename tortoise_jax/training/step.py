@@ -21,6 +21,7 @@ import optax
 
 from tortoise_jax.audio import CONDITIONING_SAMPLES, SAMPLE_RATE, SAMPLES_PER_CODE
 from tortoise_jax.models.layers import Array
+from tortoise_jax.models.lora import NO_LORA, LoraConfig, inserted, with_adapters
 from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, UnifiedVoice
 from tortoise_jax.training.forward import Batch, dropout_keys, forward_sums, has_dropout
 from tortoise_jax.training.losses import CODES_PER_BUCKET, Sums, counts, means, total_loss
@@ -64,6 +65,9 @@ class Objective(Protocol):
     @property
     def unit(self) -> str: ...
 
+    def begun(self, params: Tree) -> Tree:
+        """What a run trains that begins with these weights of a checkpoint: them, or more."""
+
     def counts(self, batch: Batch) -> Sums:
         """What the loss sums of this device's micro-batches (a, b, …) are divided by, known before any forward."""
 
@@ -97,6 +101,7 @@ class StepConfig:
     float32: None where batches carry mels. seed: of dropout. text_weight: of the mean text loss, where the mean mel
     loss has 1. freeze: a regular expression of the paths that are not trained, as `make_optimizer` got it.
     axis: the name of the mapped devices, None for one device. conditioning_clips: of a row, for `batch_shapes`.
+    lora: of the adapters, which a run's parameters then have.
     """
 
     model: UnifiedVoice
@@ -108,9 +113,13 @@ class StepConfig:
     freeze: str = ""
     axis: str | None = "data"
     conditioning_clips: int = 1
+    lora: LoraConfig = NO_LORA
 
     curves = ("mel", "text", "stop")
     unit = "positions"
+
+    def begun(self, params: Tree) -> Tree:
+        return with_adapters(params, self.lora, self.seed)
 
     def counts(self, batch: Batch) -> Sums:
         joined = {name: value.reshape(-1, value.shape[-1]) for name, value in batch.items() if name in ROW_ARRAYS}
@@ -120,7 +129,7 @@ class StepConfig:
         """With dropout where a step is given."""
         drop = step is not None and has_dropout(self.model)
         keys = dropout_keys(self.seed, step, batch["example"]) if step is not None and drop else None
-        return forward_sums(self.model, self.mel_norms, params, batch, keys)
+        return forward_sums(self.model, self.mel_norms, inserted(params, self.lora), batch, keys)
 
     def loss(self, sums: Sums, counts: Sums) -> Array:
         return total_loss(sums, counts, self.text_weight)
@@ -160,6 +169,11 @@ class StepConfig:
 def initial_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
     zero = lambda: jnp.zeros((), jnp.int32)  # one each: a buffer cannot be donated twice
     return TrainState(step=zero(), params=params, opt_state=optimizer.init(params), skipped=zero())
+
+
+def first_state(params: Tree, config: Objective) -> TrainState:
+    """Of a run that begins with these weights of a checkpoint."""
+    return initial_state(config.begun(params), config.optimizer)
 
 
 def sum_over_devices(tree: Tree, axis: str | None) -> Tree:

@@ -70,6 +70,7 @@ CHIPS = {
     "v6e": Chip("TPU v6e", 32 * GIB, 918 * TERA, 1600 * GIGA, 400 * GIGA, whole=16, machine=(2, 4)),
     "t4-16g": Chip("NVIDIA T4", 15 * GIB, 8.1 * TERA, 320 * GIGA, 16 * GIGA, "float32", card=Card((7, 5), 40, 1.59, 4)),
     "l4-24g": Chip("NVIDIA L4", 24 * GIB, 121 * TERA, 300 * GIGA, 32 * GIGA, card=Card((8, 9), 58, 2.04, 48)),
+    "rtx3070-8g": Chip("NVIDIA RTX 3070", 8 * GIB, 40.6 * TERA, 448 * GIGA, 32 * GIGA, card=Card((8, 6), 46, 1.725, 4)),
     "rtx3060-12g": Chip(
         "NVIDIA RTX 3060", 12 * GIB, 25.5 * TERA, 360 * GIGA, 32 * GIGA, card=Card((8, 6), 28, 1.777, 3)
     ),

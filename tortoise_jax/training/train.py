@@ -26,7 +26,7 @@ from tortoise_jax.training.loop import INTERRUPTED, Loop
 from tortoise_jax.training.metrics import MetricWriter, check_wandb
 from tortoise_jax.training.optimizer import swapped
 from tortoise_jax.training.run_directory import History, Run
-from tortoise_jax.training.step import Objective, TrainState, initial_state
+from tortoise_jax.training.step import Objective, TrainState, first_state
 
 Export = Callable[[Path, Path], list[str]]  # writes a run's best step as a torch file and returns what to print
 
@@ -137,7 +137,7 @@ def show_replay(step_config: Objective, file: Path, dataset: Dataset) -> None:
 
 def resume_or_start(checkpoints: RunCheckpoints, step_config: Objective, params: Any) -> TrainState:
     """The state on this host's devices: from the newest checkpoint that is whole, else the converted weights."""
-    start = functools.partial(initial_state, optimizer=step_config.optimizer)
+    start = functools.partial(first_state, config=step_config)
     blank = jax.eval_shape(start, params)
     found = checkpoints.restore_newest(blank.params, blank.opt_state, parallel.say)
     if found is None:
