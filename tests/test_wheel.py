@@ -102,7 +102,9 @@ def test_what_the_code_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     optional = [
-        line for extra in ("convert", "download", "av", "transcribe", "wandb", "evaluate") for line in extras[extra]
+        line
+        for extra in ("convert", "download", "av", "datasets", "transcribe", "wandb", "evaluate")
+        for line in extras[extra]
     ]
     declared = {name_of(line) for line in project["dependencies"] + optional}
     imported = set()
