@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_what_the_code_imports_is_declared() -> None:
     others = imported - set(sys.stdlib_module_names) - {*PACKED, "train", "tests"} - in_another_python
     modules = {"absl": "absl-py", "orbax": "orbax-checkpoint", "jaxlib": "jax", "text_unidecode": "text-unidecode"}
     assert {modules.get(name, name).replace("_", "-").lower() for name in others} <= declared
+
+
+def test_extras_that_are_named_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    places = [ROOT / "README.md", ROOT / "Makefile", *(path for top in PACKED for path in (ROOT / top).rglob("*.py"))]
+    named = re.findall(r"(?:tortoise_jax|'\.)\[([a-z0-9,]+)\]", "".join(path.read_text() for path in places))
+    assert len(named) > 15
+    assert {extra for several in named for extra in several.split(",")} <= set(extras)
 
 
 def name_of(requirement: str) -> str:
