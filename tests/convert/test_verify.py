@@ -130,6 +130,15 @@ def test_hashes_and_what_is_missing_are_in_the_table(released: Path, monkeypatch
     assert "**NO**" in shown
 
 
+def test_what_is_no_voice_is_said_before_anything_is_fetched(tmp_path: Path) -> None:
+    assert verify.clips_of(VOICE) == verify.clips_of(VOICE / "metadata.csv") == VOICE / "wavs"
+    (tmp_path / "list.txt").write_text("a.wav|Hello.\n")
+    with pytest.raises(UserError, match=r"--voice .*list.txt: none of its recordings is a file"):
+        verify.clips_of(tmp_path / "list.txt")
+    with pytest.raises(UserError, match="recordings without transcripts"):
+        verify.clips_of(VOICE / "wavs")
+
+
 def test_a_step_that_fails_ends_in_its_line() -> None:
     steps = verify.Steps()
     with pytest.raises(UserError, match="sleeping: failed with exit code 3"):

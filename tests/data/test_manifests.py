@@ -413,7 +413,7 @@ def test_format_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("files", "what", "message"),
     [
-        ({"a.wav": ""}, "", "a folder with a.wav: none of the formats"),
+        ({"a.wav": ""}, "", "a folder with a.wav: recordings without transcripts, which prepare --transcribe writes: "),
         ({"readme": "hello"}, "readme", 'a file that begins "hello": none of the formats'),
         (
             {"train.tsv": "audio\ttext\n", "dev.tsv": "audio\ttext\n"},

@@ -171,7 +171,8 @@ def _what_is_there(path: Path) -> str:
     if any(file.suffix == ".parquet" for file in files_below(path)):
         return f"a folder of Parquet files, which are not read as they are; save them: {SAVE.format(path=path)}"
     names = sorted(entry.name for entry in path.iterdir())
-    return f"a folder with {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "an empty folder"
+    bare = ": recordings without transcripts, which prepare --transcribe writes" if recordings_below(path) else ""
+    return f"a folder with {', '.join(names[:5])}{' …' if len(names) > 5 else ''}{bare}" if names else "an empty folder"
 
 
 def _of_folder(folder: Path) -> str | None:
