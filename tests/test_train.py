@@ -147,7 +147,7 @@ def test_the_report_is_whole_in_itself(undisturbed: Path) -> None:
 
 
 PROBE = """<script>addEventListener('load', async () => {
-  const found = [];
+  const found = [document.documentElement.scrollWidth <= innerWidth];
   for (const e of document.querySelectorAll('svg, audio')) {
     const box = e.getBoundingClientRect(), seen = box.width > 100 && box.height > 20;
     const heard = e.tagName != 'AUDIO' || await new Promise(done => {
@@ -160,12 +160,12 @@ PROBE = """<script>addEventListener('load', async () => {
 
 @pytest.mark.slow
 def test_the_report_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
-    """Chromium shows the curves and players and plays every sound to its end, without a word on its console."""
+    """Chromium, as narrow as a telephone, shows all in its width and plays every sound, without a word on its console."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "this test needs chromium"
     page = (undisturbed / "report.html").read_text()
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-               "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--enable-logging=stderr",
+               "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--enable-logging=stderr", "--window-size=420,900",
                f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(120)
@@ -178,7 +178,7 @@ def test_the_report_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
                     request = unquote(said.recv(4096).decode().split()[1])
             finally:
                 opened.terminate()
-    assert request == f"/?svg true true{3 * ',AUDIO true true'}"  # a recording and two drafts
+    assert request == f"/?true,svg true true{3 * ',AUDIO true true'}"  # a recording and two drafts
     assert "CONSOLE" not in (tmp_path / "log").read_text()
 
 
