@@ -160,13 +160,13 @@ PROBE = """<script>addEventListener('load', async () => {
 
 @pytest.mark.slow
 def test_the_report_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
-    """Chromium, as narrow as a telephone, shows all in its width and plays every sound, without a word on its console."""
+    """Chromium, as narrow as a telephone, shows all in its width, plays every sound and says nothing on its console."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "this test needs chromium"
     page = (undisturbed / "report.html").read_text()
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-               "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--enable-logging=stderr", "--window-size=420,900",
-               f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
+               "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--enable-logging=stderr",
+               "--window-size=420,900", f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(120)
         probe = PROBE.replace("PORT", str(server.getsockname()[1]))
