@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
 
     # Watching and keeping.
     config.log_every = 10  # steps between lines of progress
-    config.sample_every = placeholder(int)  # steps between drafts to listen to; 0: none
+    config.sample_every = placeholder(int)  # steps between drafts to listen to, also of the first and last; 0: none
     config.prompts = (  # what the drafts say; the one-word prompt shows whether the model stops
         "The quick brown fox jumps over the lazy dog.",
         "Yes.",

@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     # Watching and keeping.
     config.deterministic = True  # bit-identical reruns on NVIDIA too, by XLA's deterministic-ops flag; a little slower
     config.log_every = 10  # steps between lines of progress
-    config.sample_every = placeholder(int)  # steps between reconstructions to listen to; 0: none
+    config.sample_every = placeholder(int)  # steps between reconstructions to hear, also of the first and last; 0: none
     config.wandb = ""  # the project of Weights & Biases to log to beside TensorBoard; "": none
     config.keep_last = 2  # how many of the newest checkpoints are kept, besides the best
     config.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient before the run ends

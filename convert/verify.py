@@ -29,6 +29,7 @@ from convert.tables import MODELS
 from tortoise_jax import __version__, api, parallel
 from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, RANDOM_AR, VOCODER
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from tortoise_jax.data.manifests import read_inputs
 from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 from tortoise_jax.models.clvp import CLVP as Clvp
 from tortoise_jax.models.diffusion import DiffusionDecoder
@@ -200,9 +201,17 @@ def verify(
         "ultra_fast" if all((folder / MODELS[part].file).exists() for part in (CLVP, DIFFUSION, VOCODER)) else "draft"
     )
     sound, step = out / "spoken.wav", ("--step", train_steps)
-    clips = voice / "wavs" if (voice / "wavs").is_dir() else voice
     steps.run(f"spoken ({preset}): {sound}", python, "-m", "tortoise_jax.speak", "--checkpoint", run, *step,
-              "--text", SENTENCE, "--voice", clips, "--preset", preset, "--out", sound)  # fmt: skip
+              "--text", SENTENCE, "--voice", clips_of(voice), "--preset", preset, "--out", sound)  # fmt: skip
+
+
+def clips_of(voice: Path) -> Path:
+    """The folder that the first of the recordings is in. Raises UserError where prepare would not read them."""
+    [given] = read_inputs([voice])
+    found = next((clip.audio.parent for clip in given.clips if clip.audio.is_file() and not clip.reason), None)
+    if found is None:
+        raise UserError(f"--voice {voice}: none of its recordings is a file; give a folder of recordings")
+    return found
 
 
 def values(
@@ -271,6 +280,7 @@ def main() -> None:
     for path, flag in ((arguments.voice, "--voice"), (arguments.tortoise, "--tortoise")):
         if not path.exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")
+    clips_of(arguments.voice)  # before gigabytes are fetched
     steps = Steps()
     try:
         if not arguments.no_download:

@@ -14,11 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What a room (a folder of the package, or a module beside the folders) may import from, beside itself.
-FOUNDATION = ("errors", "files", "decoders", "audio", "text", "models", "parallel")
+FOUNDATION = ("errors", "files", "arrow", "decoders", "audio", "text", "models", "parallel")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": ("errors",),
-    "decoders": ("errors", "files"),
+    "arrow": ("errors",),
+    "decoders": ("errors", "files", "arrow"),
     "audio": ("errors", "decoders"),
     "text": ("errors", "files"),
     "models": ("errors",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,28 @@ def test_the_wheel_converts_prepares_trains_exports_and_speaks(python: Path, tmp
     assert json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
+@pytest.mark.slow
+def test_the_wheels_other_commands_of_the_readme(python: Path, tmp_path: Path) -> None:
+    """Those of a checkout, `python convert/NAME.py`, are `python -m convert.NAME` here."""
+    (tmp_path / "checkpoints").mkdir()
+    ar = [tiny_unified_voice(seed, max_text_tokens=60, max_mel_tokens=70) for seed in (1, 2)]
+    torch.save(ar[0].state_dict(), tmp_path / "checkpoints" / "autoregressive.pth")
+    torch.save(tiny_dvae(seed=1).state_dict(), tmp_path / "checkpoints" / "dvae.pth")
+    runs.write_recordings(tmp_path / "data", clips=6)
+    shown = run(python, tmp_path, "-m", "convert.inspect_checkpoint", "checkpoints/dvae.pth")
+    assert "dvae" in shown.lower()
+    run(python, tmp_path, "-m", "convert.torch_to_flax", "--heads", "4", "--out", "checkpoints/tortoise")
+    checked = run(python, tmp_path, "-m", "tortoise_jax.prepare", "--data", "data", "--check")
+    assert "data: 6 lines, read as ljspeech" in checked
+    run(python, tmp_path, "-m", "tortoise_jax.tokenizer", "--data", "data", "--out", "own.json", "--size", "100")
+    files = ["--data", "data", "--checkpoint", "checkpoints/tortoise", "--out", "data-own"]
+    run(python, tmp_path, "-m", "tortoise_jax.prepare", *files, "--cleaner", "basic", "--tokenizer", "own.json")
+    run(python, tmp_path, "-m", "convert.flax_to_torch", "checkpoints/tortoise", "--out", "voice.pth")
+    ar[1].load_state_dict(torch.load(tmp_path / "voice.pth", weights_only=True), strict=True)
+    for module in ("train", "tortoise_jax.speak", "tortoise_jax.evaluate", "convert.verify", "convert.voices"):
+        assert run(python, tmp_path, "-m", module, "--help").startswith("usage: ")
+
+
 def run(python: Path, folder: Path, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
@@ -102,7 +125,9 @@ def test_what_the_code_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     optional = [
-        line for extra in ("convert", "download", "av", "transcribe", "wandb", "evaluate") for line in extras[extra]
+        line
+        for extra in ("convert", "download", "av", "datasets", "transcribe", "wandb", "evaluate")
+        for line in extras[extra]
     ]
     declared = {name_of(line) for line in project["dependencies"] + optional}
     imported = set()
@@ -113,6 +138,14 @@ def test_what_the_code_imports_is_declared() -> None:
     others = imported - set(sys.stdlib_module_names) - {*PACKED, "train", "tests"} - in_another_python
     modules = {"absl": "absl-py", "orbax": "orbax-checkpoint", "jaxlib": "jax", "text_unidecode": "text-unidecode"}
     assert {modules.get(name, name).replace("_", "-").lower() for name in others} <= declared
+
+
+def test_extras_that_are_named_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    places = [ROOT / "README.md", ROOT / "Makefile", *(path for top in PACKED for path in (ROOT / top).rglob("*.py"))]
+    named = re.findall(r"(?:tortoise_jax|'\.)\[([a-z0-9,]+)\]", "".join(path.read_text() for path in places))
+    assert len(named) > 15
+    assert {extra for several in named for extra in several.split(",")} <= set(extras)
 
 
 def name_of(requirement: str) -> str:

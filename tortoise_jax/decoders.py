@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from tortoise_jax import arrow
 from tortoise_jax.errors import UserError, first_line
 from tortoise_jax.files import check_readable
 
@@ -49,7 +51,7 @@ def decoding(path: Path) -> Iterator[Decoding]:
     check_readable(path)
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(soundfile.SoundFile(path))
+            file = stack.enter_context(soundfile.SoundFile(_source(path)))
         except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
             if path.suffix.lower() not in OTHER_SUFFIXES or not _has_content(path):
                 raise UserError(f"{path}: {_unreadable_because(path, error)}") from error
@@ -62,6 +64,12 @@ def decoding(path: Path) -> Iterator[Decoding]:
 def is_recording(path: Path) -> bool:
     """Whether a file's name is a recording's. macOS leaves a "._name.wav" beside what it copies, which is none."""
     return path.suffix.lower() in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES) and not path.name.startswith("._")
+
+
+def _source(path: Path) -> Path | io.BytesIO:
+    """What a decoder is given: the file, or what an Arrow file holds of it."""
+    packed = arrow.content(path)
+    return path if packed is None else io.BytesIO(packed)
 
 
 def _check_header(path: Path, rate: int, channels: int) -> None:
@@ -97,7 +105,8 @@ def _blocks(path: Path, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 
 
 def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+    file = arrow.file_of(path)
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _unreadable_because(path: Path, error: Exception) -> str:
@@ -110,7 +119,8 @@ def _unreadable_because(path: Path, error: Exception) -> str:
     except IsADirectoryError:
         return "is a folder, expected a wav, flac, ogg or mp3 file"
     except OSError as refused:
-        return f"cannot be read ({refused.strerror})"
+        if arrow.file_of(path) == path:
+            return f"cannot be read ({refused.strerror})"
     except ValueError:
         return "no file can have this name"
     reason = getattr(error, "error_string", str(error)).rstrip(".")
@@ -141,7 +151,8 @@ def _decoding_by_av(path: Path) -> Iterator[Decoding]:
             f"{path}: {path.suffix.lower()} files need PyAV: pip install 'tortoise_jax[av]'; or save it as wav or flac"
         ) from None
     try:
-        container = av.open(str(path), metadata_errors="ignore")
+        source = _source(path)
+        container = av.open(str(source) if source is path else source, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({first_line(error)})") from error
     with container:

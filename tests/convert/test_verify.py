@@ -25,10 +25,21 @@ from tests.support.torch_reference.builders import TINY_CLVP, TINY_DIFFUSION, TI
 from tortoise_jax.errors import UserError
 
 PYTHON = ROOT / ".venv-tortoise" / "bin" / "python"
-AR = {"max_mel_tokens": 604, "max_text_tokens": 402}
+CODES = 256  # TorToiSe hands its decoder codes up to 248, whatever the model's
+AR = {
+    "max_mel_tokens": 604,
+    "max_text_tokens": 402,
+    **{"number_mel_codes": CODES + 2, "start_mel_token": CODES, "stop_mel_token": CODES + 1},
+}
 SIZES = {
     "autoregressive": {**TINY_UNIFIED_VOICE, **AR},
-    "clvp2": {**TINY_CLVP, "num_text_tokens": 256, "num_speech_tokens": 64, "text_seq_len": 350, "speech_seq_len": 430},
+    "clvp2": {
+        **TINY_CLVP,
+        "num_text_tokens": 256,
+        "num_speech_tokens": CODES,
+        "text_seq_len": 350,
+        "speech_seq_len": 430,
+    },
     "diffusion_decoder": {**TINY_DIFFUSION, "in_latent_channels": 64},
     "vocoder": {**TINY_VOCODER, "n_mel_channels": 100, "strides": [8, 8, 4], "kpnet_width": 64},
     "rlg_auto": {"channels": 64},
@@ -40,7 +51,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released")
     built = {
         "autoregressive": tiny_unified_voice(seed=1, **AR),
-        "dvae": tiny_dvae(seed=1),
+        "dvae": tiny_dvae(seed=1, num_tokens=CODES),
         "clvp2": tiny_clvp(**{name: SIZES["clvp2"][name] for name in ("num_text_tokens", "num_speech_tokens")}),
         "diffusion_decoder": tiny_diffusion(in_latent_channels=64),
         "vocoder": tiny_vocoder(n_mel_channels=100, strides=(8, 8, 4), kpnet_width=64),
@@ -117,6 +128,15 @@ def test_hashes_and_what_is_missing_are_in_the_table(released: Path, monkeypatch
     shown = verify.table(steps.lines)
     assert "| what | found | good | time |" in shown
     assert "**NO**" in shown
+
+
+def test_what_is_no_voice_is_said_before_anything_is_fetched(tmp_path: Path) -> None:
+    assert verify.clips_of(VOICE) == verify.clips_of(VOICE / "metadata.csv") == VOICE / "wavs"
+    (tmp_path / "list.txt").write_text("a.wav|Hello.\n")
+    with pytest.raises(UserError, match=r"--voice .*list.txt: none of its recordings is a file"):
+        verify.clips_of(tmp_path / "list.txt")
+    with pytest.raises(UserError, match="recordings without transcripts"):
+        verify.clips_of(VOICE / "wavs")
 
 
 def test_a_step_that_fails_ends_in_its_line() -> None:

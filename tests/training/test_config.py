@@ -132,6 +132,21 @@ def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypa
     assert said in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("config.remat = False", "Could not override field 'remat' .* casted to type <class 'str'>"),
+        ("config.steps = clips", "name 'clips' is not defined"),
+    ],
+)
+def test_a_files_own_error_is_told_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    start = "from configs import ar\n\n\ndef get_config():\n    config = ar.get_config()\n"
+    (tmp_path / "own.py").write_text(f"{start}    {line}\n    return config\n")
+    config.FLAGS.unparse_flags()
+    with pytest.raises(UserError, match=rf"^--config .*own\.py:6: {line}: {said}$"):
+        config.parse(["train.py", "--config", str(tmp_path / "own.py")], SCHEMA)
+
+
 @pytest.mark.parametrize(("given", "held"), [("True", "full"), ("False", "none"), ("dots", "dots")])
 def test_remat_may_be_a_truth_value_still(given: str, held: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -342,7 +342,7 @@ def test_a_report_shows_epochs_the_rate_and_every_draft(tmp_path: Path) -> None:
     assert all(row.count("<audio") == 13 and row.count(recording) == 1 for row in rows)
     assert rows[0].count("did not stop") == sum(step <= 20 for step in steps)
     assert "0:12:34" in page
-    assert f"--voice {tmp_path}/voices/ann.npz" in page
+    assert f"<span class=flag>--voice</span> {tmp_path}/voices/ann.npz" in page
     assert "Held-out and training losses part: the gap between them has grown by" in page
     (svg,) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert svg.count("<!-- epoch -->") == 4

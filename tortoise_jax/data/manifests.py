@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tortoise_jax import arrow
 from tortoise_jax.data.clips import Clip
-from tortoise_jax.data.readers import folders, lists, tables
+from tortoise_jax.data.readers import folders, lists, saved, tables
 from tortoise_jax.data.readers.names import (
     files_below,
     is_unicode,
@@ -27,12 +28,8 @@ from tortoise_jax.decoders import AUDIO_SUFFIXES
 from tortoise_jax.errors import UserError, count_of, did_you_mean
 from tortoise_jax.files import check_readable, digest_of
 
-# What writes a data set of Hugging Face's datasets library out as recordings and transcripts, the format "folder".
-EXPORT = (
-    "python -c \"import datasets, soundfile as s; [(s.write(f'{{i}}.wav', r['audio']['array'], "
-    "r['audio']['sampling_rate']), open(f'{{i}}.txt', 'w').write(r['text'])) for i, r in "
-    "enumerate(datasets.load_from_disk('{path}'))]\""
-)
+# What saves Parquet files, as they lie on the Hugging Face hub, as the format "datasets".
+SAVE = "python -c \"import datasets; datasets.load_dataset('{path}').save_to_disk('{path}-saved')\""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +60,11 @@ FORMATS = {
     ),
     "audiofolder": Format(
         tables.read_audio_folder, "Hugging Face's: metadata.csv or .jsonl of file_name, transcription", True
+    ),
+    "datasets": Format(
+        saved.read_saved,
+        "a folder that Hugging Face's datasets library saved (save_to_disk), its recordings inside",
+        True,
     ),
     "nemo": _objects("nemo", "NeMo's manifests: audio_filepath, text, optional offset, duration, speaker"),
     "commonvoice": _table("commonvoice", "a tsv of Common Voice beside its clips/"),
@@ -95,7 +97,7 @@ def _fields(clip: Clip) -> tuple[Any, ...]:
 
 def _stat(path: Path) -> tuple[int, int] | tuple[()]:
     try:
-        stat = path.stat()
+        stat = arrow.file_of(path).stat()
     except OSError:
         return ()
     return stat.st_size, stat.st_mtime_ns
@@ -166,10 +168,11 @@ def _what_is_there(path: Path) -> str:
     known = sorted(p for p in texts if _of_file(p))
     if known:
         return f"a folder with {', '.join(p.name for p in known)}: give the files themselves (--data {known[0]} …)"
-    if any(file.suffix in (".arrow", ".parquet") for file in files_below(path)):
-        return f"a folder of the datasets library, which is not read as it is; write it out: {EXPORT.format(path=path)}"
+    if any(file.suffix == ".parquet" for file in files_below(path)):
+        return f"a folder of Parquet files, which are not read as they are; save them: {SAVE.format(path=path)}"
     names = sorted(entry.name for entry in path.iterdir())
-    return f"a folder with {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "an empty folder"
+    bare = ": recordings without transcripts, which prepare --transcribe writes" if recordings_below(path) else ""
+    return f"a folder with {', '.join(names[:5])}{' …' if len(names) > 5 else ''}{bare}" if names else "an empty folder"
 
 
 def _of_folder(folder: Path) -> str | None:
@@ -184,7 +187,9 @@ def _of_folder(folder: Path) -> str | None:
     # Whisper writes a .txt too: its times are what long recordings need.
     if any(folders.segments_of(audio) for audio in recordings):
         return "whisper"
-    return "folder" if any(transcript_of(audio, ".txt") for audio in recordings) else None
+    if any(transcript_of(audio, ".txt") for audio in recordings):
+        return "folder"
+    return "datasets" if saved.saved_files(folder) else None
 
 
 def _of_file(path: Path) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tortoise_jax import arrow
 from tortoise_jax.audio import (
     SAMPLE_RATE,
     SILENT_DB,
@@ -61,7 +62,7 @@ def load_clips(recording: Recording, limits: ClipLimits, known: frozenset[str] =
     try:
         waveform = read_audio(recording.path, limits.channel)
     except UserError as error:
-        reason = Reason.UNREADABLE if recording.path.exists() else Reason.MISSING
+        reason = Reason.UNREADABLE if arrow.file_of(recording.path).exists() else Reason.MISSING
         return _all_rejected(keys, reason, str(error).removeprefix(f"{recording.path}: "))
     except Exception as error:  # decoders have failures of their own; one file must not end the work on all others
         return _all_rejected(keys, Reason.UNREADABLE, f"{type(error).__name__}: {error}")
@@ -84,8 +85,10 @@ def _all_rejected(keys: list[str], reason: str, detail: str) -> list[Loaded]:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, "" where they cannot be read; a pipe or a device may never end."""
+    """Digest of a recording's bytes, "" where they cannot be read; a pipe or a device may never end."""
     try:
+        if (packed := arrow.content(path)) is not None:
+            return hashlib.blake2b(packed, digest_size=16).hexdigest()
         if not path.is_file():
             return ""
         with path.open("rb") as file:

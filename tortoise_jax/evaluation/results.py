@@ -73,9 +73,9 @@ def section(run: Path, found: Findings, clips: Sequence[dict[str, Any]]) -> str:
 def table(lines: Sequence[Sequence[str]]) -> str:
     """The first line and the first cell of each are titles."""
     return (
-        "<table>"
+        "<div class=wide><table>"
         + "".join(f"<tr><th>{first}" + "".join(f"<td>{cell}" for cell in rest) for first, *rest in lines)
-        + "</table>"
+        + "</table></div>"
     )
 
 

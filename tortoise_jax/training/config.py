@@ -11,6 +11,7 @@ import inspect
 import math
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from tortoise_jax.errors import UserError, did_you_mean
+from tortoise_jax.errors import UserError, did_you_mean, first_line
 from tortoise_jax.training import field_help
 
 LARGEST = 2**31 - 1  # of 32 bits: a larger step overflows, a larger seed wraps
@@ -84,8 +85,8 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
         rest = FLAGS([argument for argument in argv if not left_open(argument, schema)])
         if FLAGS.config is not None:
             getattr(FLAGS.config, "checkpoint", None)  # a file that could not be loaded says so on first use
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise UserError(f"command line: {root_cause(error)}") from None
+    except Exception as error:  # a user's file may raise anything
+        raise UserError(explained(error, config_argument(argv)[1])) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --, see --help")
     if FLAGS.config is None:
@@ -170,12 +171,19 @@ def check_overrides(argv: list[str], schema: Schema) -> None:
                 raise UserError(f"--{name}: {value!r} is not a number ({known[field].__name__})") from None
 
 
-def root_cause(error: BaseException) -> str:
-    """The first line of what went wrong first: a config file's own error comes wrapped several times."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    text = str(error.args[0] if len(error.args) == 1 else error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def explained(error: BaseException, file: str) -> str:
+    """One line for what went wrong first: at which line of the configuration's file, or on the command line.
+
+    A file's own error comes wrapped several times.
+    """
+    errors = [error]
+    while cause := errors[-1].__cause__ or errors[-1].__context__:
+        errors.append(cause)
+    for inner in reversed(errors):
+        lines = [frame for frame in traceback.extract_tb(inner.__traceback__) if frame.filename == file]
+        if lines:
+            return f"--config {file}:{lines[-1].lineno}: {lines[-1].line}: {first_line(inner)}"
+    return f"command line: {first_line(errors[-1])}"
 
 
 def show_help_and_exit(argv: list[str], schema: Schema, fill: Callable[[ConfigDict, int], object]) -> None:

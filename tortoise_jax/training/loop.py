@@ -153,7 +153,7 @@ class Loop:
             curves = ", ".join(f"{name} {losses[name]:.4f}" for name in self.config.curves)
             self.run.writer.say(f"step {step}: held-out loss: {curves}")
             self.remark()
-        if self.drafter and (step == 0 or self.due(step, self.settings.sample_every)):
+        if self.drafter and (step in (0, self.settings.steps) or self.due(step, self.settings.sample_every)):
             self.drafter(step, parallel.first_copy(params), self.run)
         return loss
 

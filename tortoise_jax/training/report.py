@@ -8,6 +8,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ h2 { margin-top: 2rem } table { border-collapse: collapse } td, th { padding: .2
 vertical-align: top } th { font-weight: 600 } svg { max-width: 100%; height: auto } code { background: #f3f3f3 }
 .wide { overflow-x: auto } .wide td { white-space: nowrap }
 .wide td:first-child { white-space: normal; min-width: 9rem } audio { width: 14rem }
+p, li, td { overflow-wrap: anywhere } .wide td { overflow-wrap: normal } .flag { white-space: nowrap }
 .remark { background: #fff4d6; padding: .6rem 1rem }
 """
 
@@ -144,7 +146,7 @@ def page(run: Path, history: History, facts: dict[str, Any], subject: Subject) -
         "Losses": curves(history, subject, facts["data"].get(STEPS_PER_EPOCH, 0)) + sentence(facts.get("parting", "")),
         "Drafts": drafts(run, facts["samples"], subject),
         "Which step sounds best": evaluation(run),
-        "What to do next": "<ul>" + "".join(f"<li>{line}</li>" for line in next_steps(run, facts, subject)) + "</ul>",
+        "What to do next": items(next_steps(run, facts, subject)),
         "Data": table(facts["data"]),
         "Settings": table(facts["settings"]),
     }
@@ -261,6 +263,12 @@ def player(path: Path) -> str:
 def evaluation(run: Path) -> str:
     """What `python -m tortoise_jax.evaluate` says of the run, "" where it was not asked."""
     return (run / EVALUATION).read_text(encoding="utf-8") if (run / EVALUATION).exists() else ""
+
+
+def items(lines: list[str]) -> str:
+    """A list whose lines no browser breaks inside "--out", as they would after its first hyphen."""
+    unbroken = (re.sub(r"--[\w.]+", r"<span class=flag>\g<0></span>", line) for line in lines)
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in unbroken) + "</ul>"
 
 
 def next_steps(run: Path, facts: dict[str, Any], subject: Subject) -> list[str]:
