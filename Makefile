@@ -56,7 +56,7 @@ verify: $(INSTALLED) $(TORTOISE)/installed
 # tortoise-tts asks for an old transformers, so it has an environment of its own.
 $(TORTOISE)/installed:
 	$(PYTHON) -m venv $(TORTOISE)
-	$(TORTOISE)/bin/python -m pip install --quiet $(PIP_OPTIONS) torch numpy einops rotary_embedding_torch \
+	$(TORTOISE)/bin/python -m pip install --quiet $(PIP_OPTIONS) $$(grep ^torch== constraints.txt) numpy einops rotary_embedding_torch \
 	  'transformers==4.31.0'
 	$(TORTOISE)/bin/python -m pip install --quiet --no-deps tortoise-tts
 	touch $@
