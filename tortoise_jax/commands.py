@@ -46,6 +46,7 @@ def prepare(
     example trim_silence=True. Raises UserError for whatever is wrong, and where too much is rejected.
     """
     checked = check_paths(data), check_path(checkpoint, "checkpoint", Pretrained), check_path(out, "out")
+    parallel.prepare_process()  # XLA reads its flags once: a run that follows in this process computes as train.py does
     return preparation.prepare(*checked, options_of(options, fields))
 
 
