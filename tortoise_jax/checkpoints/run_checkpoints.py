@@ -148,10 +148,12 @@ class RunCheckpoints:
     def not_written(self, error: Exception) -> UserError:
         whole = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
         rest = f"the checkpoints of steps {whole} are whole" if whole else "there is no older one"
-        return UserError(
+        failure = UserError(
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {rest}; "
             "make room and run the same command again"
         )
+        failure.__cause__ = error  # which may be that another host was lost: parallel.by_lost_host
+        return failure
 
     def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
         """Arrays shaped like the given trees, as numpy, exactly as they were saved; else a UserError."""
