@@ -195,7 +195,7 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
     pretrained = Pretrained(found, *read_front_end(path, metadata), metadata.get("source", {}), path)
     for name in found if parts is None else parts:
         part = pretrained.part(name)
-        shapes, now = abstract_tree(part.config), part.digest
+        now = part.digest
         if name == trained_part(metadata) and is_run(path):
             if step is None:
                 check_result(path)
@@ -205,7 +205,7 @@ def load_pretrained(path: str | Path, parts: Sequence[str] | None = None, step: 
             # The codes of a data set are those of one dVAE: a trained one must not pass for the one it began as.
             now = digest(tree) if name == DVAE else now
         else:
-            tree = undamaged(path / name, restore_tree(path / name, shapes), metadata)
+            tree = undamaged(path / name, restore_tree(path / name, abstract_tree(part.config)), metadata)
         pretrained = pretrained.with_part(name, Part(part.config, in_collections(part.config, tree), now))
     return pretrained
 
