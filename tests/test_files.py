@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,23 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_not(tmp_path: 
         assert [path.name for path in folder.iterdir()] == [LOCK]
         (folder / "whole").write_text("whole")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["X", "X/whole"]
+
+
+def test_what_other_threads_still_write_after_a_failure_is_removed_too(tmp_path: Path) -> None:
+    """As orbax's do on a full disk, which make the folder anew where it is gone."""
+
+    def goes_on() -> None:
+        for number in range(6):
+            time.sleep(0.05)
+            (tmp_path / "X.partial" / "ar").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "X.partial" / "ar" / str(number)).write_text("late")
+
+    thread = threading.Thread(target=goes_on)
+    thread.start()
+    with pytest.raises(UserError, match="X: cannot be written: No space left"), written_whole(tmp_path / "X"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    thread.join()
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_written_files_are_removed_unless_they_are_being_written(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -179,11 +180,24 @@ def written_whole(target: Path) -> Iterator[Path]:
             (target / LOCK).unlink()
             sync(target.parent)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_unfinished(partial)
             raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_unfinished(partial)
             raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes a folder whose writing failed.
+
+    Of the threads that write a checkpoint the first to fail is heard; the others still write, and make the folder anew.
+    """
+    quiet_since, deadline = time.monotonic(), time.monotonic() + 10
+    while time.monotonic() < min(quiet_since + 0.3, deadline):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            quiet_since = time.monotonic()
+        time.sleep(0.02)
 
 
 def copy_folder(source: Path, target: Path) -> None:

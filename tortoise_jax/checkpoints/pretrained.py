@@ -27,7 +27,7 @@ from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES, Part, abstract_
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints, is_run
 from tortoise_jax.checkpoints.trees import Tree, checksum, digest, restore_tree, save_tree
 from tortoise_jax.errors import UserError, first_line
-from tortoise_jax.files import locked, read_json, sync, write_json, written_whole
+from tortoise_jax.files import locked, read_json, remove_unfinished, sync, write_json, written_whole
 from tortoise_jax.models import dvae, unified_voice
 from tortoise_jax.models.lora import LoraConfig, merged, with_adapters
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -162,7 +162,7 @@ def added_whole(checkpoint: Path) -> Iterator[tuple[Path, Callable[[Pretrained],
         except OSError as error:
             raise UserError(f"--out {checkpoint}: cannot be written: {error.strerror or error}") from None
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_unfinished(partial)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
