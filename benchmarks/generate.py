@@ -3,12 +3,12 @@
   python -m benchmarks.generate                      the real size, random weights, batches 1 and 16
   python -m benchmarks.generate --size tiny
 
-torch: transformers' GPT2Model with its cache and logits processors (tests/torch_reference), float32, all cores. Both
-draw the same number of codes for one text with tortoise's settings; the stop token is made impossible. Codes per
-second include the reading of the prompt. Also measured: the time to compile, and how much memory decoding reads per
-second next to what the memory can give, which limits batch 1: every code reads all weights once. "Decoding per code" is
-the time of the codes after those of the first call of the compiled loop. The memory's bandwidth is measured before and
-after each run, because other work on the machine changes it.
+torch: transformers' GPT2Model with its cache and logits processors (tests/torch_reference), all cores, or the card
+where there is one. Both draw the same number of codes for one text with tortoise's settings; the stop token is made
+impossible. Codes per second include the reading of the prompt. Also measured: the time to compile, and how much memory
+decoding reads per second next to what the memory can give, which limits batch 1: every code reads all weights once.
+"Decoding per code" is the time of the codes after those of the first call of the compiled loop. The memory's bandwidth
+is measured before and after each run, because other work on the machine changes it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import torch
 
+from benchmarks import torch_side
 from tests.support.parity import voice_twin
 from tests.support.torch_reference import UnifiedVoice, tiny_unified_voice
 from tortoise_jax import parallel
@@ -50,6 +51,7 @@ def torch_model(size: str) -> tuple[UnifiedVoice, int]:
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    torch_side.wait()
     return time.perf_counter() - start
 
 
@@ -65,19 +67,23 @@ def decoding_bytes(weights: SamplerWeights) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
-def compare(model: UnifiedVoice, heads: int, batches: list[int], codes: int, text: int, rounds: int) -> list[str]:
+def compare(
+    model: UnifiedVoice, heads: int, batches: list[int], codes: int, text: int, rounds: int, dtype: str
+) -> list[str]:
     """A row of the table for each batch; rounds alternate between torch and us, the median counts."""
     config: UnifiedVoiceConfig = (twin := voice_twin(model, heads)).config
-    weights = SamplerWeights.of(twin.params, config, "float32")
+    weights = SamplerWeights.of(twin.params, config, dtype)
+    device = torch_side.take_device(os.cpu_count() or 1)
+    model.to(device, getattr(torch, dtype))
     ids = np.random.default_rng(0).integers(1, 255, text).tolist()
     vector = np.random.default_rng(0).standard_normal(config.width).astype(np.float32)
-    whole = SamplingOptions(max_codes=codes, dtype="float32")
-    started = SamplingOptions(max_codes=sampler.CODES_PER_CALL, dtype="float32")
-    stopped_text = torch.tensor([*ids, 0])
+    whole = SamplingOptions(max_codes=codes, dtype=dtype)
+    started = SamplingOptions(max_codes=sampler.CODES_PER_CALL, dtype=dtype)
+    stopped_text, spoken_by = torch.tensor([*ids, 0]), torch.from_numpy(vector).to(device, getattr(torch, dtype))
     sample = functools.partial(sampler.sample, weights, config, vector, ids, 0)
     rows = []
     for batch in batches:
-        theirs = functools.partial(model.sample, torch.from_numpy(vector), stopped_text, batch, max_codes=codes)
+        theirs = functools.partial(model.sample, spoken_by, stopped_text, batch, max_codes=codes)
         ours, ours_start = (functools.partial(sample, options, batch) for options in (whole, started))
         first = seconds(ours)
         ours_start()
@@ -109,15 +115,22 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=200)
     parser.add_argument("--text", type=int, default=60, metavar="TOKENS")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.codes <= sampler.CODES_PER_CALL:
         parser.error(f"--codes {arguments.codes}: expected more than {sampler.CODES_PER_CALL}, those of the first call")
-    torch.set_num_threads(os.cpu_count() or 1)
     load = os.getloadavg()[0]
-    rows = compare(*torch_model(arguments.size), arguments.batches, arguments.codes, arguments.text, arguments.rounds)
+    rows = compare(
+        *torch_model(arguments.size),
+        arguments.batches,
+        arguments.codes,
+        arguments.text,
+        arguments.rounds,
+        arguments.dtype,
+    )
     print(
-        f"\n{arguments.size} size, {arguments.text} text tokens, {arguments.codes} codes, {parallel.describe()}, "
-        f"{os.cpu_count()} cores, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
+        f"\n{arguments.size} size, {arguments.text} text tokens, {arguments.codes} codes, {arguments.dtype}, "
+        f"{parallel.describe()}, {os.cpu_count()} cores, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
     )
     print("| batch | torch codes/s | ours codes/s | ratio | compile | decoding per code | weights read |")
     print("|---|---|---|---|---|---|---|")

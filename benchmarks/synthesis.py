@@ -5,10 +5,10 @@
 
 Each side runs in a process of its own, one after the other in every round, so that its peak memory is its own; the
 median counts. On a machine that others load the processors' seconds say more than the clock's. Random weights, float32,
-all cores. torch: the tests' reference, whose UnivNet filters all frames at once, and whose steps run one after the
-other, as upstream's. One diffusion evaluation is the conditional and the unconditional pass: one batch of two here, two
-batches of one upstream. Sixteen candidates are scored: the text side once here, once for each upstream. The values are
-compared in tests/synthesis/test_real_size.py.
+all cores, or the card where there is one, whose memory is told then. torch: the tests' reference, whose UnivNet filters
+all frames at once, and whose steps run one after the other, as upstream's. One diffusion evaluation is the conditional
+and the unconditional pass: one batch of two here, two batches of one upstream. Sixteen candidates are scored: the text
+side once here, once for each upstream. The values are compared in tests/synthesis/test_real_size.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import jax
 import numpy as np
 import torch
 
+from benchmarks import torch_side
 from tests.support.torch_reference import CLVP, DiffusionTts, Hifigan, UnifiedVoice, UnivNet, vocoders
 from tests.support.torch_reference.builders import quietly
 from tortoise_jax import parallel
@@ -49,6 +50,7 @@ from tortoise_jax.text.tokenizer import Tokenizer
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen when he came home."
 CANDIDATES, CODES, CALM = 16, 500, 8
 IMPOSSIBLE = -1e4
+SHORT = 1.0  # seconds, under which the median of five runs counts
 LONG = 60.0  # seconds, after which nothing is run again: compiling is taken off the clock, not off the processors
 Work = Callable[[], Any]
 
@@ -249,6 +251,7 @@ def seconds(work: Work) -> tuple[float, float]:
     """By the clock, and of all processors together."""
     start = time.perf_counter(), time.process_time()
     jax.block_until_ready(work())
+    torch_side.wait()
     return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
@@ -263,8 +266,11 @@ def measured_here(name: str, which: int) -> Took:
     if wall > LONG:
         wall -= compiled
     else:
-        wall, processor = seconds(work)
-    return Took(compiled, wall, processor, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        rounds = [seconds(work) for _ in range(1 if wall > SHORT else 5)]
+        wall, processor = (statistics.median(column) for column in zip(*rounds, strict=True))
+    on_card = parallel.peak_memory() if which else torch_side.peak_memory()
+    peak = on_card or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Took(compiled, wall, processor, peak / 1e9)
 
 
 def measured(name: str, which: int, compiled: str) -> Took:
@@ -281,7 +287,7 @@ def row(name: str, rounds: int, compiled: str) -> str:
     median = lambda which, field: statistics.median(getattr(both[which], field) for both in took)
     wall, processor = ([median(which, field) for which in (0, 1)] for field in ("wall", "processor"))
     sides = " | ".join(
-        f"{wall[which]:.1f} s, {processor[which]:.1f} s, {median(which, 'peak'):.1f} GB" for which in (0, 1)
+        f"{wall[which]:.3g} s, {processor[which]:.3g} s, {median(which, 'peak'):.1f} GB" for which in (0, 1)
     )
     compiling = took[0][1].compiling  # later processes find the programs on disk
     return (
@@ -296,9 +302,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, choices=(0, 1), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
     torch.set_grad_enabled(False)
     if arguments.side is not None:
+        if not arguments.side:
+            torch_side.take_device(os.cpu_count() or 1)
         print(json.dumps(dataclasses.asdict(measured_here(arguments.only[0], arguments.side))))
         return
     load = os.getloadavg()[0]

@@ -6,11 +6,13 @@
   python -m benchmarks.train --sides ours               without torch, on whatever devices there are
 
 A row has 60 text tokens, 200 codes and two conditioning clips of six seconds, as waveforms: both sides compute the
-mels, the model, both losses, all gradients and AdamW's update by the same recipe, in float32 on CPUs. `eager` and
-`sdpa` are transformers' two attentions. Dropout is as configs/ar.py has it, on both sides. The sides wait while another
-one works; medians of the rounds after the first are compared, and a side's memory is the peak of its process from its
-start. Other work on the machine slows threads that wait for each other down by more than its share: where there is
-some, compare the processors' seconds with --threads 1.
+mels, the model, both losses, all gradients and AdamW's update by the same recipe: in float32 on CPUs, in bfloat16 where
+the device is fast at it (torch under autocast; --set dtype=float32 for the other, which cards multiply as TF32).
+`eager` and `sdpa` are transformers' two attentions. Dropout is as configs/ar.py has it, on both sides. The sides wait
+while another one works; medians of the rounds after the first are compared. A side's memory is the peak of its process
+from its start, and on a card what it took there. Utilisation is the work that the model needs (training/roofline.py) by
+the device's published peak. Other work on the machine slows threads that wait for each other down by more than its
+share: where there is some, compare the processors' seconds with --threads 1.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import numpy as np
 from tortoise_jax.audio import CONDITIONING_SAMPLES, default_mel_norms
 from tortoise_jax.data import batches
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
+from tortoise_jax.training import roofline, topologies
 
 GIB = 2**30
 TINY = dataclasses.replace(RELEASED, layers=3, width=64, heads=4, mel_tokens=66)
@@ -109,9 +112,10 @@ def theirs(options: argparse.Namespace, attention: str) -> Callable[[], None]:
     """The torch reference by DLAS's recipe, with the dropout of our configuration."""
     import torch
 
+    from benchmarks import torch_side
     from tests.support.torch_reference import Recipe, Trainer, UnifiedVoice, log_mel
 
-    torch.set_num_threads(options.threads)
+    device = torch_side.take_device(options.threads)
     c = model_config(options)
     model = UnifiedVoice(
         layers=c.layers,
@@ -125,15 +129,19 @@ def theirs(options: argparse.Namespace, attention: str) -> Callable[[], None]:
     filled = settings(options)
     for block in model.gpt.h:
         block.attn.attn_dropout.p = filled.attention_dropout
-    text, codes, wav = (torch.from_numpy(array) for array in rows_of(options, c))
-    norms = torch.from_numpy(default_mel_norms())
+    dtype = torch_side.best_dtype() if filled.dtype == "auto" else getattr(torch, filled.dtype)
+    computing = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    text, codes, wav = (torch.from_numpy(array).to(device) for array in rows_of(options, c))
+    norms = torch.from_numpy(default_mel_norms()).to(device)
     trainer = Trainer(model, Recipe())
     lengths = {"text_lengths": torch.full((options.rows,), options.text)}
     lengths |= {"code_lengths": torch.full((options.rows,), options.codes)}
 
     def run() -> None:
         mel = log_mel(wav.flatten(0, 1).float() / 32768, norms).unflatten(0, wav.shape[:2])
-        trainer.step({"cond_mel": mel, "text": text, "codes": codes, **lengths})
+        with computing:
+            trainer.step({"cond_mel": mel, "text": text, "codes": codes, **lengths})
+        torch_side.wait()
 
     return run
 
@@ -148,7 +156,20 @@ def serve(options: argparse.Namespace) -> None:
         now = time.perf_counter()
         found = {"seconds": now - before, "cpu": time.process_time() - worked, "since_start": now - started}
         found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found | device_facts(options)), flush=True)
+
+
+def device_facts(options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes taken on the device at most, None on CPUs; of our side also what the device is and what it computes in."""
+    if options.side != "ours":
+        from benchmarks import torch_side
+
+        return {"device_peak": torch_side.peak_memory()}
+    from tortoise_jax import parallel
+
+    dtype = settings(options).dtype
+    dtype = parallel.best_dtype() if dtype == "auto" else dtype
+    return {"device_peak": parallel.peak_memory(), "device": parallel.describe(), "dtype": dtype}
 
 
 class Side:
@@ -158,10 +179,11 @@ class Side:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--side", name]
         environment = os.environ | {"NPROC": str(threads)}  # of XLA; torch is told in its process
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the sides share a card
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Any]] = []
 
     def step(self) -> float:
         assert self.process.stdin is not None
@@ -177,6 +199,15 @@ class Side:
     def median(self, what: str) -> float:
         """Of a step: "seconds" on the clock or of the processors ("cpu"), without the first, which compiles."""
         return statistics.median(step[what] for step in self.steps[1:])
+
+    def peak(self, what: str) -> str:
+        return f"{max(step[what] for step in self.steps) / GIB:.2f} GiB" if self.steps[0][what] else "–"
+
+    def utilisation(self, options: argparse.Namespace) -> str:
+        """Of the device's published peak; unknown without ours, which knows the device."""
+        step = roofline.Step(batches.row_length(options.text, options.codes), options.rows, 1, CLIPS_PER_ROW)
+        work = roofline.model_products(model_config(options), step)
+        return f"{work / self.median('seconds') / options.peak:.0%}" if options.peak else "–"
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -210,22 +241,32 @@ def main() -> None:
     for side in sides:
         side.end()
     config = model_config(options)
+    here, dtype = (sides[0].steps[0].get(name, "") for name in ("device", "dtype"))
+    options.peak = peak_of(here.partition(" x ")[2], dtype)
     print(
-        f"\n{config.layers} layers of width {config.width}, {options.rows} rows of {options.text} text tokens and "
-        f"{options.codes} codes, {options.threads} threads, load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n"
+        f"\n{here} {dtype}, {config.layers} layers of width {config.width}, {options.rows} rows of {options.text} text "
+        f"tokens and {options.codes} codes, {options.threads} threads, load {load:.1f} before, "
+        f"{os.getloadavg()[0]:.1f} after\n"
     )
     print(
-        "| side | a step | of the processors | clips per second | ours takes, of it | peak memory | to the first step |"
+        "| side | a step | of the processors | clips per second | utilisation | ours takes, of it "
+        "| peak memory: process | device | to the first step |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     ours_takes = {what: sides[0].median(what) for what in ("seconds", "cpu")} if sides[0].name == "ours" else {}
     for side in sides:
         ratios = ", ".join(f"{own / side.median(what):.2f} ({what})" for what, own in ours_takes.items())
         print(
             f"| {side.name} | {side.median('seconds'):.3f} s | {side.median('cpu'):.3f} s "
-            f"| {options.rows / side.median('seconds'):.2f} | {ratios or '–'} "
-            f"| {max(step['peak'] for step in side.steps) / GIB:.2f} GiB | {side.steps[0]['since_start']:.0f} s |"
+            f"| {options.rows / side.median('seconds'):.2f} | {side.utilisation(options)} | {ratios or '–'} "
+            f"| {side.peak('peak')} | {side.peak('device_peak')} | {side.steps[0]['since_start']:.0f} s |"
         )
+
+
+def peak_of(kind: str, dtype: str) -> float | None:
+    """Operations per second of a device by JAX's name for it; None where nobody has published them."""
+    chip = topologies.chip_of(kind)
+    return topologies.Target(kind, chip, (1,)).peak(dtype) if chip else None
 
 
 if __name__ == "__main__":

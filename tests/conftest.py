@@ -8,9 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before JAX is imported, and inherited by every process that a test starts: the suite is about values, not about
-# accelerators, and each program is compiled once for all tests and their workers.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Before JAX is imported, and inherited by every process that a test starts: each program is compiled once for all tests
+# and their workers. The models' tests run on an accelerator too, in full float32:
+#   TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=highest python -m pytest tests/models
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 if importlib.metadata.version("jax").startswith("0.10."):  # a flag that a later XLA may not know would end the process

@@ -548,6 +548,11 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
+def peak_memory() -> int | None:
+    """Bytes that arrays and programs took on the first device at most, as far as it says so: not on CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 # Rows shared out over this host's devices, each running its own loop: what generation needs.
 
 

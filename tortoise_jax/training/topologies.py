@@ -81,7 +81,9 @@ CHIPS = {
     "a100-40g": Chip("NVIDIA A100", 40 * GIB, 312 * TERA, 1555 * GIGA, 300 * GIGA, card=Card((8, 0), 108, 1.41, 40)),
     "a100-80g": Chip("NVIDIA A100", 80 * GIB, 312 * TERA, 2039 * GIGA, 300 * GIGA, card=Card((8, 0), 108, 1.41, 40)),
     "h100": Chip("NVIDIA H100", 80 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, card=Card((9, 0), 132, 1.98, 50)),
+    "h200": Chip("NVIDIA H200", 141 * GIB, 989 * TERA, 4800 * GIGA, 450 * GIGA, card=Card((9, 0), 132, 1.98, 50)),
 }
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's names of devices, where they are others
 # From the CUDA programming guide, by compute capability: KiB of shared memory per processor, threads, float32 units.
 PROCESSORS = {
     (7, 5): (64, 1024, 64),
@@ -187,6 +189,13 @@ def parse(name: str) -> Target:
         raise UserError(f"--topology {name}: after the colon, {kind} takes a shape such as {kind}:{example}")
     sides = tuple(int(side) for side in shape.split("x")) if shape else chip.machine
     return Target(f"{kind}:{'x'.join(map(str, sides))}", chip, sides)
+
+
+def chip_of(kind: str) -> Chip | None:
+    """What is published of a device that is here, by JAX's name for it, e.g. "NVIDIA H100 80GB HBM3"."""
+    if kind in KINDS:
+        return CHIPS[KINDS[kind]]
+    return next((chip for chip in CHIPS.values() if re.match(rf"{chip.title}\b", kind)), None)
 
 
 def check_compiler(platform: str) -> None:

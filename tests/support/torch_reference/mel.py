@@ -36,10 +36,10 @@ def log_mel(wav: torch.Tensor, mel_norms: torch.Tensor | None = None) -> torch.T
         wav.clamp(-1.0, 1.0),
         N_FFT,
         hop_length=HOP,
-        window=torch.hann_window(N_FFT, periodic=True, dtype=wav.dtype),
+        window=torch.hann_window(N_FFT, periodic=True, dtype=wav.dtype, device=wav.device),
         center=True,
         pad_mode="reflect",
         return_complex=True,
     )
-    mel = (mel_filters().to(wav.dtype) @ spectrum.abs().pow(2)).clamp(min=FLOOR).log()
+    mel = (mel_filters().to(wav) @ spectrum.abs().pow(2)).clamp(min=FLOOR).log()
     return mel if mel_norms is None else mel / mel_norms[:, None]
