@@ -563,6 +563,7 @@ def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Pat
             "activations: ",
             "it fits",
             "the run: 6 steps",
+            "once to compile ",
         ):
             assert part in done.stdout, done.stdout
     assert not (tmp_path / "run").exists()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -339,5 +341,7 @@ def griffin_lim(mel: np.ndarray | jax.Array, mel_norms: np.ndarray | jax.Array, 
     log_power = np.clip(mel * np.asarray(mel_norms), np.log(LOG_FLOOR), DRAFT_MAX_LOG)
     log_power = np.pad(log_power, [(0, silence), (0, 0)], constant_values=np.log(LOG_FLOOR))
     magnitude = np.sqrt(linear_power(np.exp(log_power).T))
-    waveform = librosa.griffinlim(magnitude, n_iter=iterations, hop_length=HOP, n_fft=N_FFT, random_state=0)[:length]
+    parameters = inspect.signature(librosa.griffinlim).parameters
+    seed: dict[str, Any] = {"rng" if "rng" in parameters else "random_state": 0}  # librosa 1.0 has renamed it
+    waveform = librosa.griffinlim(magnitude, n_iter=iterations, hop_length=HOP, n_fft=N_FFT, **seed)[:length]
     return (waveform * min(1.0, DRAFT_PEAK / max(np.abs(waveform).max(initial=0.0), 1e-9))).astype(np.float32)

@@ -126,6 +126,13 @@ def test_every_length_gets_its_zeros(dvae):
         assert padded % SAMPLES_PER_CODE == 0
 
 
+def test_an_accelerator_compiles_few_lengths(dvae, monkeypatch):
+    monkeypatch.setattr(encoding.parallel, "on_cpu", lambda: False)
+    padded = {padded_samples(samples, dvae.config) for samples in range(1, 600_000, 997)}
+    assert sorted(padded) == [2**power for power in range(15, 21)]
+    assert all(padded_samples(n, dvae.config) >= n + 8192 for n in range(24_000, 600_000, 997))
+
+
 def test_a_dvae_that_looks_further_ahead_gets_more(dvae):
     assert zeros_after(dataclasses.replace(dvae.config, res_blocks=3)) == 8192
     deep = torch_reference.tiny_dvae(seed=2, num_resnet_blocks=6)

@@ -424,6 +424,7 @@ def test_format_overrides(tmp_path):
         ({"metadata.csv": "\n\n"}, "", "empty, no line found"),
         ({"data.csv": "audio,text\n"}, "data.csv", "empty, no line found"),
         ({"a.json": "{}"}, "a.json", "not Whisper's json"),
+        ({".tortoise_jax-lock": ""}, "", "whose preparation was broken off; run .* once more"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, files, what, message):

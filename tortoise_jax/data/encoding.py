@@ -24,6 +24,8 @@ Tree = Any
 MIN_ZEROS = 8192
 # Fewer lengths to compile cost more zeros to encode: with steps of 1.5 s about 11 % of the work is zeros after clips,
 # and 6 % is rows without a clip, where 512 clips of 1 to 10 s are encoded at a time in batches of 8 rows.
+# Accelerators encode faster than they compile (an H200: half an hour of speech in under a second, but 8 s for each
+# length), so theirs double: at most seven.
 LENGTH_BUCKET = 32 * SAMPLES_PER_CODE
 ROWS = 8
 
@@ -41,7 +43,8 @@ def zeros_after(config: DVAEConfig) -> int:
 
 def padded_samples(samples: int, config: DVAEConfig) -> int:
     """The length, in samples, to which a clip of so many samples is padded for encoding."""
-    return round_up(samples + zeros_after(config), LENGTH_BUCKET)
+    buckets = -(-(samples + zeros_after(config)) // LENGTH_BUCKET)
+    return LENGTH_BUCKET * (buckets if parallel.on_cpu() else 1 << (buckets - 1).bit_length())
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from tortoise_jax.data.readers.names import (
 )
 from tortoise_jax.decoders import AUDIO_SUFFIXES
 from tortoise_jax.errors import UserError, count_of, did_you_mean
-from tortoise_jax.files import check_readable, digest_of
+from tortoise_jax.files import LOCK, check_readable, digest_of
 
 # What saves Parquet files, as they lie on the Hugging Face hub, as the format "datasets".
 SAVE = "python -c \"import datasets; datasets.load_dataset('{path}').save_to_disk('{path}-saved')\""
@@ -155,6 +155,11 @@ def recognise(path: Path) -> str:
         raise UserError(f"{path}: there is no such file or folder{did_you_mean(path.name, near)}")
     check_readable(path)
     format = _of_folder(path) if path.is_dir() else _of_file(path)
+    if format is None and (path / LOCK).exists():
+        raise UserError(
+            f"{path}: a data set that is still being prepared, or whose preparation was broken off; run "
+            f"python -m tortoise_jax.prepare with --out {path} once more, which goes on where it was"
+        )
     if format is None:
         known = ", ".join(FORMATS)
         raise UserError(f"{path}: {_what_is_there(path)}: none of the formats {known}; --help says what each expects")

@@ -18,6 +18,7 @@ from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches
 from tortoise_jax.data.lengths import ljspeech_lengths
 from tortoise_jax.data.plan import training_epoch
+from tortoise_jax.errors import count_of
 from tortoise_jax.training.optimizer import split
 from tortoise_jax.training.step import Objective, TrainState, first_state, train_step
 
@@ -46,7 +47,8 @@ def describe(config: Objective, params: Any, settings: ConfigDict, lengths: np.n
     yield "compiling the longest shape …"
     started = time.perf_counter()
     compiled = work.compile(rows, accumulation)
-    yield f"  compiled in {time.perf_counter() - started:.0f} s"
+    compiling = time.perf_counter() - started
+    yield f"  compiled in {compiling:.0f} s"
     memory = memory_parts(compiled.memory_analysis(), work.state, size(split(work.state.params, config.freeze)[0]))
     needed, limit = sum(memory.values()), parallel.device_memory()
     yield from describe_memory(memory, limit)
@@ -65,7 +67,9 @@ def describe(config: Objective, params: Any, settings: ConfigDict, lengths: np.n
         )
     in_epoch = sum(seconds * length / work.length * count for length, count in epoch.shapes.items())
     yield f"the longest step {takes}; an epoch about {duration(in_epoch)}"
+    shapes = count_of(len(epoch.shapes), "shape")
     yield epoch.describe_run(settings.steps, in_epoch)
+    yield f"  and {duration(len(epoch.shapes) * compiling)} once to compile {shapes}, which later runs find on the disk"
 
 
 @dataclasses.dataclass(frozen=True)
