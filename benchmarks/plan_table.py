@@ -37,7 +37,9 @@ HEADER = (*COMPILED, *ESTIMATED)
 def recipe(target: Target) -> StepConfig:
     """The step of configs/ar.py's defaults."""
     options = OptimizerConfig()
-    compute = Compute(dtype=target.chip.dtype, remat=True, embed_dropout=0.1, residual_dropout=0.1)
+    compute = Compute(
+        dtype=target.chip.dtype, remat=True, embed_dropout=0.1, residual_dropout=0.1, table_gradient="products"
+    )
     return StepConfig(
         model=UnifiedVoice(RELEASED, compute),
         optimizer=make_optimizer(options, abstract_tree(RELEASED)),

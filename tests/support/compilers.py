@@ -5,6 +5,7 @@ TPU's compiler is a package of the tests, NVIDIA's stands apart.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -12,13 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.support import runs
 from tortoise_jax import parallel
 from tortoise_jax.audio import default_mel_norms
 from tortoise_jax.checkpoints.parts import abstract_tree
-from tortoise_jax.models.layers import Compute
+from tortoise_jax.models.layers import Compute, Embedding
 from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 from tortoise_jax.training import ahead_of_time
 from tortoise_jax.training.estimate import size
@@ -49,7 +52,7 @@ def with_nvidia(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 STEP = Step(length=64, rows=2, accumulation=2, conditioning_clips=1)
-BF16 = Compute(dtype="bfloat16", remat=True, embed_dropout=0.1, residual_dropout=0.1)
+BF16 = Compute(dtype="bfloat16", remat=True, embed_dropout=0.1, residual_dropout=0.1, table_gradient="products")
 
 
 def recipe(
@@ -73,15 +76,31 @@ def compiled_with(target: str, compute: Compute, **options: Any) -> tuple[ahead_
 
 
 def assert_as_wanted(compiled: ahead_of_time.Compiled, trained: int) -> None:
-    """The state is written in place; every gradient is summed over the devices once, in float32, outside all loops."""
+    """The state is written in place; every gradient is summed over the devices once, in float32, outside all loops.
+
+    Nothing is sorted.
+    """
     assert compiled.donated >= compiled.state
     assert compiled.sums
+    assert not compiled.sorts
     assert not [one for one in compiled.sums if one.in_loop]
     assert {dtype for one in compiled.large_sums for dtype in one.dtypes} == {"f32"}
     assert 0 <= sum(one.size for one in compiled.large_sums) - trained < 1024  # a few metrics ride along
 
 
+TABLE_SHAPES = (jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.int32))
+
+
+def table_gradient(compute: Compute, table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Of an embedding's rows, each taken for what it is."""
+    embedding = Embedding(*table.shape, dtype=jnp.dtype(compute.dtype), compute=compute)
+    return jax.grad(lambda table: embedding.apply({"params": {"embedding": table}}, indices).sum())(table)
+
+
 if __name__ == "__main__":
+    parallel.prepare_process()  # with the flags of a run
     parallel.prepare_to_compile_ahead()
+    scattered = functools.partial(table_gradient, Compute(dtype="bfloat16"))
+    assert " sort(" in parse(sys.argv[1]).compile(scattered, *TABLE_SHAPES).as_text(), "the check can fire"
     assert_as_wanted(*compiled_with(sys.argv[1], BF16))
     print("as wanted")

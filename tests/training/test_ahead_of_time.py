@@ -33,7 +33,7 @@ from tortoise_jax.audio import CONDITIONING_FRAMES
 from tortoise_jax.checkpoints.parts import abstract_tree
 from tortoise_jax.checkpoints.pretrained import released_shapes
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, Compute
+from tortoise_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT, TABLE_GRADIENTS, Compute
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoice
 from tortoise_jax.training import ahead_of_time, ar_run, hlo, presets, roofline, topologies
 from tortoise_jax.training.estimate import Epoch, assumed_lengths, size, state_shapes
@@ -91,6 +91,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "residual_dropout": (0.0, 0.1),
     "attention_dropout": (0.0, 0.1),
     "attention": ATTENTION_IMPLEMENTATIONS,
+    "table_gradient": TABLE_GRADIENTS,
 }
 
 
@@ -199,7 +200,7 @@ def test_what_is_summed_in_loops_is_told_from_what_is_not() -> None:
 
 def test_sums_in_loops_are_said() -> None:
     sums = tuple(hlo.Collective("all-reduce", ("bf16",), 2**20, in_loop) for in_loop in (False, True, True))
-    lines = list(ahead_of_time.describe_sums(ahead_of_time.Compiled({}, 2**30, 2**30, sums)))
+    lines = list(ahead_of_time.describe_sums(ahead_of_time.Compiled({}, 2**30, 2**30, sums, 0)))
     assert "sums over devices: 1 of gradients, 1 MiB together in bf16, outside all loops, once per step" in lines
     assert "sums over devices: 2 of gradients, 2 MiB together in bf16, in a loop, many times per step" in lines
 
@@ -300,7 +301,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, target: Target, needed: float, **field
     def compile_step(*_: Any) -> ahead_of_time.Compiled:
         if needed < 0:
             raise DoesNotFit("RESOURCE_EXHAUSTED: used 22.17G of 15.75G")
-        return ahead_of_time.Compiled({"activations": int(needed)}, 1, 1, ())
+        return ahead_of_time.Compiled({"activations": int(needed)}, 1, 1, (), 0)
 
     monkeypatch.setattr(ahead_of_time, "compile_step", compile_step)
     settings = ar.get_config()

@@ -31,7 +31,7 @@ def test_every_config_loads(name: str) -> None:
     (dvae_run.fill if codec else presets.fill)(settings, 100)
     assert None not in config.flat(settings).values()
     assert schemas.optimizer(settings).milestones == tuple(settings.optimizer.milestones)
-    assert codec or schemas.compute(settings, "bfloat16", "plain", 1).dtype == "bfloat16"
+    assert codec or schemas.compute(settings, "bfloat16", "plain", 1, "scatter").dtype == "bfloat16"
 
 
 def test_which_schema_a_configuration_needs_is_read_from_it() -> None:
@@ -162,9 +162,9 @@ def test_remat_may_be_a_truth_value_still(given: str, held: str, monkeypatch: py
 def test_attention_is_the_platforms_unless_one_is_asked_for() -> None:
     settings = ar.get_config()
     presets.fill(settings, 100)
-    assert schemas.compute(settings, "bfloat16", "cudnn", 1).attention == "cudnn"
+    assert schemas.compute(settings, "bfloat16", "cudnn", 1, "scatter").attention == "cudnn"
     settings.attention = "xla"
-    assert schemas.compute(settings, "bfloat16", "cudnn", 1).attention == "xla"
+    assert schemas.compute(settings, "bfloat16", "cudnn", 1, "scatter").attention == "xla"
     settings.attention, settings.attention_dropout = "auto", 0.1
     config.check(settings, SCHEMA)  # whatever "auto" is, it is plain where it drops
 

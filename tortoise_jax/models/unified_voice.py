@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tortoise_jax.models.heads import Head
-from tortoise_jax.models.layers import GPT2, Array, Compute, ConditioningEncoder, layer_norm
+from tortoise_jax.models.layers import GPT2, Array, Compute, ConditioningEncoder, Embedding, layer_norm
 
 CONDITIONING, TEXT, MEL = 0, 1, 2  # types of what is at a position; padding is of type CONDITIONING
 CONDITIONING_VECTORS = 1  # n: positions that every row begins with
@@ -73,10 +73,10 @@ class UnifiedVoice(nn.Module):
         """Its layers, named after the torch keys."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         self.conditioning_encoder = ConditioningEncoder(c.width, c.conditioning_layers, c.heads, self.compute)
-        self.text_embedding = nn.Embed(c.text_tokens, c.width, dtype=dtype)
-        self.mel_embedding = nn.Embed(c.mel_tokens, c.width, dtype=dtype)
-        self.text_pos_embedding = nn.Embed(c.text_positions, c.width, dtype=dtype)
-        self.mel_pos_embedding = nn.Embed(c.mel_positions, c.width, dtype=dtype)
+        self.text_embedding = Embedding(c.text_tokens, c.width, dtype=dtype, compute=self.compute)
+        self.mel_embedding = Embedding(c.mel_tokens, c.width, dtype=dtype, compute=self.compute)
+        self.text_pos_embedding = Embedding(c.text_positions, c.width, dtype=dtype, compute=self.compute)
+        self.mel_pos_embedding = Embedding(c.mel_positions, c.width, dtype=dtype, compute=self.compute)
         self.gpt = GPT2(c.layers, c.heads, self.compute)
         self.final_norm = layer_norm("final_norm", dtype)
         self.text_head = Head(c.width, c.text_tokens, dtype)

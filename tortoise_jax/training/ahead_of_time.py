@@ -40,13 +40,15 @@ SMALL = 64 * 1024  # bytes: counts and metrics, whose sums take no time
 class Compiled:
     """Facts of one compiled step. memory: bytes of one device by part; donated, state: bytes of the training state.
 
-    sums: all operations between devices.
+    sums: all operations between devices. sorts: operations that sort, as scatters of the same bits every time do on
+    NVIDIA cards: they take longer than what they are for.
     """
 
     memory: dict[str, int]
     donated: int
     state: int
     sums: tuple[hlo.Collective, ...]
+    sorts: int
 
     @property
     def needed(self) -> int:
@@ -64,7 +66,9 @@ def compile_step(target: Target, config: StepConfig, params: Any, step: roofline
     program = target.compile(functools.partial(train_step, config), state, batch, donate=True)
     analysis = program.memory_analysis()
     memory = memory_parts(analysis, state, size(split(state.params, config.freeze)[0]))
-    return Compiled(memory, analysis.alias_size_in_bytes, size(state), tuple(hlo.collectives(program.as_text())))
+    text = program.as_text()
+    sums = tuple(hlo.collectives(text))
+    return Compiled(memory, analysis.alias_size_in_bytes, size(state), sums, text.count(" sort("))
 
 
 def describe(

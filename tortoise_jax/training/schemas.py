@@ -99,7 +99,7 @@ def check_milestones(given: dict[str, Any]) -> None:
         )
 
 
-def compute(config: ConfigDict, dtype: str, attention: str, unroll: int) -> Compute:
+def compute(config: ConfigDict, dtype: str, attention: str, unroll: int, table_gradient: str) -> Compute:
     """How the model is computed, with `dtype` and `attention` in place of "auto"."""
     return Compute(
         dtype=dtype if config.dtype == "auto" else config.dtype,
@@ -109,6 +109,7 @@ def compute(config: ConfigDict, dtype: str, attention: str, unroll: int) -> Comp
         residual_dropout=config.residual_dropout,
         attention_dropout=config.attention_dropout,
         attention=attention if config.attention == "auto" else config.attention,
+        table_gradient=table_gradient,
     )
 
 
