@@ -213,4 +213,4 @@ def test_defaults_are_tortoises() -> None:
     arguments = speak.parse(["--checkpoint", "c", "--text", "t", "--voice", "v", "--out", "o.wav"])
     options = SamplingOptions(**speak.sampling_of(arguments))
     want = {"temperature": 0.8, "top_k": 50, "top_p": 0.8, "repetition_penalty": 2.0, "max_codes": 500}
-    assert dataclasses.asdict(options) == want | {"extra_text_stop": True, "dtype": "auto"}
+    assert dataclasses.asdict(options) == want | {"extra_text_stop": True, "start_inside": True, "dtype": "auto"}

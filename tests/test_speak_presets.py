@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, sav
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import read_npz
 from tortoise_jax.models.diffusion import frames_of
-from tortoise_jax.synthesis import presets, speech, voices
+from tortoise_jax.synthesis import presets, ranking, sampler, speech, voices
 from tortoise_jax.synthesis.prompts import max_text_ids
+from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.text.tokenizer import Tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
@@ -94,6 +96,24 @@ def test_speech_at_24_khz(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     first = soundfile.read(tmp_path / "speech.wav")[0]
     speak.main(arguments(folder, tmp_path, "--keep", "2", "--voice", str(saved)))
     assert np.array_equal(soundfile.read(tmp_path / "speech.wav")[0], first)
+
+
+def test_mending_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, bool]] = []
+    repaired, by_score, sample = speech.repaired, ranking.by_score, sampler.sample
+
+    def drawn(*given: Any) -> Any:
+        asked[-1]["start_inside"] = next(one for one in given if isinstance(one, SamplingOptions)).start_inside
+        return sample(*given)
+
+    monkeypatch.setattr(sampler, "sample", drawn)
+    monkeypatch.setattr(speech, "repaired", lambda *given, **how: asked[-1].update(how) or repaired(*given, **how))
+    monkeypatch.setattr(ranking, "by_score", lambda *given, **how: asked[-1].update(how) or by_score(*given, **how))
+    for option in ([], ["--mend"]):
+        asked.append({})
+        speak.main(arguments(folder, tmp_path, *option))
+    as_upstream = {"start_inside": True, "keep_speech": False, "stopped_first": False}
+    assert asked == [as_upstream, {name: not value for name, value in as_upstream.items()}]
 
 
 def test_the_fast_path(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,7 @@ class Tortoise:
         candidates: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        mend: bool = False,
         max_codes: int | None = None,
         seed: int = 0,
     ) -> tuple[np.ndarray, int]:
@@ -138,9 +139,10 @@ class Tortoise:
 
         voice: a folder of clips, one clip, a saved .npz, "random", or what `voice` returns. preset: "ultra_fast",
         "fast", "standard", "high_quality", "hifigan" (each at 24 kHz) or "draft". candidates, steps, guidance,
-        max_codes: in the place of the preset's. Raises UserError.
+        max_codes: in the place of the preset's. mend: no start token inside a row, no speech lost to a late stop, and
+        candidates that never stop come last, in the place of what upstream does. Raises UserError.
         """
-        chosen = presets.choose(preset, steps, guidance)
+        chosen = presets.choose(preset, steps, guidance, mend)
         speech.check_seed(seed)
         cleaner = cleaner or recorded(self.pretrained.source)
         speech.check_text(self.pretrained, text, cleaner)

@@ -24,7 +24,7 @@ from tortoise_jax.files import check_writable, save_npz, write_atomically
 from tortoise_jax.synthesis import presets, speech, voices
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
 from tortoise_jax.synthesis.drafts import write_wav
-from tortoise_jax.synthesis.presets import DRAFT, PRESETS, Preset
+from tortoise_jax.synthesis.presets import DRAFT, MENDED, PRESETS, Preset
 from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, letters_changed, recorded
@@ -94,6 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--candidates", type=int, metavar="N", help="to draw for each part of the text (default: the preset's)")
     add("--steps", type=int, help="of the diffusion decoder (default: the preset's)")
     add("--guidance", type=float, help="how far from what it makes of no text; 0: off (default: the preset's)")
+    add("--mend", action="store_true", help=f"better than TorToiSe, not as it is: {MENDED}")
     add("--keep", type=int, default=1, help="how many of the best to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed draws the same (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="candidates drawn at once (default: %(default)s)")
@@ -119,7 +120,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> Preset:
     """What can be known to be wrong without reading anything; the preset, whose number of candidates is the default."""
-    preset = presets.choose(arguments.preset, arguments.steps, arguments.guidance)
+    preset = presets.choose(arguments.preset, arguments.steps, arguments.guidance, arguments.mend)
     SamplingOptions(**sampling_of(arguments))
     if arguments.candidates is None:
         arguments.candidates = max(preset.candidates, arguments.keep)

@@ -16,6 +16,7 @@ from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis import decoder
 from tortoise_jax.synthesis.prompts import read_prompts
+from tortoise_jax.synthesis.sampler import SamplingOptions
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -53,7 +54,7 @@ def decoding(config: UnifiedVoiceConfig, dtype: str, rows: int = 2, positions: i
     weights = jax.eval_shape(lambda tree: decoder.lay_out(tree, config, dtype), params)
     cache = lambda length: jax.eval_shape(lambda: decoder.empty_cache(config, rows, length, dtype))
     state = decoder.State.start(config, np.zeros((rows, 2), np.uint32), room)
-    controls = decoder.Controls(np.int32(0), np.int32(16), np.float32(0.8), np.float32(0.2), np.float32(2.0))
+    controls = SamplingOptions().controls(0, 16)
     shapes = jax.tree.map(lambda leaf: array(np.shape(leaf), leaf.dtype), (controls, state))
     function = functools.partial(decoder.decode, config=config, top_k=50, greedy=False, longest=16)
     readable = array((rows, positions + room), bool)

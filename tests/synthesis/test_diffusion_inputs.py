@@ -11,7 +11,7 @@ import torch
 from tests.support import torch_reference
 from tests.support.parity import STACK, Twin, assert_close, voice_twin
 from tortoise_jax.errors import UserError
-from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs
+from tortoise_jax.synthesis.diffusion_inputs import diffusion_inputs, repaired
 
 TEXT = [5, 9, 200, 31, 7]
 
@@ -40,6 +40,24 @@ def test_codes_and_latents_are_torchs(torch_voice: torch_reference.UnifiedVoice,
     )
     np.testing.assert_array_equal(got_codes, want_codes.numpy())
     assert_close(got_latents, want_latents, STACK)
+
+
+@pytest.mark.parametrize(
+    ("length", "end", "mended"),
+    [
+        (5, [5, 5, 8], [5, 5, 8]),
+        (7, [5, 5, 8], [5, 5, 8]),
+        (8, [5, 5, 8], [3, 5, 8]),
+        (9, [5, 5, 8], [3, 3, 8]),
+        (10, [3, 3, 3], [3, 3, 3]),
+    ],
+)
+def test_a_late_stop_need_not_lose_speech(length: int, end: list[int], mended: list[int]) -> None:
+    """Of ten places, the rest speech (3), the stop where it ends."""
+    given: Any = (np.full(length, 3), 10, 7, (5, 5, 8))
+    assert repaired(*given)[-3:].tolist() == end
+    assert repaired(*given, keep_speech=True)[-3:].tolist() == mended
+    assert repaired(*given, keep_speech=True)[:length].tolist() == [3] * min(length, 7) + mended[: max(0, length - 7)]
 
 
 def test_with_tortoises_own_figures_they_are_torchs() -> None:

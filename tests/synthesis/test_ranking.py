@@ -19,6 +19,13 @@ def test_ranked_by_flags_then_likelihood() -> None:
     assert [one.index for one in ranking.rank(candidates)] == [2, 1, 3, 0]
 
 
+def test_ranked_by_score_as_upstream_or_those_that_stopped_first() -> None:
+    found = [(0.9, False), (0.5, True), (0.7, True)]
+    candidates = [Candidate(i, (), 0.0, VARIED, score, stopped) for i, (score, stopped) in enumerate(found)]
+    assert [one.index for one in ranking.by_score(candidates)] == [0, 2, 1]
+    assert [one.index for one in ranking.by_score(candidates, stopped_first=True)] == [2, 1, 0]
+
+
 def loud(codes: int, silent: int = 0) -> np.ndarray:
     """A mel of so many codes, the last of them silent."""
     power = np.full((4 * codes, 80), 0.0)

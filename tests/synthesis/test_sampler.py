@@ -232,6 +232,18 @@ def test_rows_stop_by_themselves_and_sampling_stops_when_all_have(monkeypatch: p
         assert (drawn.codes[i, length:] == stop).all()
 
 
+def test_a_start_token_inside_a_row_can_be_ruled_out() -> None:
+    """As likely as this model holds it: tortoise draws it, though no row was trained with a second one."""
+    twin = tiny(0, 2, 4, stop_bias=-5.0)
+    twin.params["mel_head"]["bias"][twin.config.start_mel] += 9.0
+    options = SamplingOptions(max_codes=20, dtype="float32")
+    for temperature in (0.8, 0.0):
+        as_tortoise = dataclasses.replace(options, temperature=temperature)
+        mended = dataclasses.replace(as_tortoise, start_inside=False)
+        drawn = [sample(twin, voice_vector(), TEXT, 0, one).codes for one in (as_tortoise, mended)]
+        assert [(codes == twin.config.start_mel).any() for codes in drawn] == [True, False]
+
+
 def test_log_likelihood_is_the_models_own_mean(voice: Twin) -> None:
     """Of the unfiltered logits, over the codes and the stop: recomputed from the uncached forward."""
     twin = tiny(0, 2, 4, stop_bias=2.0)

@@ -183,6 +183,7 @@ class Controls:
     """What changes between calls without compiling anew, all scalars.
 
     first, end: int32, which codes to draw. temperature, repetition_penalty, tail (1 - top_p): float32.
+    start_inside: bool, whether the start token may be drawn.
     """
 
     first: Leaf
@@ -190,6 +191,7 @@ class Controls:
     temperature: Leaf
     tail: Leaf
     repetition_penalty: Leaf
+    start_inside: Leaf
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -300,6 +302,8 @@ def decode(
         hidden = normalise(normalise(x, weights.ln_f), weights.final_norm)
         logits = product(weights.mel_head, hidden).astype(jnp.float32).T
         penalised = penalise(logits, state.seen, controls.repetition_penalty)
+        start = jnp.where(controls.start_inside, penalised[:, config.start_mel], -jnp.inf)
+        penalised = penalised.at[:, config.start_mel].set(start)
         if greedy:
             drawn = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
         else:

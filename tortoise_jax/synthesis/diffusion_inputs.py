@@ -96,15 +96,17 @@ def repaired(
     total: int = DIFFUSION_CODES,
     silence: int = SILENCE_CODE,
     ending: tuple[int, int, int] = ENDING_CODES,
+    keep_speech: bool = False,
 ) -> np.ndarray:
     """codes (c,) without the stop, as upstream repairs them: (total,) int32.
 
-    Silence from the stop on, and `ending` in the last three places, where a late stop loses a code or two. Codes that
-    fill `total` never stopped and stay as they are.
+    Silence from the stop on, and `ending` in the last three places, where a stop in the last two loses a code or two,
+    unless `keep_speech`. Codes that fill `total` never stopped and stay as they are.
     """
     fixed = np.concatenate([codes, np.full(total - len(codes), silence)]).astype(np.int32)
+    places = min(len(ending), total - len(codes)) if keep_speech else len(ending)
     if len(codes) < total:
-        fixed[-3:] = ending
+        fixed[total - places :] = ending[len(ending) - places :]
     return fixed
 
 

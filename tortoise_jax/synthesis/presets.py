@@ -14,6 +14,7 @@ from tortoise_jax.synthesis.schedule import TRAINED_STEPS
 
 RENDERED = (CLVP, DIFFUSION, VOCODER)
 DRAFT = "draft"
+MENDED = "no start token inside a row, no speech lost to a late stop, candidates that never stop come last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Preset:
     """parts: what it needs beside the AR model. candidates: drawn of each part of a text, the best is kept.
 
     max_codes: where a candidate ends that does not stop by itself. steps, guidance: of the diffusion decoder; its
-    strength, None for none.
+    strength, None for none. mend: what upstream does badly is done better, see `MENDED`.
     """
 
     parts: tuple[str, ...]
@@ -29,6 +30,7 @@ class Preset:
     max_codes: int = DIFFUSION_CODES
     steps: int = 0
     guidance: float | None = None
+    mend: bool = False
 
     @property
     def diffuses(self) -> bool:
@@ -59,14 +61,16 @@ PRESETS = {
 }
 
 
-def choose(name: str, steps: int | None = None, guidance: float | None = None) -> Preset:
+def choose(name: str, steps: int | None = None, guidance: float | None = None, mend: bool = False) -> Preset:
     """The preset of this name, with what is given in the place of its own numbers; a guidance of 0 is none.
+
+    mend: `MENDED`, in the place of what upstream does.
 
     Raises UserError.
     """
     if name not in PRESETS:
         raise UserError(f"preset is {name!r}, expected {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+    preset = dataclasses.replace(PRESETS[name], mend=mend)
     for what, value in (("steps", steps), ("guidance", guidance)):
         if value is not None and not preset.diffuses:
             raise UserError(f"{what} is of the diffusion decoder, which preset {name} has not")

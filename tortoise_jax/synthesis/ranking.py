@@ -36,9 +36,9 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda one: (bool(one.flags), -one.log_likelihood, one.index))
 
 
-def by_score(candidates: list[Candidate]) -> list[Candidate]:
-    """Best first by CLVP's score alone, as upstream ranks them."""
-    return sorted(candidates, key=lambda one: (-(one.score or 0.0), one.index))
+def by_score(candidates: list[Candidate], stopped_first: bool = False) -> list[Candidate]:
+    """Best first by CLVP's score alone, as upstream ranks them; or those first that stopped."""
+    return sorted(candidates, key=lambda one: (stopped_first and not one.stopped, -(one.score or 0.0), one.index))
 
 
 def flags(codes: np.ndarray, stopped: bool, mel: np.ndarray | None, mel_norms: np.ndarray) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ class SamplingOptions:
 
     repetition_penalty: 1 is none; covers the codes so far, the start token and code 1, as in tortoise.
     max_codes: where a row ends that does not stop by itself; 500 are 23.2 s. extra_text_stop: the text ends in two
-    stops at synthesis, one in training. dtype: "float32", "bfloat16", or "auto" for what suits the hardware.
+    stops at synthesis, one in training. start_inside: the start token may be drawn, as in tortoise, though no row was
+    trained to hold a second one. dtype: "float32", "bfloat16", or "auto" for what suits the hardware.
     """
 
     temperature: float = 0.8
@@ -48,6 +49,7 @@ class SamplingOptions:
     repetition_penalty: float = 2.0
     max_codes: int = 500
     extra_text_stop: bool = True
+    start_inside: bool = True
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -71,6 +73,7 @@ class SamplingOptions:
             temperature=np.float32(self.temperature or 1.0),
             tail=np.float32(1 - self.top_p),
             repetition_penalty=np.float32(self.repetition_penalty),
+            start_inside=np.bool_(self.start_inside),
         )
 
 

@@ -68,7 +68,8 @@ def options_for(pretrained: Pretrained, preset: Preset, **given: Any) -> Samplin
         raise UserError(f"max_codes is {longest}, the model has room for {room}")
     if longest is not None and preset.diffuses and longest > DIFFUSION_CODES:
         raise UserError(f"max_codes is {longest}, TorToiSe's diffusion decoder is handed at most {DIFFUSION_CODES}")
-    return SamplingOptions(max_codes=longest if longest is not None else min(preset.max_codes, room), **given)
+    codes = longest if longest is not None else min(preset.max_codes, room)
+    return SamplingOptions(max_codes=codes, start_inside=not preset.mend, **given)
 
 
 def say(
@@ -106,7 +107,8 @@ def say(
     if CLVP in preset.parts:
         clvp = pretrained.part(CLVP)
         found = [scored(clvp, ids, found[i], f"part {i + 1}, scores") for i, ids in enumerate(text_ids)]
-    best = ranking.by_score if CLVP in preset.parts else ranking.rank
+    by_score = functools.partial(ranking.by_score, stopped_first=preset.mend)
+    best = by_score if CLVP in preset.parts else ranking.rank
     return [Utterance(text, ids, best(drawn)[:keep]) for text, ids, drawn in zip(texts, text_ids, found, strict=True)]
 
 
@@ -200,7 +202,7 @@ def waveforms_of(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voic
 
 def diffused(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voice, seed: int) -> list[np.ndarray]:
     """Each row by the diffusion decoder and the vocoder, (samples,) at 24 kHz."""
-    fixed = [repaired(one.codes) for _, one in rows]
+    fixed = [repaired(one.codes, keep_speech=preset.mend) for _, one in rows]
     latents = [
         states[: silent_from(codes, SILENCE_CODE)]
         for states, codes in zip(latents_of(pretrained, rows, voice, fixed), fixed, strict=True)
