@@ -1,4 +1,4 @@
-"""Makes demo/dvae.pth and demo/autoregressive.pth from nothing: `make pair`, an hour or two on two CPU cores.
+"""Makes demo/dvae.pth and demo/autoregressive.pth from nothing: `make pair`, about two hours on two CPU cores.
 
 Every step is a command that is shown as it would be typed. All seeds are fixed; espeak-ng 1.52 speaks the same clips
 again, so another machine ends close to the files in the repository, though not at the same bits.
@@ -7,6 +7,7 @@ again, so another machine ends close to the files in the repository, though not 
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tortoise_jax.models.unified_voice import UnifiedVoice, UnifiedVoiceConfig
 
 ROOT = Path(__file__).parents[1]
 SEED = 0
-CODEC_CLIPS, SPEECH_CLIPS = 600, 1500  # of each of the six voices, to train the dVAE and the AR model on
+CODEC_CLIPS = 600  # of each of the six voices, to train the dVAE on
 CODEC = {
     "model.codes": 256,
     "model.codebook_dim": 64,
@@ -51,8 +52,16 @@ SPEECH = {
     "sample_every": 0,
     "patience": 0,
 }
-RUNS = ("ar-begun", "ar-longer", "ar-still-longer", "ar")  # each from the end of the one before it
-LONGER = (900, 600, 900)  # steps of the runs after the first
+# The AR model's runs, each from the end of the one before it: clips of each voice, and what of `SPEECH` is another.
+GENTLY = {"seed": 1, "optimizer.learning_rate": 5e-4, "optimizer.warmup": 100, "eval_every": 500}
+RUNS: dict[str, tuple[int, dict[str, object]]] = {
+    "ar-1": (1500, {}),
+    "ar-2": (1500, {"steps": 900}),
+    "ar-3": (1500, {"steps": 600}),
+    "ar-4": (1500, {"steps": 900}),
+    "ar-5": (4000, {"steps": 1500}),
+    "ar": (4000, {"steps": 2000} | GENTLY),
+}
 MODEL = UnifiedVoiceConfig(
     layers=8, width=128, heads=2, text_tokens=256, mel_tokens=258, text_positions=62, mel_positions=134
 )
@@ -68,17 +77,24 @@ def main() -> None:
     codec = {"data": work / "codec-speech/metadata.csv"} | CODEC
     run("train.py", "--config", "configs/dvae.py", *fields(codec), f"--workdir={work / 'dvae'}")
     begin(work / "dvae", work / "start")
-    run("demo/make_speech.py", "--clips", SPEECH_CLIPS, "--out", work / "speech")
-    table, data = work / "speech/metadata.csv", work / "data"
-    run("-m", "tortoise_jax.prepare", "--data", table, "--checkpoint", work / "start", "--out", data)
-    speech = {"checkpoint": work / "start", "data": data} | SPEECH
-    run("train.py", "--config", "configs/ar.py", *fields(speech), f"--workdir={work / RUNS[0]}")
-    for before, after, steps in zip(RUNS[:-1], RUNS[1:], LONGER, strict=True):
-        longer = speech | {"checkpoint": work / before, "steps": steps}
-        run("train.py", "--config", "configs/ar.py", *fields(longer), f"--workdir={work / after}")
+    before = work / "start"
+    for name, (clips, changes) in RUNS.items():
+        speech = {"checkpoint": before, "data": prepared(work, clips)} | SPEECH | changes
+        run("train.py", "--config", "configs/ar.py", *fields(speech), f"--workdir={work / name}")
+        before = work / name
     for part, name in ((DVAE, "dvae"), (AR, "autoregressive")):
         half = ("--dtype", "float16")  # as many bytes as a repository should hold
         run("convert/flax_to_torch.py", work / part, "--part", part, *half, "--out", out / f"{name}.pth")
+
+
+@functools.cache
+def prepared(work: Path, clips: int) -> Path:
+    """A data set of so many clips of each voice."""
+    speech, data = work / f"speech-{clips}", work / f"data-{clips}"
+    run("demo/make_speech.py", "--clips", clips, "--out", speech)
+    source = ("--data", speech / "metadata.csv", "--checkpoint", work / "start")
+    run("-m", "tortoise_jax.prepare", *source, "--out", data)
+    return data
 
 
 def fields(values: dict[str, object]) -> list[str]:
