@@ -211,33 +211,36 @@ def product(linear: Linear, x: Array) -> Array:
 
 
 def attend_cached(
-    q: Array, prompt: KeysAndValues, cache: KeysAndValues, recent: KeysAndValues, allowed: Array
+    q: Array, prompt: KeysAndValues | None, cache: KeysAndValues, recent: KeysAndValues, allowed: Array
 ) -> Array:
     """q (b, h, k) over r prompts of p positions, and b rows' s earlier and n recent codes -> (b, h, k).
 
     allowed (b, p + s + n) bool: which of these positions count. Candidates of a prompt read its keys once, as one
-    product.
+    product. Without a prompt p is 0.
     """
-    r, h, p, k = prompt.keys.shape
-    b, s = len(q), cache.positions
-    by_prompt = lambda x: x.reshape(r, b // r, h, x.shape[-1])
+    b, h, k = q.shape
+    s = cache.positions
+    r, p = (len(prompt.keys), prompt.positions) if prompt else (0, 0)
+    by_prompt = lambda x: x.reshape(r, -1, h, x.shape[-1])
     scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    q = q * q.shape[-1] ** -0.5
-    to_prompt = scores("rchk,rhpk->rchp", by_prompt(q), prompt.keys).reshape(b, h, p)
-    to_codes = [scores("bhk,bhsk->bhs", q, codes.keys) for codes in (cache, recent)]
+    q = q * k**-0.5
+    found = [scores("bhk,bhsk->bhs", q, codes.keys) for codes in (cache, recent)]
+    if prompt:
+        found.insert(0, scores("rchk,rhpk->rchp", by_prompt(q), prompt.keys).reshape(b, h, p))
     lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(allowed[:, None], jnp.concatenate([to_prompt, *to_codes], axis=-1), lowest))
-    weights = weights.astype(q.dtype)
-    mixed = jnp.einsum("rchp,rhpk->rchk", by_prompt(weights[..., :p]), prompt.values).reshape(b, h, k)
-    for share, codes in ((weights[..., p : p + s], cache), (weights[..., p + s :], recent)):
-        mixed = mixed + jnp.einsum("bhs,bhsk->bhk", share, codes.values)
-    return mixed
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], jnp.concatenate(found, axis=-1), lowest)).astype(q.dtype)
+    shares = ((weights[..., p : p + s], cache), (weights[..., p + s :], recent))
+    mixed = [jnp.einsum("bhs,bhsk->bhk", share, codes.values) for share, codes in shares]
+    if prompt:
+        of_prompt = jnp.einsum("rchp,rhpk->rchk", by_prompt(weights[..., :p]), prompt.values)
+        mixed.insert(0, of_prompt.reshape(b, h, k))
+    return sum(mixed[1:], mixed[0])
 
 
 def block(
     weights: BlockWeights,
     x: Array,
-    prompt: KeysAndValues,
+    prompt: KeysAndValues | None,
     cache: KeysAndValues,
     recent: KeysAndValues,
     allowed: Array,
@@ -276,14 +279,15 @@ def decode(
 ) -> tuple[State, Cache]:
     """Draws codes number controls.first up to controls.end, at most `longest`, or until all rows have stopped.
 
-    prompts: keys and values (r, h, p, k) of each layer; cache: of the codes before `first` (b, h, s, k);
-    readable (b, p + s) bool: which positions of the two are filled. greedy: the likeliest code, nothing is drawn.
+    prompts: keys and values (r, h, p, k) of each layer, or of none, where the cache has them; cache: of the codes before
+    `first` (b, h, s, k); readable (b, p + s) bool: which positions of the two are filled. greedy: the likeliest code,
+    nothing is drawn.
 
     Returns the state, and the keys and values (b, h, longest, k) of these codes for `write_cache`. They are apart from
     the cache because a compiled loop may copy at every step what it changes; the cache it only reads.
     """
     keys = jax.random.wrap_key_data(state.keys.reshape(-1, state.keys.shape[-1]))
-    first = controls.first
+    first, absent = controls.first, [None] * len(weights.blocks)
     blank = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], longest, x.shape[3]), x.dtype), cache)
 
     def unfinished(carry: tuple[Array, State, Cache]) -> Array:
@@ -296,7 +300,7 @@ def decode(
         so_far = jnp.broadcast_to(jnp.arange(longest) <= step - first, (len(readable), longest))
         allowed = jnp.concatenate([readable, so_far], axis=1)
         grown = []
-        for layer, prompt, old, new in zip(weights.blocks, prompts, cache, recent, strict=True):
+        for layer, prompt, old, new in zip(weights.blocks, prompts or absent, cache, recent, strict=True):
             x, new = block(layer, x, prompt, old, new, allowed, step - first, config.heads)
             grown.append(new)
         hidden = normalise(normalise(x, weights.ln_f), weights.final_norm)
