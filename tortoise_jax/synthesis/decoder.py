@@ -279,7 +279,7 @@ def decode(
 ) -> tuple[State, Cache]:
     """Draws codes number controls.first up to controls.end, at most `longest`, or until all rows have stopped.
 
-    prompts: keys and values (r, h, p, k) of each layer, or of none, where the cache has them; cache: of the codes before
+    prompts: keys and values (r, h, p, k) of each layer, none where the cache has them; cache: of the codes before
     `first` (b, h, s, k); readable (b, p + s) bool: which positions of the two are filled. greedy: the likeliest code,
     nothing is drawn.
 
