@@ -34,6 +34,8 @@ import numpy as np
 
 from tortoise_jax.audio import CONDITIONING_SAMPLES, default_mel_norms
 from tortoise_jax.data import batches
+from tortoise_jax.data.lengths import round_up
+from tortoise_jax.data.plan import BUCKET
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 from tortoise_jax.training import roofline, topologies
 
@@ -71,6 +73,11 @@ def rows_of(options: argparse.Namespace, config: UnifiedVoiceConfig) -> tuple[np
     return text, codes, wav
 
 
+def padded_length(options: argparse.Namespace) -> int:
+    """Positions of a row of ours, as a run pads it."""
+    return round_up(batches.row_length(options.text, options.codes), BUCKET)
+
+
 def ours(options: argparse.Namespace) -> Callable[[], None]:
     """The run's own step, as train.py makes it."""
     import jax
@@ -94,7 +101,7 @@ def ours(options: argparse.Namespace) -> Callable[[], None]:
     state = parallel.mapped(start, donate=True)(parallel.replicate(jax.tree.map(draw, shapes.tree)))
     step = parallel.mapped(functools.partial(train_step, step_config), donate=True)
     text, codes, wav = rows_of(options, config)
-    length = batches.row_length(options.text, options.codes)
+    length = padded_length(options)
     made = [batches.row(t, c, length, config) for t, c in zip(text, codes, strict=True)]
     batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
     batch |= {"example": np.arange(options.rows, dtype=np.int32), "conditioning_wav": wav}
@@ -205,7 +212,7 @@ class Side:
 
     def utilisation(self, options: argparse.Namespace) -> str:
         """Of the device's published peak; unknown without ours, which knows the device."""
-        step = roofline.Step(batches.row_length(options.text, options.codes), options.rows, 1, CLIPS_PER_ROW)
+        step = roofline.Step(padded_length(options), options.rows, 1, CLIPS_PER_ROW)
         work = roofline.model_products(model_config(options), step)
         return f"{work / self.median('seconds') / options.peak:.0%}" if options.peak else "–"
 
