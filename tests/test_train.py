@@ -299,7 +299,7 @@ def test_a_run_that_overflows_stops_and_can_be_replayed(project: Path, tmp_path:
     replayed = runs.train(project, tmp_path / "run", "--replay", str(kept), **fields)
     assert replayed.returncode == 0, replayed.stderr
     assert "its own loss is not finite" in replayed.stdout
-    assert_one_line(runs.train(project, tmp_path / "run", "--replay", "no.npz", **fields), "--replay no.npz")
+    assert_one_line(runs.train_here(project, tmp_path / "run", "--replay", "no.npz", **fields), "--replay no.npz")
 
 
 def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undisturbed: Path) -> None:
@@ -330,7 +330,7 @@ def test_one_flipped_bit_is_refused_wherever_a_run_is_read(project: Path, undist
         command = [sys.executable, *map(str, words)]
         assert_one_line(subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True), named)
     assert not list(tmp_path.glob("voice.*")) + list(tmp_path.glob("draft.*"))
-    assert_one_line(runs.train(project, tmp_path / "next", checkpoint=run), named)
+    assert_one_line(runs.train_here(project, tmp_path / "next", checkpoint=run), named)
     with pytest.raises(UserError, match=named):
         tj.load(run)
 
@@ -409,7 +409,7 @@ def test_a_running_run_is_exported_and_keeps_as_many_checkpoints_as_asked(projec
 def test_one_run_at_a_time_in_a_folder(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with locked(run):
-        done = runs.train(project, run)
+        done = runs.train_here(project, run)
     assert_one_line(done, f"--workdir {run} is being written by", f"process {os.getpid()} on", "another --workdir")
     assert not run.exists()
 
@@ -420,7 +420,7 @@ def test_a_folder_of_something_else_is_no_workdir(project: Path, tmp_path: Path,
     theirs.parent.mkdir(parents=True)
     theirs.write_text('{"theirs": true}')
     named = f"--workdir {tmp_path / 'theirs'} holds a {name.split('/')[0]} that is no run's"
-    assert_one_line(runs.train(project, tmp_path / "theirs"), named)
+    assert_one_line(runs.train_here(project, tmp_path / "theirs"), named)
     assert [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()] == [theirs]
 
 
@@ -438,7 +438,7 @@ def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
     }
     for what, checkpoint in other.items():
         save_pretrained(checkpoint, tmp_path / what)
-        done = runs.train(project, undisturbed, checkpoint=tmp_path / what)
+        done = runs.train_here(project, undisturbed, checkpoint=tmp_path / what)
         named = f"config.checkpoint ({project / 'checkpoint'} -> {tmp_path / what})"
         assert_one_line(done, named, f"its AR model had other {what}", "--workdir")
     shutil.copytree(project / "checkpoint", tmp_path / "moved")
@@ -456,11 +456,11 @@ def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, 
     again = f"python -m tortoise_jax.prepare --data {recordings} --checkpoint"
 
     manifest.write_text(texts.rstrip() + " And more.\n")
-    assert_one_line(runs.train(project, tmp_path / "run", data=recordings), "changed since", again)
+    assert_one_line(runs.train_here(project, tmp_path / "run", data=recordings), "changed since", again)
     manifest.write_text(texts)
     first.unlink()  # a link to the bundled voice
     first.write_bytes(sound)
-    assert_one_line(runs.train(project, tmp_path / "run", data=recordings), "changed since", again)
+    assert_one_line(runs.train_here(project, tmp_path / "run", data=recordings), "changed since", again)
     prepare(recordings, project / "checkpoint", prepared, Options(workers=1))
     shutil.move(recordings, tmp_path / "moved")
     prepared.rename(tmp_path / "moved-prepared")
@@ -476,13 +476,13 @@ def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path
     listed = runs.train(project, undisturbed, text_weight=0.02, sample_every=4, prompts="('Yes.',)")
     assert listed.returncode == 0, listed.stderr
     assert "changed since the run began: text_weight: 0.01 -> 0.02" in listed.stdout
-    refused = runs.train(project, undisturbed, batch_size=3, optimizer__name="adafactor")
+    refused = runs.train_here(project, undisturbed, batch_size=3, optimizer__name="adafactor")
     assert_one_line(refused, "batch_size: 4 -> 3", "optimizer.name: 'adamw' -> 'adafactor'", "--workdir")
 
 
 def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
     recordings = runs.write_recordings(tmp_path / "recordings", clips=8)
-    done = runs.train(project, undisturbed, data=recordings)
+    done = runs.train_here(project, undisturbed, data=recordings)
     assert_one_line(done, f"data: {project / 'data'} -> {recordings}", "--workdir")
     assert "digest" not in done.stderr
     assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
@@ -496,13 +496,13 @@ def test_a_data_set_without_a_clip_to_train_on_is_refused(project: Path, tmp_pat
     rows = [f"wavs/{paths[name].name}\t{text}" for name, text, *_ in (line.split("|") for line in lines)]
     table = recordings / "dev.tsv"
     table.write_text("\n".join(["audio\ttext", *rows]) + "\n")
-    done = runs.train(project, tmp_path / "run", data=table, batch_size=None)
+    done = runs.train_here(project, tmp_path / "run", data=table, batch_size=None)
     assert_one_line(done, "no clip to train on", "all 4 are held out")
 
 
 def test_a_data_set_of_another_dvae_is_refused(project: Path, tmp_path: Path) -> None:
     other = runs.write_checkpoint(tmp_path / "other", seed=5)
-    assert_one_line(runs.train(project, tmp_path / "run", checkpoint=other), "another dVAE", "prepare it again")
+    assert_one_line(runs.train_here(project, tmp_path / "run", checkpoint=other), "another dVAE", "prepare it again")
 
 
 def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
@@ -580,20 +580,20 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
 
 def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert_one_line(runs.train(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
-    assert_one_line(runs.train(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
-    assert_one_line(runs.train(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it")
-    assert_one_line(runs.train(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
-    assert_one_line(runs.train(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
-    assert_one_line(runs.train(project, run, "--config.stepps=3"), "stepps")
-    assert_one_line(runs.train(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
+    assert_one_line(runs.train_here(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
+    assert_one_line(runs.train_here(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
+    assert_one_line(runs.train_here(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it")
+    assert_one_line(runs.train_here(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
+    assert_one_line(runs.train_here(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
+    assert_one_line(runs.train_here(project, run, "--config.stepps=3"), "stepps")
+    assert_one_line(runs.train_here(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
     assert_one_line(
-        runs.train(project, run, optimizer__freeze=".*"), "matches every parameter: nothing would be trained"
+        runs.train_here(project, run, optimizer__freeze=".*"), "matches every parameter: nothing would be trained"
     )
-    unknown = runs.train(project, run, sample_every=3, prompts="('Rock & roll.',)")
+    unknown = runs.train_here(project, run, sample_every=3, prompts="('Rock & roll.',)")
     assert_one_line(unknown, "prompts: 'Rock & roll.' holds characters the tokenizer does not know: &")
     (tmp_path / "file").write_text("")
-    assert_one_line(runs.train(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
+    assert_one_line(runs.train_here(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
     assert not run.exists()
 
 
@@ -609,16 +609,16 @@ def test_steps_saved_elsewhere_are_resumed_from_and_exported(project: Path, undi
     ours, theirs = (load_pretrained(path, ("ar",)).ar.params for path in (run, undisturbed))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     assert (run / "voice.pth").exists()
-    moved = runs.train(project, run, save_to=tmp_path / "other", steps=8)
+    moved = runs.train_here(project, run, save_to=tmp_path / "other", steps=8)
     assert moved.returncode == 2
     assert "was begun with what cannot change: save_to" in moved.stderr
-    another = runs.train(project, tmp_path / "another", save_to=bucket)
+    another = runs.train_here(project, tmp_path / "another", save_to=bucket)
     assert another.returncode == 2
     assert f"config.save_to={bucket} holds steps of another run; choose an empty folder" in another.stderr
 
 
 def test_a_bucket_that_cannot_be_reached_is_one_line(project: Path, tmp_path: Path) -> None:
-    done = runs.train(project, tmp_path / "run", save_to="gs://nobodys/steps")
+    done = runs.train_here(project, tmp_path / "run", save_to="gs://nobodys/steps")
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if "error" in line]
     assert "gs://nobodys/steps, where" in line

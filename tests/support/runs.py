@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -13,10 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
+from absl.testing import flagsaver
 
+import train as train_command
 from tests.support import small
 from tests.support.host_processes import free_port
 from tortoise_jax.audio import default_mel_norms
@@ -24,6 +29,7 @@ from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.checkpoints.trees import save_tree
 from tortoise_jax.data.preparation import Options, prepare
+from tortoise_jax.errors import exit_with_one_line
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -114,6 +120,25 @@ def train(project: Path, run: Path, *more: str, devices: int = 1, **fields: Any)
     return subprocess.run(
         command(project, run, *more, **fields), cwd=ROOT, env=environment(devices), capture_output=True, text=True
     )
+
+
+def train_here(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+    """The same command in this process, on its eight devices: quick where a run is refused before its first step."""
+    words = command(project, run, *more, **fields)[1:]
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with (
+        flagsaver.flagsaver(),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "unraisablehook"),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            exit_with_one_line(train_command.main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Popen[str]:
