@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -27,10 +28,15 @@ import soundfile
 import tortoise_jax as tj
 from convert import flax_to_torch
 from tests.support import runs
+from tests.support.conversion import run as run_command
+from tests.support.runs import assert_one_line
+from tortoise_jax import speak
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.plan import BatchPlan
 from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import locked
@@ -38,11 +44,6 @@ from tortoise_jax.training import run_data
 
 STEPS = runs.FIELDS["steps"]
 KILLS = 40
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -208,19 +209,33 @@ def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) ->
     assert runs.history(undisturbed) == before
 
 
+@pytest.fixture(scope="module")
+def two_lengths(project: Path) -> Path:
+    """`data/`, whose training rows have two lengths, and `run/` on it from start to end."""
+    folder = project / "two-lengths"
+    recordings = runs.write_recordings(folder / "recordings", clips=12)
+    prepare(recordings, project / "checkpoint", folder / "data", Options(workers=1))
+    dataset = Dataset.open(folder / "data")
+    plan = BatchPlan.for_training(dataset, dataset.split("train"), runs.FIELDS["batch_size"], seed=0, unit=1)
+    assert {plan.batch(step)[0] for step in range(STEPS)} == {64, 96}
+    done = runs.train(project, folder / "run", data=folder / "data")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_the_same_command_goes_on(project: Path, undisturbed: Path, number: signal.Signals) -> None:
-    run = project / f"stopped-by-{number}"
-    process = runs.start(project, run)
+def test_a_signal_saves_and_the_same_command_goes_on(project: Path, two_lengths: Path, number: signal.Signals) -> None:
+    run, data = two_lengths / f"stopped-by-{number}", two_lengths / "data"
+    process = runs.start(project, run, data=data)
     runs.wait_for_steps(run, 2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "stopped and saved at step" in output
-    done = runs.train(project, run)
+    done = runs.train(project, run, data=data)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stdout
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, two_lengths / "run")
 
 
 @pytest.mark.slow
@@ -296,21 +311,21 @@ def test_a_run_that_overflows_stops_and_can_be_replayed(project: Path, tmp_path:
     assert_one_line(done, "2 steps in a row", "not finite", "optimizer.learning_rate")
     assert "the step was not applied. Clips: " in done.stderr + done.stdout
     [kept] = (tmp_path / "run" / "nonfinite").glob("step-*.npz")
-    replayed = runs.train(project, tmp_path / "run", "--replay", str(kept), **fields)
+    replayed = runs.train_here(project, tmp_path / "run", "--replay", str(kept), **fields)
     assert replayed.returncode == 0, replayed.stderr
     assert "its own loss is not finite" in replayed.stdout
     assert_one_line(runs.train_here(project, tmp_path / "run", "--replay", "no.npz", **fields), "--replay no.npz")
 
 
-def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undisturbed: Path) -> None:
-    run = project / "damaged"
-    assert runs.train(project, run, keep_last=3).returncode == 0
+def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(undisturbed, run)
     for file in (run / "steps" / str(STEPS)).rglob("d/*"):
         content = bytearray(file.read_bytes())
         for place in range(0, len(content), 97):
             content[place] ^= 0x55
         file.write_bytes(content)
-    done = runs.train(project, run, keep_last=3)
+    done = runs.train(project, run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"steps/{STEPS} cannot be resumed from" in done.stdout
     assert "going on from step 3" in done.stdout
@@ -318,17 +333,20 @@ def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undistu
     assert_same_run(run, undisturbed)
 
 
-def test_one_flipped_bit_is_refused_wherever_a_run_is_read(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_refused_wherever_a_run_is_read(
+    project: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     run = tmp_path / "flipped"
     shutil.copytree(undisturbed, run)
     step = json.loads((run / "summary.json").read_text())["best_step"]
     runs.flip_one_bit(run / "steps" / str(step) / "params", load_pretrained(run, ("ar",), step).ar.params)
     named = f"steps/{step}/params is damaged: its checksum is not what was written"
-    export = ["convert/flax_to_torch.py", run, "--step", step, "--out", tmp_path / "voice.pth"]
-    speak = ["-m", "tortoise_jax.speak", "--checkpoint", run, "--text", "Yes.", "--voice", runs.VOICE / "wavs"]
-    for words in (export, [*speak, "--out", tmp_path / "draft.wav"]):
-        command = [sys.executable, *map(str, words)]
-        assert_one_line(subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True), named)
+    export = [run, "--step", step, "--out", tmp_path / "voice.pth"]
+    say = ["--checkpoint", run, "--text", "Yes.", "--voice", runs.VOICE / "wavs", "--out", tmp_path / "draft.wav"]
+    for main, arguments in ((flax_to_torch.main, export), (speak.main, say)):
+        code, _, error = run_command(monkeypatch, capsys, main, *arguments)
+        assert code == 2
+        assert named in error
     assert not list(tmp_path.glob("voice.*")) + list(tmp_path.glob("draft.*"))
     assert_one_line(runs.train_here(project, tmp_path / "next", checkpoint=run), named)
     with pytest.raises(UserError, match=named):
@@ -427,7 +445,7 @@ def test_a_folder_of_something_else_is_no_workdir(project: Path, tmp_path: Path,
 def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
     project: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Of the same shapes, of others, and other weights in the same place; a copy elsewhere is the same one."""
+    """Of the same shapes, and of others."""
     start = load_pretrained(project / "checkpoint")
     changed = jax.tree.map(np.array, start.ar.params)
     changed["mel_head"]["bias"][0] += 1
@@ -441,10 +459,6 @@ def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
         done = runs.train_here(project, undisturbed, checkpoint=tmp_path / what)
         named = f"config.checkpoint ({project / 'checkpoint'} -> {tmp_path / what})"
         assert_one_line(done, named, f"its AR model had other {what}", "--workdir")
-    shutil.copytree(project / "checkpoint", tmp_path / "moved")
-    moved = runs.train(project, undisturbed, checkpoint=tmp_path / "moved", sample_every=4, prompts="('Yes.',)")
-    assert moved.returncode == 0, moved.stderr
-    assert "changed since the run began: checkpoint: " in moved.stdout
 
 
 def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, tmp_path: Path) -> None:
@@ -472,10 +486,14 @@ def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, 
     assert "moved-prepared was made by an older version: it is used as it is" in done.stdout
 
 
-def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path) -> None:
-    listed = runs.train(project, undisturbed, text_weight=0.02, sample_every=4, prompts="('Yes.',)")
+def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A copy of the checkpoint elsewhere is the same one."""
+    moved = shutil.copytree(project / "checkpoint", tmp_path / "moved")
+    changed = {"text_weight": 0.02, "checkpoint": moved}
+    listed = runs.train(project, undisturbed, sample_every=4, prompts="('Yes.',)", **changed)
     assert listed.returncode == 0, listed.stderr
     assert "changed since the run began: text_weight: 0.01 -> 0.02" in listed.stdout
+    assert "changed since the run began: checkpoint: " in listed.stdout
     refused = runs.train_here(project, undisturbed, batch_size=3, optimizer__name="adafactor")
     assert_one_line(refused, "batch_size: 4 -> 3", "optimizer.name: 'adamw' -> 'adafactor'", "--workdir")
 
@@ -516,7 +534,7 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
         optimizer__freeze="conditioning_encoder/.*",
     )
     assert done.returncode == 0, done.stderr
-    assert "recipe for tens of clips (11), optimizer.learning_rate=2e-06" in done.stdout
+    assert "recipe for tens of clips (9), optimizer.learning_rate=2e-06" in done.stdout
     before = load_pretrained(project / "checkpoint", ("ar",)).ar.params
     after = load_pretrained(tmp_path / "run", ("ar",), 2).ar.params
     jax.tree.map(np.testing.assert_array_equal, after["conditioning_encoder"], before["conditioning_encoder"])
@@ -553,8 +571,8 @@ def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) 
 
 
 def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Path) -> None:
-    for data in (project / "data", tmp_path / "none"):
-        done = runs.train(project, tmp_path / "run", "--plan", data=data)
+    for data, start in ((project / "data", runs.train), (tmp_path / "none", runs.train_here)):
+        done = start(project, tmp_path / "run", "--plan", data=data)
         assert done.returncode == 0, done.stderr
         for part in (
             "parameters: ",
@@ -569,20 +587,13 @@ def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2 and one line on stderr, with all of these in it."""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(errors) == 1
-    assert not [part for part in parts if part not in errors[0]], errors[0]
-
-
 def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert_one_line(runs.train_here(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
     assert_one_line(runs.train_here(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
-    assert_one_line(runs.train_here(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it")
+    assert_one_line(
+        runs.train_here(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it"
+    )
     assert_one_line(runs.train_here(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
     assert_one_line(runs.train_here(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
     assert_one_line(runs.train_here(project, run, "--config.stepps=3"), "stepps")

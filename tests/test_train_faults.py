@@ -25,11 +25,6 @@ GOING_ON = re.compile(r"going on from step (\d+)")
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
 def four_steps(project: Path) -> Path:
     """A run to copy, of two hosts: checkpoints of steps 2 and 4."""
     train_on(project, project / "four-steps", 4)

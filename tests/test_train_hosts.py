@@ -29,11 +29,6 @@ SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
 def one_host(project: Path) -> Path:
     """Four devices of one host."""
     run = project / "one-host"
