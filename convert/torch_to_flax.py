@@ -65,7 +65,7 @@ def convert(
 ) -> list[str]:
     """Converts the given files into the directory `out`, whole or not at all; returns the lines of the summary.
 
-    One part after another is converted and written, so that the largest decides how much memory it takes.
+    One part after another is converted and written, so that no more memory is needed than for the largest.
 
     files: torch files by part ("ar", "dvae", …). heads: of the AR model, where its .json or width / 64 is wrong.
     add: `out` is a checkpoint already, which lacks these parts. codebook_dim: only compared with the dVAE's. tokenizer,

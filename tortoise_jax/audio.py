@@ -141,7 +141,7 @@ def read_audio(path: str | Path, channel: int | str = 1) -> np.ndarray:
 
 
 def heard_elsewhere(path: Path) -> str:
-    """Says so where another channel of a silent recording is not silent; else ""."""
+    """For the message about a silent recording: which of its other channels is not silent; "" if none."""
     with decoding(path) as file:
         power, read = np.zeros(file.channels), 0
         for block in file.blocks:

@@ -236,7 +236,7 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def by_lost_host(error: BaseException | None) -> BaseException | None:
-    """What tells, in an error or in what it came of, that another host is gone: a computation or a wait broke off."""
+    """The error, or a cause of it, that shows that another host is gone: a computation or a wait broke off."""
     signs = ("Gloo", "NCCL", "closed by peer", "reset by peer", "coordination service", "heartbeat", "Barrier")
     while error is not None:
         # JAX raises either type; a save, for one, makes its own error of it.
@@ -541,7 +541,7 @@ def any_host(flag: bool) -> bool:
 
 
 def device_memory() -> int | None:
-    """Bytes one device may use, as far as it says so; the machine's memory shared by its devices on CPU."""
+    """Bytes one device may use, None if it does not say; on CPU its share of the machine's memory."""
     if on_cpu():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -95,7 +95,7 @@ def main() -> None:
 
 
 class _Module(types.ModuleType):
-    """`tj.prepare(…)` stays the function: Python puts a module in its place where one of that name is imported."""
+    """Lets `tj.prepare(…)` stay a function: importing this module puts it in the place of that name."""
 
     def __call__(self, *arguments: Any, **fields: Any) -> dict[str, Any]:
         from tortoise_jax import commands

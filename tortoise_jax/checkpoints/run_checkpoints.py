@@ -63,7 +63,7 @@ class Manager(ocp.CheckpointManager):
             raise
 
     def _load_checkpoint_infos(self, *args: Any, **kwargs: Any) -> Any:
-        """Again where a run that is going on removed a checkpoint after the folder was listed, before it was read."""
+        """Tries again where a running run removed a checkpoint between the listing of the folder and the reading."""
         for _ in range(LISTINGS - 1):
             try:
                 return super()._load_checkpoint_infos(*args, **kwargs)

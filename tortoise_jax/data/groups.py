@@ -29,7 +29,7 @@ FEW = 64  # so few files are decoded before worker processes would have started
 
 
 def recordings_of(clips: Sequence[Clip]) -> list[Recording]:
-    """What must be decoded for clips: one span each, in order, every span once; nothing for clips already rejected."""
+    """What to decode for clips: one span each, in order, each span once; nothing for clips already rejected."""
     return list(dict.fromkeys(Recording(clip.audio, (clip.span,)) for clip in clips if not clip.reason))
 
 

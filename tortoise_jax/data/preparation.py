@@ -32,8 +32,8 @@ MAX_REJECTED = 0.2
 class Options:
     """The choices of a preparation, named as the flags of the command line.
 
-    None stands for: the format that is recognised; DLAS's limits, or the model's where it holds less; the checkpoint's
-    tokenizer; transcripts that are there; the language that is heard; one worker per processor.
+    None stands for: the recognised format; DLAS's limits, or the model's where it holds less; the checkpoint's
+    tokenizer; existing transcripts; the detected language; one worker per processor.
     """
 
     format: str | None = None

@@ -100,7 +100,7 @@ def small_vocabulary(dataset: Dataset, sentences: Sequence[Sentence], cleaner: s
 
 
 def steps_of(run: Path) -> list[int]:
-    """The start, and what a run kept."""
+    """The steps to evaluate: the start, and every checkpoint that the run kept."""
     return sorted({0, *RunCheckpoints.to_read(run).steps()})
 
 

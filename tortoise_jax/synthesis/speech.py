@@ -87,8 +87,8 @@ def say(
 ) -> list[Utterance]:
     """Draws candidates for each part of a text and keeps the best. voice (d,); batch: candidates drawn at once.
 
-    The parts draw with seeds that follow each other from `seed` on. Short of `batch` candidates, several parts are
-    drawn at once; what is drawn does not depend on it. Where the preset has a CLVP it ranks them, as in TorToiSe;
+    Part i draws with seed + i. Where one part has fewer candidates than `batch`, several parts are drawn at once; what
+    is drawn does not depend on it. Where the preset has a CLVP it ranks them, as in TorToiSe;
     without it a candidate's flaws and likelihood do.
     """
     text_ids = [pretrained.tokenizer.encode(text, cleaner) for text in texts]

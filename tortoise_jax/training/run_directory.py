@@ -46,12 +46,12 @@ DIGESTS = ("data_digest", "text_digest")
 OF_LORA = {"lora.rank": 0, "lora.alpha": 16.0, "lora.also_train": ""}
 OF_OPTIMIZER = ("optimizer.name", "optimizer.moments", "optimizer.freeze")
 FIXED = ("seed", "batch_size", "save_to", "ema", *OF_OPTIMIZER, *OF_LORA, *DIGESTS)
-# What runs begun with an older version did, unsaid.
+# Fields that older versions did not have, with the values that their runs amount to.
 ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft", "optimizer.moments": "float32", **OF_LORA}
 # What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 RATE = "learning_rate"  # of a step's line, beside its losses
-# So much of the held-out loss the gap to the training loss must grow by to be mentioned.
+# The gap to the training loss is mentioned once it has grown by this share of the held-out loss.
 PARTING_SHARE = 0.05
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
