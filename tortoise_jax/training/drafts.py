@@ -48,7 +48,7 @@ class Speaker:
 
 @dataclasses.dataclass(frozen=True)
 class PromptDrafter:
-    """Says every prompt by every speaker's voice. prompts: with their text ids; decoders: all models but the AR model."""
+    """Says every prompt by every speaker's voice. prompts: with their ids; decoders: all models but the AR model."""
 
     config: UnifiedVoiceConfig
     adapters: LoraConfig
