@@ -88,7 +88,7 @@ def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with recordings and their data set, for whole runs. Not to be changed by a test."""
+    """A tiny checkpoint with recordings and their data set, not to be changed; whole runs are written beside them."""
     return runs.write_project(tmp_path_factory.mktemp("project"))
 
 

@@ -368,7 +368,7 @@ def test_a_draft_of_speech_is_near_its_mel_and_the_updates_bring_it_there(monkey
 def test_copy_synthesis_comes_near_the_recording():
     """The benchmark as typed: recording -> codes -> waveform, through a small dVAE trained on other clips."""
     command = [sys.executable, "-m", "benchmarks.copy_synthesis", "--steps", "1000"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = {name.strip(): float(value) for name, value in re.findall(r"(.+?) +([\d.]+) dB from", done.stdout)}
     assert found["mel -> waveform"] < 1.5

@@ -252,7 +252,9 @@ for path in sorted(pathlib.Path("tortoise_jax").rglob("*.py")):
     importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 import train
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -265,5 +267,7 @@ from tortoise_jax.training import metrics, train
 metrics.summary_writer(), audio.mel_filters(), audio.hann_window()
 print([name for name in ("torch", "scipy.signal", "numba") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.stdout == "[]\n", done.stderr

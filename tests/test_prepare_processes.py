@@ -52,7 +52,9 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(voice_folder, tmp_pa
         tmp_path / "out",
         str(kills),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(r"(\d+) killed, (\d+) of them with work done, (\d+) finished alike, \d+ files\n", done.stdout)
     assert found, done.stdout
@@ -220,7 +222,7 @@ def test_what_is_wrong_on_the_command_line_is_one_line(arguments, message, monke
 
 def test_check_from_the_command_line():
     command = [sys.executable, "-m", "tortoise_jax.prepare", "--data", VOICE, "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^kept +48 +0:01:36$", done.stdout, re.MULTILINE)
     assert done.stderr == "", "the bar is for terminals"

@@ -106,7 +106,7 @@ def test_python_makes_the_same_run_bit_for_bit(undisturbed: Path, project: Path)
         env=runs.environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=runs.SECONDS,
     )
     assert done.returncode == 0, done.stderr
     headers = [json.loads((project / of / "dataset.json").read_text())["sha256"] for of in ("data", "python/data")]
@@ -292,6 +292,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
         env=runs.environment(),
         capture_output=True,
         text=True,
+        timeout=runs.SECONDS,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"

@@ -39,6 +39,7 @@ AR = dataclasses.replace(
     small.CONFIG, text_tokens=256, mel_tokens=18, text_positions=60, mel_positions=70, mel_channels=80
 )
 DVAE = DVAEConfig(codebook_dim=8, codes=16, hidden=8, layers=2, res_blocks=1)
+SECONDS = 280  # for a run to end, on a busy machine
 CLIPS = 10  # few of which are short, so that they are padded like the long ones: a step has one shape to compile
 # DLAS's recipe at a size and rate at which a few steps matter; drafts only where a test asks for them.
 FIELDS = {
@@ -118,7 +119,12 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def train(project: Path, run: Path, *more: str, devices: int = 1, **fields: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(project, run, *more, **fields), cwd=ROOT, env=environment(devices), capture_output=True, text=True
+        command(project, run, *more, **fields),
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
 
 

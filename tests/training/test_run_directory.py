@@ -208,7 +208,7 @@ def main():
     checkpoints.finish()
 exit_with_one_line(main)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"
     line = next(line for line in done.stderr.splitlines() if "error: " in line and "could not be written" in line)
