@@ -1,4 +1,4 @@
-"""Trains the AR model or the dVAE: devices -> checkpoint -> data -> recipe -> run -> loop -> export.
+"""Trains the AR model or the dVAE: devices -> checkpoint -> data -> step -> state -> loop -> export.
 
   python train.py --config configs/ar.py --config.checkpoint=DIR --config.data=RECORDINGS --workdir=RUN
   python train.py --config configs/dvae.py --config.data=RECORDINGS --workdir=RUN

@@ -283,8 +283,8 @@ def resampling_kernels(old: int, new: int) -> tuple[np.ndarray, int]:
     cutoff = min(old, new) * RESAMPLING_ROLLOFF
     reach = math.ceil(RESAMPLING_ZEROS * old / cutoff)
     f32 = np.float32
-    places = np.arange(-reach, reach + old, dtype=f32) / f32(old)
-    time = (places - np.arange(new, dtype=f32)[:, None] / f32(new)) * f32(cutoff)
+    taps = np.arange(-reach, reach + old, dtype=f32) / f32(old)
+    time = (taps - np.arange(new, dtype=f32)[:, None] / f32(new)) * f32(cutoff)
     time = np.clip(time, f32(-RESAMPLING_ZEROS), f32(RESAMPLING_ZEROS))
     window = np.cos(time * f32(np.pi) / f32(RESAMPLING_ZEROS) / f32(2)) ** 2
     angle = time * f32(np.pi)

@@ -102,8 +102,8 @@ def say(
                 weights, pretrained.ar.config, voice, prompts, seeds, options, count, first, progress
             )
         made = evaluate(pretrained, preset, drawn, [*range(first, first + count)] * len(parts))
-        for place, i in enumerate(parts):
-            found[i] += made[place * count : (place + 1) * count]
+        for index, i in enumerate(parts):
+            found[i] += made[index * count : (index + 1) * count]
     if CLVP in preset.parts:
         clvp = pretrained.part(CLVP)
         found = [scored(clvp, ids, found[i], f"part {i + 1}, scores") for i, ids in enumerate(text_ids)]
@@ -122,8 +122,8 @@ def rounds(lengths: Sequence[int], candidates: int, batch: int) -> Iterator[tupl
     for first in range(0, candidates, batch):
         count = min(batch, candidates - first)
         at_once = max(1, (batch + 1) // (count + 1))
-        for place in range(0, len(order), at_once):
-            yield order[place : place + at_once], first, count
+        for index in range(0, len(order), at_once):
+            yield order[index : index + at_once], first, count
 
 
 def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: str) -> list[Candidate]:

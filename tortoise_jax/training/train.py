@@ -1,4 +1,4 @@
-"""A whole run: devices -> checkpoint -> data -> recipe -> run -> loop -> export.
+"""A whole run: devices -> checkpoint -> data -> step -> state -> loop -> export.
 
 `train.py` and `tj.train` both call it.
 """
