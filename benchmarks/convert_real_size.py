@@ -25,48 +25,26 @@ import numpy as np
 import torch
 
 from convert.tables import MODELS
-from tests.support import released
-from tests.support.torch_reference import (
-    CLVP,
-    DiffusionTts,
-    DiscreteVAE,
-    Hifigan,
-    RandomLatentConverter,
-    UnifiedVoice,
-    UnivNet,
-)
-from tests.support.torch_reference.builders import quietly
-from tortoise_jax.checkpoints import parts
+from tests.support.released import PARAMETERS, torch_model
 
 GB = 1e9
-BUILDERS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
-    parts.DVAE: (DiscreteVAE, released.DVAE_PARAMETERS),
-    parts.AR: (UnifiedVoice, released.UNIFIED_VOICE_PARAMETERS),
-    parts.CLVP: (CLVP, released.CLVP_PARAMETERS),
-    parts.DIFFUSION: (DiffusionTts, released.DIFFUSION_PARAMETERS),
-    parts.VOCODER: (lambda: quietly(UnivNet), released.VOCODER_PARAMETERS),
-    parts.HIFIGAN: (lambda: quietly(Hifigan), released.HIFIGAN_PARAMETERS),
-    parts.RANDOM_AR: (lambda: RandomLatentConverter(1024), released.RANDOM_AR_PARAMETERS),
-    parts.RANDOM_DIFFUSION: (lambda: RandomLatentConverter(2048), released.RANDOM_DIFFUSION_PARAMETERS),
-}
-ALL, LARGEST = (4 * choose(count for _, count in BUILDERS.values()) for choose in (sum, max))  # bytes
+ALL, LARGEST = (4 * choose(PARAMETERS.values()) for choose in (sum, max))  # bytes
 MEMORY_TARGET, TIME_TARGET = 2.5, 3.0
 
 
 def make_files(folder: Path) -> None:
     """All files, random, with the released models' names and shapes."""
     generator = torch.Generator().manual_seed(0)
-    for part, (build, parameters) in BUILDERS.items():
-        with torch.device("meta"):
-            model = build()
-        state = {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+    for part, parameters in PARAMETERS.items():
+        shapes = {key: value.shape for key, value in torch_model(part).state_dict().items()}
+        state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
         count = sum(value.numel() for value in state.values())
         assert count == parameters, f"{part}: {count} parameters"
         torch.save(state, folder / MODELS[part].file)
 
 
 def files(folder: Path) -> dict[str, Path]:
-    return {part: folder / MODELS[part].file for part in BUILDERS}
+    return {part: folder / MODELS[part].file for part in PARAMETERS}
 
 
 def measure(job: str, folder: Path) -> dict[str, Any]:
@@ -134,7 +112,7 @@ def to_torch(folder: Path, seconds: dict[str, float]) -> None:
     for label, name in steps.items():
         setattr(flax_to_torch, name, with_time(getattr(flax_to_torch, name), seconds, label))
     with timed(seconds, "all"):
-        for part in BUILDERS:
+        for part in PARAMETERS:
             flax_to_torch.export(folder / "flax", folder / f"{part}-back.pth", part=part)
 
 

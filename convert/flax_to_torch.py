@@ -13,6 +13,7 @@ The .json says what the tensors cannot tell: heads, tokenizer, mel norms, how it
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
@@ -207,7 +208,7 @@ def export_metadata(pretrained: Pretrained, model: TorchModel, facts: dict[str, 
     return content
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a converted checkpoint or a run")
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the .pth to write, or .npz")
@@ -230,7 +231,11 @@ def main() -> None:
         "--push_to_hub", metavar="USER/NAME", help="upload it with a model card; private unless --public"
     )
     parser.add_argument("--public", action="store_true", help="with --push_to_hub: for everybody to see")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     if args.push_to_hub:
         hub.check(args.push_to_hub)
     elif args.public:

@@ -29,7 +29,7 @@ def check(repository: str) -> None:
 def push(out: Path, checkpoint: Path, repository: str, public: bool, how_to_use: list[str]) -> str:
     """Uploads an export, its .json, the tokenizer, the voices and a model card as one commit; returns a line to print.
 
-    A repository that there is not is made, private unless `public`. Names of folders of this machine stay here. Raises
+    A missing repository is created, private unless `public`. Names of this machine's folders are not uploaded. Raises
     UserError for what the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -83,7 +83,7 @@ taken for real.
 
 
 def without_folders(value: Any) -> Any:
-    """The same with the last name alone of every path of this machine."""
+    """The same, with every path of this machine shortened to its last name."""
     if isinstance(value, dict):
         return {name: without_folders(inner) for name, inner in value.items()}
     if isinstance(value, list):

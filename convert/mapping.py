@@ -183,7 +183,7 @@ class KeyPlan:
 def match(table: Iterable[Row], key: str) -> Match:
     """The first row whose pattern is the whole key. Raises UserError if no row matches."""
     for row_index, row in enumerate(table):
-        if not key.startswith(row.stem):  # which says it of most rows, in a fraction of the time
+        if not key.startswith(row.stem):  # rules out most rows, in a fraction of the time
             continue
         found = row.pattern.fullmatch(key)
         groups = found.groupdict() if found else {}

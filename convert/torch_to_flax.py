@@ -65,7 +65,7 @@ def convert(
 ) -> list[str]:
     """Converts the given files into the directory `out`, whole or not at all; returns the lines of the summary.
 
-    One part after another is converted and written, so that the largest decides how much memory it takes.
+    One part after another is converted and written, so that no more memory is needed than for the largest.
 
     files: torch files by part ("ar", "dvae", …). heads: of the AR model, where its .json or width / 64 is wrong.
     add: `out` is a checkpoint already, which lacks these parts. codebook_dim: only compared with the dVAE's. tokenizer,
@@ -328,7 +328,7 @@ def options(parts: Iterable[str]) -> str:
     return " ".join(f"--{part} {MODELS[part].file}" for part in parts)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     for part, model in MODELS.items():
         what = f"the {PART_TYPES[part].title}, .pth or .safetensors (default: {LOOK_IN / model.file})"
@@ -360,7 +360,11 @@ def main() -> None:
         action="store_true",
         help=f"fetch what is missing into {LOOK_IN}/ or --models ({size / 1e9:.1f} GB)",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     if not args.add:
         check_new(args.out, "--out")
     lines = convert(

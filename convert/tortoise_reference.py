@@ -62,7 +62,7 @@ def built(name: str, folder: Path, sizes: dict[str, Any]) -> torch.nn.Module:
 
 
 def without_torchaudio() -> None:
-    """Where torchaudio does not load nothing misses it: the package needs it for spectrograms, and no model does."""
+    """Puts a stand-in where torchaudio does not load: only the package's spectrograms need it, no model does."""
     try:
         import torchaudio  # noqa: F401
     except (ImportError, OSError):

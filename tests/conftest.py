@@ -22,7 +22,7 @@ import jax
 import pytest
 import torch
 
-from tests.support import torch_reference
+from tests.support import runs, torch_reference
 from tests.support.compilers import LITTLE_EFFORT
 from tests.support.parity import Twin, dvae_twin, voice_twin
 from tortoise_jax import parallel
@@ -84,6 +84,12 @@ def torch_dvae() -> torch_reference.DiscreteVAE:
 def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
     """`torch_dvae` converted to Flax."""
     return dvae_twin(torch_dvae)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with recordings and their data set, not to be changed; whole runs are written beside them."""
+    return runs.write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture

@@ -156,8 +156,7 @@ def test_16_bit_clips_are_scaled(model: api.Tortoise) -> None:
     np.testing.assert_array_equal(model.log_mel(waveform), model.log_mel(floats))
 
 
-def test_a_clip_has_the_codes_that_prepare_stores(tmp_path: Path) -> None:
-    project = runs.write_project(tmp_path)
+def test_a_clip_has_the_codes_that_prepare_stores(project: Path) -> None:
     model, data = tj.load(project / "checkpoint"), tj.Dataset.open(project / "data")
     differ = 0
     for i, stored in enumerate(data.clips):

@@ -132,6 +132,13 @@ def test_filters_equal_torchaudios():
     np.testing.assert_allclose(audio.mel_filters(), torch_reference.mel_filters().numpy(), rtol=0, atol=1e-8)
 
 
+def test_filters_and_window_are_librosas_bit_for_bit():
+    options = dict(sr=audio.SAMPLE_RATE, n_fft=audio.N_FFT, n_mels=audio.MEL_BANDS, fmax=audio.MEL_MAX_HZ)
+    np.testing.assert_array_equal(audio.mel_filters(), librosa.filters.mel(**options, htk=True, norm="slaney"))
+    window = librosa.filters.get_window("hann", audio.N_FFT, fftbins=True)
+    np.testing.assert_array_equal(audio.hann_window(), window.astype(np.float32))
+
+
 def test_log_mel_of_many_clips_jitted_and_vmapped_without_hidden_promotion():
     clips = np.stack([[_voice(3000, seed=seed)] for seed in range(4)])
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -361,7 +368,7 @@ def test_a_draft_of_speech_is_near_its_mel_and_the_updates_bring_it_there(monkey
 def test_copy_synthesis_comes_near_the_recording():
     """The benchmark as typed: recording -> codes -> waveform, through a small dVAE trained on other clips."""
     command = [sys.executable, "-m", "benchmarks.copy_synthesis", "--steps", "1000"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = {name.strip(): float(value) for name, value in re.findall(r"(.+?) +([\d.]+) dB from", done.stdout)}
     assert found["mel -> waveform"] < 1.5

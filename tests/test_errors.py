@@ -43,7 +43,9 @@ def test_a_reader_that_leaves_ends_a_program_without_a_word():
     read, write = os.pipe()
     os.close(read)
     program = f"{PROGRAM}    print('x' * 100_000)\nexit_with_one_line(main)"
-    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=280
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -35,7 +35,7 @@ exit_with_one_line(main)
 def run(voices: Path, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A command line of the package, by a user who is not root."""
     command = [sys.executable, "-c", PROGRAM, module, str(voices), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
 
 @pytest.fixture(scope="module")

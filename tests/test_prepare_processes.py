@@ -52,7 +52,9 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(voice_folder, tmp_pa
         tmp_path / "out",
         str(kills),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(r"(\d+) killed, (\d+) of them with work done, (\d+) finished alike, \d+ files\n", done.stdout)
     assert found, done.stdout
@@ -64,13 +66,13 @@ def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
     checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
     port = free_port()
     code = (
-        "import sys; from pathlib import Path; from tortoise_jax import parallel\n"
+        "import sys; from pathlib import Path; from tortoise_jax import multihost\n"
         "from tortoise_jax.data import shards, preparation\n"
         "written = []; write = shards.write_group\n"
         "shards.write_group = lambda out, number, *rest: (written.append(number), write(out, number, *rest))[1]\n"
         "data, checkpoint, out, address, rank = sys.argv[1:]\n"
         "hosts = int(address != 'alone') + 1\n"
-        "parallel.initialize(address, hosts, int(rank)) if hosts > 1 else None\n"
+        "multihost.initialize(address, hosts, int(rank)) if hosts > 1 else None\n"
         "preparation.prepare(data, checkpoint, out, preparation.Options(workers=0, group=3, max_rejected=1.0))\n"
         "print('groups', written)"
     )
@@ -220,7 +222,7 @@ def test_what_is_wrong_on_the_command_line_is_one_line(arguments, message, monke
 
 def test_check_from_the_command_line():
     command = [sys.executable, "-m", "tortoise_jax.prepare", "--data", VOICE, "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^kept +48 +0:01:36$", done.stdout, re.MULTILINE)
     assert done.stderr == "", "the bar is for terminals"

@@ -61,7 +61,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(user: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     python = [sys.executable, *words[1:]]
     environment = runs.environment() | {"PYTHONPATH": os.pathsep.join([str(user), str(ROOT)])}
-    return subprocess.run(python, cwd=user, env=environment, capture_output=True, text=True)
+    return subprocess.run(python, cwd=user, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def test_the_five_commands_of_real_use(user: Path) -> None:

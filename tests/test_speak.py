@@ -195,7 +195,9 @@ def test_no_clips_and_no_dvae_are_named(folder: Path, tmp_path: Path) -> None:
 
 def test_the_command_ends_with_one_line_and_code_2() -> None:
     command = [sys.executable, "-m", "tortoise_jax.speak", "--checkpoint", "nowhere", "--text", "hi"]
-    ended = subprocess.run([*command, "--voice", "v", "--out", "x.wav"], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [*command, "--voice", "v", "--out", "x.wav"], capture_output=True, text=True, check=False, timeout=280
+    )
     assert ended.returncode == 2
     (line,) = runs.own_lines(ended.stderr)
     assert line.startswith("error: nowhere does not exist; expected a converted checkpoint")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -27,10 +28,15 @@ import soundfile
 import tortoise_jax as tj
 from convert import flax_to_torch
 from tests.support import runs
+from tests.support.conversion import run as run_command
+from tests.support.runs import assert_one_line
+from tortoise_jax import speak
 from tortoise_jax.audio import SAMPLE_RATE
 from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tortoise_jax.data.dataset import Dataset
+from tortoise_jax.data.plan import BatchPlan
 from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import locked
@@ -38,11 +44,6 @@ from tortoise_jax.training import run_data
 
 STEPS = runs.FIELDS["steps"]
 KILLS = 40
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_python_makes_the_same_run_bit_for_bit(undisturbed: Path, project: Path)
         env=runs.environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=runs.SECONDS,
     )
     assert done.returncode == 0, done.stderr
     headers = [json.loads((project / of / "dataset.json").read_text())["sha256"] for of in ("data", "python/data")]
@@ -208,19 +209,33 @@ def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) ->
     assert runs.history(undisturbed) == before
 
 
+@pytest.fixture(scope="module")
+def two_lengths(project: Path) -> Path:
+    """`data/`, whose training rows have two lengths, and `run/` on it from start to end."""
+    folder = project / "two-lengths"
+    recordings = runs.write_recordings(folder / "recordings", clips=12)
+    prepare(recordings, project / "checkpoint", folder / "data", Options(workers=1))
+    dataset = Dataset.open(folder / "data")
+    plan = BatchPlan.for_training(dataset, dataset.split("train"), runs.FIELDS["batch_size"], seed=0, unit=1)
+    assert {plan.batch(step)[0] for step in range(STEPS)} == {64, 96}
+    done = runs.train(project, folder / "run", data=folder / "data")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_the_same_command_goes_on(project: Path, undisturbed: Path, number: signal.Signals) -> None:
-    run = project / f"stopped-by-{number}"
-    process = runs.start(project, run)
+def test_a_signal_saves_and_the_same_command_goes_on(project: Path, two_lengths: Path, number: signal.Signals) -> None:
+    run, data = two_lengths / f"stopped-by-{number}", two_lengths / "data"
+    process = runs.start(project, run, data=data)
     runs.wait_for_steps(run, 2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "stopped and saved at step" in output
-    done = runs.train(project, run)
+    done = runs.train(project, run, data=data)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stdout
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, two_lengths / "run")
 
 
 @pytest.mark.slow
@@ -277,6 +292,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
         env=runs.environment(),
         capture_output=True,
         text=True,
+        timeout=runs.SECONDS,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"
@@ -296,21 +312,21 @@ def test_a_run_that_overflows_stops_and_can_be_replayed(project: Path, tmp_path:
     assert_one_line(done, "2 steps in a row", "not finite", "optimizer.learning_rate")
     assert "the step was not applied. Clips: " in done.stderr + done.stdout
     [kept] = (tmp_path / "run" / "nonfinite").glob("step-*.npz")
-    replayed = runs.train(project, tmp_path / "run", "--replay", str(kept), **fields)
+    replayed = runs.train_here(project, tmp_path / "run", "--replay", str(kept), **fields)
     assert replayed.returncode == 0, replayed.stderr
     assert "its own loss is not finite" in replayed.stdout
-    assert_one_line(runs.train(project, tmp_path / "run", "--replay", "no.npz", **fields), "--replay no.npz")
+    assert_one_line(runs.train_here(project, tmp_path / "run", "--replay", "no.npz", **fields), "--replay no.npz")
 
 
-def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undisturbed: Path) -> None:
-    run = project / "damaged"
-    assert runs.train(project, run, keep_last=3).returncode == 0
+def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(undisturbed, run)
     for file in (run / "steps" / str(STEPS)).rglob("d/*"):
         content = bytearray(file.read_bytes())
         for place in range(0, len(content), 97):
             content[place] ^= 0x55
         file.write_bytes(content)
-    done = runs.train(project, run, keep_last=3)
+    done = runs.train(project, run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"steps/{STEPS} cannot be resumed from" in done.stdout
     assert "going on from step 3" in done.stdout
@@ -318,19 +334,22 @@ def test_flipped_bytes_fall_back_to_the_checkpoint_before(project: Path, undistu
     assert_same_run(run, undisturbed)
 
 
-def test_one_flipped_bit_is_refused_wherever_a_run_is_read(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_refused_wherever_a_run_is_read(
+    project: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     run = tmp_path / "flipped"
     shutil.copytree(undisturbed, run)
     step = json.loads((run / "summary.json").read_text())["best_step"]
     runs.flip_one_bit(run / "steps" / str(step) / "params", load_pretrained(run, ("ar",), step).ar.params)
     named = f"steps/{step}/params is damaged: its checksum is not what was written"
-    export = ["convert/flax_to_torch.py", run, "--step", step, "--out", tmp_path / "voice.pth"]
-    speak = ["-m", "tortoise_jax.speak", "--checkpoint", run, "--text", "Yes.", "--voice", runs.VOICE / "wavs"]
-    for words in (export, [*speak, "--out", tmp_path / "draft.wav"]):
-        command = [sys.executable, *map(str, words)]
-        assert_one_line(subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True), named)
+    export = [run, "--step", step, "--out", tmp_path / "voice.pth"]
+    say = ["--checkpoint", run, "--text", "Yes.", "--voice", runs.VOICE / "wavs", "--out", tmp_path / "draft.wav"]
+    for main, arguments in ((flax_to_torch.main, export), (speak.main, say)):
+        code, _, error = run_command(monkeypatch, capsys, main, *arguments)
+        assert code == 2
+        assert named in error
     assert not list(tmp_path.glob("voice.*")) + list(tmp_path.glob("draft.*"))
-    assert_one_line(runs.train(project, tmp_path / "next", checkpoint=run), named)
+    assert_one_line(runs.train_here(project, tmp_path / "next", checkpoint=run), named)
     with pytest.raises(UserError, match=named):
         tj.load(run)
 
@@ -409,7 +428,7 @@ def test_a_running_run_is_exported_and_keeps_as_many_checkpoints_as_asked(projec
 def test_one_run_at_a_time_in_a_folder(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with locked(run):
-        done = runs.train(project, run)
+        done = runs.train_here(project, run)
     assert_one_line(done, f"--workdir {run} is being written by", f"process {os.getpid()} on", "another --workdir")
     assert not run.exists()
 
@@ -420,14 +439,14 @@ def test_a_folder_of_something_else_is_no_workdir(project: Path, tmp_path: Path,
     theirs.parent.mkdir(parents=True)
     theirs.write_text('{"theirs": true}')
     named = f"--workdir {tmp_path / 'theirs'} holds a {name.split('/')[0]} that is no run's"
-    assert_one_line(runs.train(project, tmp_path / "theirs"), named)
+    assert_one_line(runs.train_here(project, tmp_path / "theirs"), named)
     assert [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()] == [theirs]
 
 
 def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
     project: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Of the same shapes, of others, and other weights in the same place; a copy elsewhere is the same one."""
+    """Of the same shapes, and of others."""
     start = load_pretrained(project / "checkpoint")
     changed = jax.tree.map(np.array, start.ar.params)
     changed["mel_head"]["bias"][0] += 1
@@ -438,13 +457,9 @@ def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
     }
     for what, checkpoint in other.items():
         save_pretrained(checkpoint, tmp_path / what)
-        done = runs.train(project, undisturbed, checkpoint=tmp_path / what)
+        done = runs.train_here(project, undisturbed, checkpoint=tmp_path / what)
         named = f"config.checkpoint ({project / 'checkpoint'} -> {tmp_path / what})"
         assert_one_line(done, named, f"its AR model had other {what}", "--workdir")
-    shutil.copytree(project / "checkpoint", tmp_path / "moved")
-    moved = runs.train(project, undisturbed, checkpoint=tmp_path / "moved", sample_every=4, prompts="('Yes.',)")
-    assert moved.returncode == 0, moved.stderr
-    assert "changed since the run began: checkpoint: " in moved.stdout
 
 
 def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, tmp_path: Path) -> None:
@@ -456,11 +471,11 @@ def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, 
     again = f"python -m tortoise_jax.prepare --data {recordings} --checkpoint"
 
     manifest.write_text(texts.rstrip() + " And more.\n")
-    assert_one_line(runs.train(project, tmp_path / "run", data=recordings), "changed since", again)
+    assert_one_line(runs.train_here(project, tmp_path / "run", data=recordings), "changed since", again)
     manifest.write_text(texts)
     first.unlink()  # a link to the bundled voice
     first.write_bytes(sound)
-    assert_one_line(runs.train(project, tmp_path / "run", data=recordings), "changed since", again)
+    assert_one_line(runs.train_here(project, tmp_path / "run", data=recordings), "changed since", again)
     prepare(recordings, project / "checkpoint", prepared, Options(workers=1))
     shutil.move(recordings, tmp_path / "moved")
     prepared.rename(tmp_path / "moved-prepared")
@@ -472,17 +487,21 @@ def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, 
     assert "moved-prepared was made by an older version: it is used as it is" in done.stdout
 
 
-def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path) -> None:
-    listed = runs.train(project, undisturbed, text_weight=0.02, sample_every=4, prompts="('Yes.',)")
+def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A copy of the checkpoint elsewhere is the same one."""
+    moved = shutil.copytree(project / "checkpoint", tmp_path / "moved")
+    changed = {"text_weight": 0.02, "checkpoint": moved}
+    listed = runs.train(project, undisturbed, sample_every=4, prompts="('Yes.',)", **changed)
     assert listed.returncode == 0, listed.stderr
     assert "changed since the run began: text_weight: 0.01 -> 0.02" in listed.stdout
-    refused = runs.train(project, undisturbed, batch_size=3, optimizer__name="adafactor")
+    assert "changed since the run began: checkpoint: " in listed.stdout
+    refused = runs.train_here(project, undisturbed, batch_size=3, optimizer__name="adafactor")
     assert_one_line(refused, "batch_size: 4 -> 3", "optimizer.name: 'adamw' -> 'adafactor'", "--workdir")
 
 
 def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
     recordings = runs.write_recordings(tmp_path / "recordings", clips=8)
-    done = runs.train(project, undisturbed, data=recordings)
+    done = runs.train_here(project, undisturbed, data=recordings)
     assert_one_line(done, f"data: {project / 'data'} -> {recordings}", "--workdir")
     assert "digest" not in done.stderr
     assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
@@ -496,13 +515,13 @@ def test_a_data_set_without_a_clip_to_train_on_is_refused(project: Path, tmp_pat
     rows = [f"wavs/{paths[name].name}\t{text}" for name, text, *_ in (line.split("|") for line in lines)]
     table = recordings / "dev.tsv"
     table.write_text("\n".join(["audio\ttext", *rows]) + "\n")
-    done = runs.train(project, tmp_path / "run", data=table, batch_size=None)
+    done = runs.train_here(project, tmp_path / "run", data=table, batch_size=None)
     assert_one_line(done, "no clip to train on", "all 4 are held out")
 
 
 def test_a_data_set_of_another_dvae_is_refused(project: Path, tmp_path: Path) -> None:
     other = runs.write_checkpoint(tmp_path / "other", seed=5)
-    assert_one_line(runs.train(project, tmp_path / "run", checkpoint=other), "another dVAE", "prepare it again")
+    assert_one_line(runs.train_here(project, tmp_path / "run", checkpoint=other), "another dVAE", "prepare it again")
 
 
 def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
@@ -516,7 +535,7 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
         optimizer__freeze="conditioning_encoder/.*",
     )
     assert done.returncode == 0, done.stderr
-    assert "recipe for tens of clips (11), optimizer.learning_rate=2e-06" in done.stdout
+    assert "recipe for tens of clips (9), optimizer.learning_rate=2e-06" in done.stdout
     before = load_pretrained(project / "checkpoint", ("ar",)).ar.params
     after = load_pretrained(tmp_path / "run", ("ar",), 2).ar.params
     jax.tree.map(np.testing.assert_array_equal, after["conditioning_encoder"], before["conditioning_encoder"])
@@ -553,8 +572,8 @@ def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) 
 
 
 def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Path) -> None:
-    for data in (project / "data", tmp_path / "none"):
-        done = runs.train(project, tmp_path / "run", "--plan", data=data)
+    for data, start in ((project / "data", runs.train), (tmp_path / "none", runs.train_here)):
+        done = start(project, tmp_path / "run", "--plan", data=data)
         assert done.returncode == 0, done.stderr
         for part in (
             "parameters: ",
@@ -569,31 +588,24 @@ def test_the_plan_comes_with_and_without_a_data_set(project: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2 and one line on stderr, with all of these in it."""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(errors) == 1
-    assert not [part for part in parts if part not in errors[0]], errors[0]
-
-
 def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert_one_line(runs.train(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
-    assert_one_line(runs.train(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
-    assert_one_line(runs.train(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it")
-    assert_one_line(runs.train(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
-    assert_one_line(runs.train(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
-    assert_one_line(runs.train(project, run, "--config.stepps=3"), "stepps")
-    assert_one_line(runs.train(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
+    assert_one_line(runs.train_here(project, run, checkpoint=tmp_path / "no"), "no does not exist", "torch_to_flax")
+    assert_one_line(runs.train_here(project, run, data=tmp_path / "no"), "config.data=", "does not exist")
     assert_one_line(
-        runs.train(project, run, optimizer__freeze=".*"), "matches every parameter: nothing would be trained"
+        runs.train_here(project, run, data="/"), "config.data=/", "no data set, and none can be made beside it"
     )
-    unknown = runs.train(project, run, sample_every=3, prompts="('Rock & roll.',)")
+    assert_one_line(runs.train_here(project, run, data="/dev/null"), "/dev/null: is a device, expected a file")
+    assert_one_line(runs.train_here(project, run, seed=2**32), "seed is 4294967296, expected 0 to 2147483647")
+    assert_one_line(runs.train_here(project, run, "--config.stepps=3"), "stepps")
+    assert_one_line(runs.train_here(project, run, optimizer__freeze="nothing.*"), "matches no parameter")
+    assert_one_line(
+        runs.train_here(project, run, optimizer__freeze=".*"), "matches every parameter: nothing would be trained"
+    )
+    unknown = runs.train_here(project, run, sample_every=3, prompts="('Rock & roll.',)")
     assert_one_line(unknown, "prompts: 'Rock & roll.' holds characters the tokenizer does not know: &")
     (tmp_path / "file").write_text("")
-    assert_one_line(runs.train(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
+    assert_one_line(runs.train_here(project, tmp_path / "file" / "run"), "--workdir", "cannot be written")
     assert not run.exists()
 
 
@@ -609,16 +621,16 @@ def test_steps_saved_elsewhere_are_resumed_from_and_exported(project: Path, undi
     ours, theirs = (load_pretrained(path, ("ar",)).ar.params for path in (run, undisturbed))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     assert (run / "voice.pth").exists()
-    moved = runs.train(project, run, save_to=tmp_path / "other", steps=8)
+    moved = runs.train_here(project, run, save_to=tmp_path / "other", steps=8)
     assert moved.returncode == 2
     assert "was begun with what cannot change: save_to" in moved.stderr
-    another = runs.train(project, tmp_path / "another", save_to=bucket)
+    another = runs.train_here(project, tmp_path / "another", save_to=bucket)
     assert another.returncode == 2
     assert f"config.save_to={bucket} holds steps of another run; choose an empty folder" in another.stderr
 
 
 def test_a_bucket_that_cannot_be_reached_is_one_line(project: Path, tmp_path: Path) -> None:
-    done = runs.train(project, tmp_path / "run", save_to="gs://nobodys/steps")
+    done = runs.train_here(project, tmp_path / "run", save_to="gs://nobodys/steps")
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if "error" in line]
     assert "gs://nobodys/steps, where" in line

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from pathlib import Path
 
 import jax
@@ -13,20 +12,16 @@ import pytest
 import torch
 
 from tests.support import runs
+from tests.support.runs import assert_one_line
 from tests.support.torch_reference import DiscreteVAE
 from tortoise_jax.audio import log_mel
-from tortoise_jax.checkpoints.pretrained import load_pretrained
+from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.training import dvae_run
 
 STEPS = runs.DVAE_FIELDS["steps"]
 TINY = {"model__codebook_dim": 8, "model__codes": 16, "model__hidden": 8, "model__res_blocks": 1}
 SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +38,6 @@ def tuned(project: Path) -> Path:
 
 def contents(folder: Path) -> dict[Path, str]:
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert not [part for part in parts if part not in line], line
 
 
 def weights(run: Path) -> list[np.ndarray]:
@@ -109,21 +98,10 @@ def test_tensorboard_holds_the_codes_and_the_bands(tuned: Path) -> None:
 def test_data_sets_of_the_old_dvae_are_refused_with_the_reason(project: Path, tuned: Path, tmp_path: Path) -> None:
     """An AR model with the tuned dVAE, on the data set that was prepared before."""
     checkpoint = tmp_path / "both"
-    subprocess.run(
-        [*runs.command(project, tuned)[:1], "-c", JOIN, str(project / "checkpoint"), str(tuned), str(checkpoint)],
-        cwd=runs.ROOT, env=runs.environment(), check=True,
-    )  # fmt: skip
-    done = runs.train(project, tmp_path / "run", checkpoint=checkpoint)
+    start = load_pretrained(project / "checkpoint")
+    save_pretrained(start.with_part("dvae", load_pretrained(tuned).dvae), checkpoint)
+    done = runs.train_here(project, tmp_path / "run", checkpoint=checkpoint)
     assert_one_line(done, "another dVAE", "its codes stand for other sounds", "prepare it again")
-
-
-JOIN = """
-import sys
-from pathlib import Path
-from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
-start, tuned, out = sys.argv[1:]
-save_pretrained(load_pretrained(start).with_part("dvae", load_pretrained(tuned).dvae), Path(out))
-"""
 
 
 @pytest.mark.slow
@@ -178,11 +156,11 @@ def test_a_plan_of_dvae_training(project: Path, tmp_path: Path) -> None:
 
 
 def test_what_users_get_wrong_ends_in_one_line(project: Path, tuned: Path, tmp_path: Path) -> None:
-    train = lambda run, **fields: runs.train(project, run, kind="dvae", **fields)
+    train = lambda run, **fields: runs.train_here(project, run, kind="dvae", **fields)
     before = contents(project / "checkpoint")
     assert_one_line(train(project / "checkpoint"), "is a converted checkpoint", "another folder")
     assert contents(project / "checkpoint") == before
-    assert_one_line(runs.train(project, tuned), "trains the dVAE, not the AR model")
+    assert_one_line(runs.train_here(project, tuned), "trains the dVAE, not the AR model")
     assert_one_line(train(tmp_path / "run", optimizer__freeze="nothing.*"), "matches no parameter")
     assert_one_line(train(tmp_path / "run", reconstruction="l1"), "one of mse, smooth_l1")
     assert_one_line(train(tmp_path / "run", conditioning_clips=2), "conditioning_clips")

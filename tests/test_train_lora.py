@@ -31,11 +31,6 @@ FIELDS["optimizer__schedule"] = "constant"  # else the rate falls by how many st
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
 def lora_run(project: Path) -> Path:
     """A run stopped after three steps and taken up again, on two devices, with a draft and an export."""
     run = project / "lora"

@@ -5,7 +5,7 @@
     run = tj.train(tj.get_config(data="data-prepared"), workdir="runs/voice")
     tj.load(run).export("voice.pth")
 
-Alone in the package it reaches what is above it: the configurations, and convert/ where torch is installed.
+It is the only module that imports from outside the package: the configurations, and convert/ if torch is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import ar, dvae
-from tortoise_jax import parallel
+from tortoise_jax import multihost, parallel
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data import preparation
@@ -62,7 +62,7 @@ def check(
 
 
 def options_of(options: Options | None, fields: Mapping[str, Any]) -> Options:
-    """Raises UserError for a field that there is not."""
+    """Raises UserError for an unknown field."""
     known = [field.name for field in dataclasses.fields(Options)]
     for name in fields:
         if name not in known:
@@ -79,7 +79,7 @@ def get_config(trains: str = AR, **fields: Any) -> ConfigDict:
     """The configuration of configs/ar.py, or configs/dvae.py for trains="dvae", with fields set.
 
     fields: by name, those in a group too: tj.get_config(steps=100, **{"optimizer.learning_rate": 1e-5}). Raises
-    UserError for a field that there is not, and for a value out of its range.
+    UserError for an unknown field, and for a value out of its range.
     """
     if trains not in KINDS:
         raise UserError(f"trains is {trains!r}, expected one of {', '.join(KINDS)}")
@@ -112,9 +112,9 @@ def train(settings: ConfigDict, workdir: str | Path = "") -> Path:
     config.check(settings, kind.schema)
     workdir = str(check_path(workdir, "workdir")) if workdir != "" else ""
     parallel.prepare_process(settings.deterministic)
-    parallel.initialize()
+    multihost.initialize()
     asked = Asked(workdir, export=torch_writer(), again="the same call")
-    with parallel.ending_together():
+    with multihost.ending_together():
         return train_run(kind, copy.deepcopy(settings), asked)
 
 
@@ -150,7 +150,7 @@ def export(
 
 
 def torch_writer() -> Export | None:
-    """What writes a run's best step as a torch file, where torch is installed; it is imported at the end alone."""
+    """The function that writes a run's best step as a torch file, None without torch; it imports torch when called."""
     return None if importlib.util.find_spec("torch") is None else _write_run
 
 

@@ -38,7 +38,7 @@ LOCK = ".tortoise_jax-lock"
 
 @contextlib.contextmanager
 def locked(folder: Path, flag: str = "") -> Iterator[None]:
-    """A folder, made where there is none, for this process alone. flag: by which the user named it.
+    """Keeps a folder for this process alone, and makes it if it is missing. flag: by which the user named it.
 
     Raises UserError that says which process has it. The operating system ends a lock with its process, however that
     ends, so none is ever stale; storage that hosts share (NFS, Lustre) knows those of other hosts.
@@ -190,7 +190,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 def remove_unfinished(folder: Path) -> None:
     """Removes a folder whose writing failed.
 
-    Of the threads that write a checkpoint the first to fail is heard; the others still write, and make the folder anew.
+    Several threads write a checkpoint: when the first one fails, the others still write, and make the folder again.
     """
     quiet_since, deadline = time.monotonic(), time.monotonic() + 10
     while time.monotonic() < min(quiet_since + 0.3, deadline):

@@ -1,4 +1,4 @@
-"""What C++ code writes to stderr, and how it aborts a process, under our control: one line and an exit code instead.
+"""Turns what C++ code writes to stderr when it aborts the process into one line and an exit code.
 
 JAX's coordination service aborts a process when another host is lost or never came: a C++ stack, SIGABRT and a core
 dump, no Python exception. (Its callback for Python cannot be called in jaxlib 0.10.2: "std::bad_cast".) So the

@@ -564,7 +564,7 @@ def test_what_lies_beside_out_is_not_touched(converted, tmp_path) -> None:
         ("flax_to_torch", [converted, "--out", tmp_path / "voice.pth"]),
     ):
         command = [sys.executable, ROOT / "convert" / f"{script}.py", *arguments]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=280)
         if script == "flax_to_torch":
             assert done.returncode == 0, done.stderr
         else:
@@ -752,7 +752,9 @@ def test_a_full_disk_leaves_nothing(converted, command: str, tmp_path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = str(ROOT / "convert" / f"{command}.py")
-    done = subprocess.run([sys.executable, "-c", limited, script, *arguments[command]], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", limited, script, *arguments[command]], capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 2, done.stderr
     # tensorstore's threads may print tracebacks beside it, some without an end of line.
     assert [line for line in done.stderr.splitlines() if "error: " in line and "cannot be written" in line], done.stderr

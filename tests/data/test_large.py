@@ -25,7 +25,7 @@ print("peak", int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_
 def check(data: Path, *options: str) -> tuple[str, int]:
     """What `prepare --check` prints, and its peak memory in MB."""
     command = [sys.executable, "-c", MEASURED, "--data", str(data), "--check", "--workers", "0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stderr
     printed, peak = re.fullmatch(r"(.*)peak (\d+)\n", done.stdout, re.DOTALL).groups()
     return printed, int(peak)

@@ -9,13 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 
 from tests.support.changes import edited, swapped, transposed
 from tests.support.parity import MODULE, Change, assert_close, twin_of
-from tests.support.released import CLVP_PARAMETERS
+from tests.support.released import PARAMETERS, torch_model
 from tests.support.synthesis_models import Comparison, clvp_comparison
-from tests.support.torch_reference import CLVP as TorchCLVP
 from tests.support.torch_reference import tiny_clvp
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.models import clvp
@@ -142,7 +140,6 @@ def test_trap_3_padding_and_the_texts_extra_zero_are_part_of_the_score() -> None
 
 
 def test_released_size() -> None:
-    with torch.device("meta"):
-        state = TorchCLVP().state_dict()
+    state = torch_model("clvp").state_dict()
     assert len(state) == 451
-    assert sum(tensor.numel() for tensor in state.values()) == CLVP_PARAMETERS
+    assert sum(tensor.numel() for tensor in state.values()) == PARAMETERS["clvp"]

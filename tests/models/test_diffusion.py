@@ -14,9 +14,9 @@ import torch
 
 from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
 from tests.support.parity import MODULE, Change, Twin, assert_close, error, twin_of
-from tests.support.released import DIFFUSION_PARAMETERS
+from tests.support.released import PARAMETERS, torch_model
 from tests.support.synthesis_models import Comparison, channels_last, diffusion_comparison
-from tests.support.torch_reference import DiffusionTts, tiny_diffusion
+from tests.support.torch_reference import tiny_diffusion
 from tests.support.torch_reference.diffusion import bucket
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.models import diffusion
@@ -314,7 +314,6 @@ def test_frames_of_codes() -> None:
 
 
 def test_released_size() -> None:
-    with torch.device("meta"):
-        state = DiffusionTts().state_dict()
+    state = torch_model("diffusion").state_dict()
     assert len(state) == 359
-    assert sum(tensor.numel() for tensor in state.values()) == DIFFUSION_PARAMETERS
+    assert sum(tensor.numel() for tensor in state.values()) == PARAMETERS["diffusion"]

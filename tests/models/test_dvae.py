@@ -28,7 +28,7 @@ from tests.support.parity import (
     numpy,
     part_tree,
 )
-from tests.support.released import DVAE_PARAMETERS
+from tests.support.released import PARAMETERS
 from tests.support.torch_reference import tiny_dvae
 from tortoise_jax.checkpoints.parts import abstract_variables, in_collections
 from tortoise_jax.models import dvae as dvae_module
@@ -221,5 +221,5 @@ def test_training_forward_parity_fires_without_straight_through(
 def test_released_dimensions() -> None:
     shapes = abstract_variables(RELEASED)
     assert shapes.keys() == {"params", "codebook"}
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == DVAE_PARAMETERS
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS["dvae"]
     assert RELEASED.frames_per_code == 4

@@ -28,7 +28,7 @@ from tests.support.parity import (
     numpy,
     voice_tree,
 )
-from tests.support.released import UNIFIED_VOICE_PARAMETERS
+from tests.support.released import PARAMETERS
 from tests.support.small import CONFIG, joined_batch
 from tests.support.torch_reference import SAMPLES_PER_CODE, random_batch, record_outputs, tiny_unified_voice
 from tests.support.upstream_layout import upstream_batch
@@ -228,7 +228,7 @@ def test_released_dimensions() -> None:
     config = RELEASED
     row, mel = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 1, 8, 80))
     shapes = jax.eval_shape(lambda: UnifiedVoice(config).init(jax.random.key(0), mel, row, row, row))["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == UNIFIED_VOICE_PARAMETERS
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS["ar"]
     assert (config.codes, config.start_mel, config.stop_mel, config.start_text) == (8192, 8192, 8193, 255)
 
 

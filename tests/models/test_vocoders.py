@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 
 from tests.support.changes import edited, noise, swapped, transposed
 from tests.support.parity import MODULE, Change, Tree, assert_close, twin_of
-from tests.support.released import (
-    HIFIGAN_PARAMETERS,
-    RANDOM_AR_PARAMETERS,
-    RANDOM_DIFFUSION_PARAMETERS,
-    VOCODER_PARAMETERS,
-)
+from tests.support.released import PARAMETERS, torch_model
 from tests.support.synthesis_models import (
     Comparison,
     hifigan_comparison,
@@ -27,14 +21,10 @@ from tests.support.synthesis_models import (
     vocoder_comparison,
 )
 from tests.support.torch_reference import (
-    Hifigan,
-    RandomLatentConverter,
-    UnivNet,
     tiny_hifigan,
     tiny_random_voice,
     tiny_vocoder,
 )
-from tests.support.torch_reference.builders import quietly
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.models import convolutions, hifigan, random_voice, vocoder
 
@@ -317,17 +307,12 @@ def test_random_voices_parity_fires_for_mistakes(name: str, wrong: Any, monkeypa
 # Sizes
 
 
-def test_released_sizes() -> None:
-    with torch.device("meta"):
-        models = {
-            VOCODER_PARAMETERS: (quietly(UnivNet), 132),
-            HIFIGAN_PARAMETERS: (quietly(Hifigan), 236),
-            RANDOM_AR_PARAMETERS: (RandomLatentConverter(1024), 12),
-            RANDOM_DIFFUSION_PARAMETERS: (RandomLatentConverter(2048), 12),
-        }
-    for parameters, (model, tensors) in models.items():
-        state = model.state_dict()
-        assert (len(state), sum(tensor.numel() for tensor in state.values())) == (tensors, parameters)
+@pytest.mark.parametrize(
+    ("part", "tensors"), [("vocoder", 132), ("hifigan", 236), ("random_ar", 12), ("random_diffusion", 12)]
+)
+def test_released_sizes(part: str, tensors: int) -> None:
+    state = torch_model(part).state_dict()
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == (tensors, PARAMETERS[part])
 
 
 def test_lengths_of_the_fast_path() -> None:

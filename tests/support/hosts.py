@@ -12,7 +12,7 @@ import time
 import jax
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 
-from tortoise_jax import parallel
+from tortoise_jax import multihost, parallel
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.training import stopping
 
@@ -21,11 +21,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     way, *coordinates = sys.argv[1:]
     if coordinates:
-        parallel.initialize(coordinates[0], int(coordinates[1]), int(coordinates[2]))
+        multihost.initialize(coordinates[0], int(coordinates[1]), int(coordinates[2]))
     else:
-        parallel.initialize()
+        multihost.initialize()
     say(f"joined {parallel.process_count()}")
-    with parallel.ending_together():
+    with multihost.ending_together():
         WAYS[way]()
     say("ended")
 
@@ -35,7 +35,7 @@ def say(line: str) -> None:
 
 
 def nothing() -> None:
-    parallel.wait_for_all("nothing")
+    multihost.wait_for_all("nothing")
 
 
 def cards() -> None:
@@ -43,8 +43,8 @@ def cards() -> None:
 
 
 def total() -> None:
-    parallel.any_host(True)
-    parallel.wait_for_all("summed")
+    multihost.any_host(True)
+    multihost.wait_for_all("summed")
 
 
 def idle() -> None:
@@ -55,7 +55,7 @@ def idle() -> None:
 def steps() -> None:
     """A sum over all hosts per step, for ever."""
     for step in range(10**9):
-        parallel.any_host(False)
+        multihost.any_host(False)
         if step == 0:
             say("stepping")
 
@@ -67,7 +67,7 @@ def stop() -> None:
             time.sleep(0.01 * (1 + parallel.process_index()))
             if step == 5:
                 say("stepping")
-            if parallel.stop_requested(step, interrupted()):
+            if multihost.stop_requested(step, interrupted()):
                 say(f"stopped after step {step}")
                 return
 
@@ -75,7 +75,7 @@ def stop() -> None:
 def fail() -> None:
     """One host finds something wrong, the others are in a step."""
     if parallel.process_index() == 1:
-        parallel.any_host(False)
+        multihost.any_host(False)
         raise UserError("the disk is full")
     steps()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -13,10 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
+from absl.testing import flagsaver
 
+import train as train_command
 from tests.support import small
 from tests.support.host_processes import free_port
 from tortoise_jax.audio import default_mel_norms
@@ -24,6 +29,7 @@ from tortoise_jax.checkpoints.parts import Part, abstract_tree
 from tortoise_jax.checkpoints.pretrained import Pretrained, save_pretrained
 from tortoise_jax.checkpoints.trees import save_tree
 from tortoise_jax.data.preparation import Options, prepare
+from tortoise_jax.errors import exit_with_one_line
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -33,7 +39,8 @@ AR = dataclasses.replace(
     small.CONFIG, text_tokens=256, mel_tokens=18, text_positions=60, mel_positions=70, mel_channels=80
 )
 DVAE = DVAEConfig(codebook_dim=8, codes=16, hidden=8, layers=2, res_blocks=1)
-CLIPS = 12
+SECONDS = 280  # for a run to end, on a busy machine
+CLIPS = 10  # few of which are short, so that they are padded like the long ones: a step has one shape to compile
 # DLAS's recipe at a size and rate at which a few steps matter; drafts only where a test asks for them.
 FIELDS = {
     "steps": 6,
@@ -112,8 +119,32 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def train(project: Path, run: Path, *more: str, devices: int = 1, **fields: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(project, run, *more, **fields), cwd=ROOT, env=environment(devices), capture_output=True, text=True
+        command(project, run, *more, **fields),
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
+
+
+def train_here(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+    """The same command in this process, on its eight devices: quick where a run is refused before its first step."""
+    words = command(project, run, *more, **fields)[1:]
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with (
+        flagsaver.flagsaver(),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "unraisablehook"),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            exit_with_one_line(train_command.main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def start(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.Popen[str]:
@@ -164,6 +195,15 @@ def start_hosts(
             )
         )
     return started
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 2 and one line on stderr, with all of these in it."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(errors) == 1
+    assert not [part for part in parts if part not in errors[0]], errors[0]
 
 
 def own_lines(stderr: str) -> list[str]:

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.released import DVAE_PARAMETERS, UNIFIED_VOICE_PARAMETERS
+from tests.support.released import PARAMETERS, torch_model
 from tests.support.torch_reference import (
     HISTORY_COLUMNS,
     SAMPLES_PER_CODE,
-    DiscreteVAE,
     Recipe,
     Trainer,
     UnifiedVoice,
@@ -66,11 +65,10 @@ def model() -> UnifiedVoice:
 
 
 def test_unified_voice_of_the_released_size() -> None:
-    with torch.device("meta"):
-        state = UnifiedVoice().state_dict()
+    state = torch_model("ar").state_dict()
     assert list(state) == unified_voice_keys(layers=30)
     assert len(state) == 410
-    assert sum(tensor.numel() for tensor in state.values()) == UNIFIED_VOICE_PARAMETERS
+    assert sum(tensor.numel() for tensor in state.values()) == PARAMETERS["ar"]
     expected = {
         "conditioning_encoder.init.weight": (1024, 80, 1),
         "conditioning_encoder.attn.5.qkv.weight": (3072, 1024, 1),
@@ -87,8 +85,7 @@ def test_unified_voice_of_the_released_size() -> None:
 
 
 def test_dvae_of_the_released_size() -> None:
-    with torch.device("meta"):
-        state = DiscreteVAE().state_dict()
+    state = torch_model("dvae").state_dict()
     keys = weight_and_bias("encoder.0.0", "encoder.1.0")
     keys += weight_and_bias(*[f"encoder.{i}.net.{j}" for i in (2, 3, 4) for j in (0, 2, 4)], "encoder.5", "decoder.0")
     keys += weight_and_bias(*[f"decoder.{i}.net.{j}" for i in (1, 2, 3) for j in (0, 2, 4)])
@@ -96,7 +93,7 @@ def test_dvae_of_the_released_size() -> None:
     keys += ["codebook.embed", "codebook.cluster_size", "codebook.embed_avg"]
     assert list(state) == keys
     assert len(state) == 53
-    assert sum(tensor.numel() for tensor in state.values()) == DVAE_PARAMETERS
+    assert sum(tensor.numel() for tensor in state.values()) == PARAMETERS["dvae"]
     assert tuple(state["codebook.embed"].shape) == (512, 8192)
     assert tuple(state["decoder.4.0.conv.weight"].shape) == (1024, 1024, 3)
     assert tuple(state["decoder.5.0.conv.weight"].shape) == (512, 1024, 3)

@@ -340,7 +340,7 @@ def show_plan(
         "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": effort,
     }
     command = runs.command(project, project / "run", *flags, **fields)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200)
 
 
 @needs_compilers

@@ -183,13 +183,13 @@ def test_what_help_shows_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_ends_in_one_line() -> None:
-    done = subprocess.run([sys.executable, "train.py", "stray"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py", "stray"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2
     assert runs.own_lines(done.stderr) == ["error: unexpected argument 'stray'; flags begin with --, see --help"]
 
 
 def test_help_names_every_field() -> None:
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0
     shown = done.stdout.replace("'--config", "--config")
     assert not [name for name in config.flat(ar.get_config()) if f"\n  --config.{name}=" not in shown]

@@ -1,4 +1,4 @@
-"""The adapters of a run apart from its model: one small .npz, which a converted checkpoint can be given again.
+"""The adapters of a run apart from its model: one small .npz, which can be merged into a converted checkpoint.
 
 It holds each adapter's arrays by path ("lora/attn/c_attn/a") and, as "about", what they were trained on.
 """

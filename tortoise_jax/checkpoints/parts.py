@@ -85,7 +85,7 @@ class Part:
 
     variables: arrays by collection; only their shapes where the weights were not asked for.
     digest: sha256 of the weights that were converted; "" where an old checkpoint does not state it. checksum: of the
-    weights on disk, where they are on disk alone.
+    weights on disk, where they are not in memory.
     """
 
     config: Any

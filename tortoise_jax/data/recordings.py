@@ -1,4 +1,4 @@
-"""Audio files to waveforms, measured; runs in worker processes, so that decoding costs no time."""
+"""Audio files to waveforms, measured; runs in worker processes, so that nothing waits for decoding."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ def assign_splits(
 ) -> list[str]:
     """The split of each clip, from its speaker, its cleaned text and the split its line gives ("": none).
 
-    Where a line asks for validation, lines decide: what is not asked to be held out is trained on, except for other
-    clips of a held-out text. Otherwise texts are held out by a hash of (seed, text) until every speaker has `part` of
+    If any line asks for validation, the lines decide: every other clip is trained on, unless its text is held out.
+    Otherwise texts are held out by a hash of (seed, text) until every speaker has `part` of
     his clips held out, at least one; nobody's last text to train on is taken. Adding clips moves few others.
     """
     held_out = {text for text, split in zip(texts, given, strict=True) if split == VALIDATION}

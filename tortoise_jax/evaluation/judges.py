@@ -23,7 +23,7 @@ SHORTEST_SECONDS = 0.25  # nothing can be said of less
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a judge says of clips: one answer for each, None where a clip is too short or silent; by: who he is."""
+    """What a judge says of clips: one answer for each, None where a clip is too short or silent; by: its name."""
 
     of_clips: list[Any]
     by: str

@@ -69,8 +69,8 @@ def find_sentences(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {file}: cannot be read: {error}") from None
     held_out = {
-        dataset.clips[i].text: Sentence(dataset.clips[i].text, place)
-        for place, i in enumerate(references)
+        dataset.clips[i].text: Sentence(dataset.clips[i].text, index)
+        for index, i in enumerate(references)
         if dataset.clips[i].split == "validation"
     }
     given = dict.fromkeys(line.strip() for line in lines if line.strip())
@@ -100,7 +100,7 @@ def small_vocabulary(dataset: Dataset, sentences: Sequence[Sentence], cleaner: s
 
 
 def steps_of(run: Path) -> list[int]:
-    """The start, and what a run kept."""
+    """The steps to evaluate: the start, and every checkpoint that the run kept."""
     return sorted({0, *RunCheckpoints.to_read(run).steps()})
 
 

@@ -193,7 +193,7 @@ def advice(rows: Sequence[Row], run: str) -> str:
 
 
 def believable(rows: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
-    """What counts; and what does not because of what a judge says of the recordings or their codes, with the reason."""
+    """The columns that count; and why others do not, by what a judge says of the recordings or of their codes."""
     named = {row.name: row.values for row in rows}
     missed, others = named[RECORDINGS].get(WORDS), named.get(OTHERS, {}).get(LIKENESS)
     doubts = {}

@@ -169,7 +169,7 @@ def recomputed(run: Run, compute: Compute) -> Run:
 
 
 def recomputed_late(run: Run) -> Run:
-    """`run`, all computed again in the backward pass when the gradient of its output is there, and used up there.
+    """`run`, recomputed in the backward pass only when the gradient of its output is known, and freed after its use.
 
     XLA on CPU orders only what depends on each other. Of blocks in one program it computes all again at once, and
     leaves the gradients of all weights to the end, unless each block waits for its gradient and the one before it for
@@ -203,7 +203,7 @@ def recomputed_late(run: Run) -> Run:
 
 
 def once_computed(tree: Any, x: Array) -> Array:
-    """x, not before the tree's arrays are there; NaN where one of them begins with NaN, as diverged gradients do."""
+    """x, but only after the tree's arrays are computed; NaN if one of them begins with it, as diverged gradients do."""
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return x

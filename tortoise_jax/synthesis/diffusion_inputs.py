@@ -1,4 +1,4 @@
-"""What decoders take of the AR model: its hidden states at drawn codes; for the diffusion model at repaired codes.
+"""What decoders read of the AR model: its hidden states at the drawn codes, for the diffusion model at repaired ones.
 
 As tortoise does it (its fix_autoregressive_output, and the cut before diffusion).
 """

@@ -87,8 +87,8 @@ def say(
 ) -> list[Utterance]:
     """Draws candidates for each part of a text and keeps the best. voice (d,); batch: candidates drawn at once.
 
-    The parts draw with seeds that follow each other from `seed` on. Short of `batch` candidates, several parts are
-    drawn at once; what is drawn does not depend on it. Where the preset has a CLVP it ranks them, as in TorToiSe;
+    Part i draws with seed + i. Where one part has fewer candidates than `batch`, several parts are drawn at once; what
+    is drawn does not depend on it. Where the preset has a CLVP it ranks them, as in TorToiSe;
     without it a candidate's flaws and likelihood do.
     """
     text_ids = [pretrained.tokenizer.encode(text, cleaner) for text in texts]
@@ -102,8 +102,8 @@ def say(
                 weights, pretrained.ar.config, voice, prompts, seeds, options, count, first, progress
             )
         made = evaluate(pretrained, preset, drawn, [*range(first, first + count)] * len(parts))
-        for place, i in enumerate(parts):
-            found[i] += made[place * count : (place + 1) * count]
+        for index, i in enumerate(parts):
+            found[i] += made[index * count : (index + 1) * count]
     if CLVP in preset.parts:
         clvp = pretrained.part(CLVP)
         found = [scored(clvp, ids, found[i], f"part {i + 1}, scores") for i, ids in enumerate(text_ids)]
@@ -122,8 +122,8 @@ def rounds(lengths: Sequence[int], candidates: int, batch: int) -> Iterator[tupl
     for first in range(0, candidates, batch):
         count = min(batch, candidates - first)
         at_once = max(1, (batch + 1) // (count + 1))
-        for place in range(0, len(order), at_once):
-            yield order[place : place + at_once], first, count
+        for index in range(0, len(order), at_once):
+            yield order[index : index + at_once], first, count
 
 
 def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: str) -> list[Candidate]:

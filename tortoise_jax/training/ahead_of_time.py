@@ -152,9 +152,9 @@ def describe_largest(
 def rows_that_fit(
     target: Target, config: StepConfig, params: Any, step: roofline.Step, compiled: Compiled
 ) -> tuple[int, int]:
-    """How many rows a micro-batch can have, and the rows of the second program by which that is known.
+    """How many rows a micro-batch can have, and the rows of the second program that shows it.
 
-    Memory grows evenly with the rows. A compiler that refuses the second program says no more than that it is too much.
+    Memory grows evenly with the rows. A compiler that refuses the second program only says that it is too large.
     """
     more = dataclasses.replace(step, rows=4 * step.rows)
     try:

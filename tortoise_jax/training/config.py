@@ -45,7 +45,7 @@ class Schema:
 
     file: the configuration to start from, which has every field and its default. defaults: makes it. choices: fields
     that hold one of a few strings. ranges: lowest and highest value of a field. renamed: old name -> new name.
-    meanings: of a field's other values, such as it had once: value -> what is meant.
+    meanings: of a field's values that older versions had: value -> what is meant.
     rule: raises UserError for fields that do not go together, given all as {dotted name: value}.
     """
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, wit
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError, count_of
 from tortoise_jax.models import lora
+from tortoise_jax.models.lora import LoraConfig
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis import drafts, presets, sampler, speech, voices
 from tortoise_jax.synthesis.presets import Preset
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import Candidate, trailing_silence
+from tortoise_jax.synthesis.sampler import SamplerWeights
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.cleaners import recorded
@@ -33,72 +37,34 @@ SEED = 0
 Drafter = Callable[[int, Any, Run], None]
 
 
-def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Drafter | None:
-    """A function of (step, params on the host, run) that writes drafts; None where none are wanted.
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """clips (clips, 132300) float32; diffusion: what the diffusion decoder reads of them, where the preset has one."""
 
-    The main host alone draws them, on its own devices; the others go on to the next step and wait there.
-    """
-    if not settings.sample_every or not settings.prompts:
-        return None
-    config, dvae, mel_norms = pretrained.ar.config, pretrained.dvae, pretrained.mel_norms  # not the AR model's weights
-    cleaner = recorded(dataset.header)
-    text_ids = [pretrained.tokenizer.encode(prompt, cleaner) for prompt in settings.prompts]
-    room = max_text_ids(config)
-    for prompt in settings.prompts:
-        unknown = pretrained.tokenizer.unknown_in_words(prompt, cleaner).replace(
-            "--cleaner", "data prepared with --cleaner"
-        )
-        if unknown:
-            raise UserError(f"config: prompts: {prompt!r} holds characters the tokenizer does not know: {unknown}")
-    for prompt, ids in zip(settings.prompts, text_ids, strict=True):
-        if not 0 < len(ids) <= room:
-            raise UserError(
-                f"config: prompts: {prompt!r} has {len(ids)} text tokens, the model has room for 1 to {room}"
-            )
-    # One candidate of each: what the model says, not the best of many.
-    preset = presets.choose(settings.sample_preset).without_candidates()
-    decoders = decoders_of(settings, pretrained, preset) if parallel.is_main() else pretrained
-    speakers = fixed_voices(dataset)
-    heard = {voice: diffusion_half(decoders, preset, clips) for voice, clips in speakers.items()}
-    decoders = decoders.only(*decoders.parts.keys() - {AR})  # the weights a run begins with are not kept for it
-    options = sampler.SamplingOptions(max_codes=min(500, max_codes(config)))
+    name: str
+    clips: np.ndarray
+    diffusion: np.ndarray | None
 
-    def draft(step: int, params: Any, run: Run) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class PromptDrafter:
+    """Says every prompt by every speaker's voice. prompts: with their ids; decoders: all models but the AR model."""
+
+    config: UnifiedVoiceConfig
+    adapters: LoraConfig
+    decoders: Pretrained
+    preset: Preset
+    prompts: list[tuple[str, list[int]]]
+    speakers: list[Speaker]
+    options: sampler.SamplingOptions
+
+    def __call__(self, step: int, params: Any, run: Run) -> None:
         if run.history.has("sample", step):
             return
-        params = lora.merged(params, schemas.lora(settings))
-        weights = sampler.SamplerWeights.of(params, config, options.dtype)
-        now = decoders.with_part(AR, Part(config, {"params": params}))
-        entries: list[dict[str, Any]] = []
-        for index, (voice, clips) in enumerate(speakers.items()):
-            recording = f"{FOLDER}/voice-{index}-recording.wav"
-            drafts.write_wav(run.folder / recording, trim_silence(clips[0]))
-            vector = voices.condition(params, config, mel_norms, list(clips))
-            vectors = np.repeat(vector[None], len(text_ids), axis=0)
-            drawn = sampler.sample(weights, config, vectors, text_ids, SEED, options)
-            rows = [
-                (
-                    Utterance(prompt, ids, []),
-                    Candidate(i, (), float(drawn.log_likelihood[i]), drawn.row(i), stopped=bool(drawn.stopped[i])),
-                )
-                for i, (prompt, ids) in enumerate(zip(settings.prompts, text_ids, strict=True))
-            ]
-            waveforms = speech.waveforms_of(now, preset, rows, Voice(vector, heard[voice]), SEED)
-            for i, (prompt, waveform) in enumerate(zip(settings.prompts, waveforms, strict=True)):
-                name = f"step-{step:06d}-voice-{len(entries) // len(text_ids)}-prompt-{i}.wav"
-                mel = drafts.draft_mel(dvae.variables, dvae.config, drawn.row(i))
-                drafts.write_wav(run.folder / FOLDER / name, waveform, preset.rate)
-                run.writer.audio(step, f"draft/{voice}/{i}", waveform, preset.rate)
-                entries.append(
-                    {
-                        "prompt": prompt,
-                        "voice": voice,
-                        "recording": recording,
-                        "file": f"{FOLDER}/{name}",
-                        "stopped": bool(drawn.stopped[i]),
-                        "trailing_silence": trailing_silence(mel, mel_norms),
-                    }
-                )
+        params = lora.merged(params, self.adapters)
+        weights = sampler.SamplerWeights.of(params, self.config, self.options.dtype)
+        models = self.decoders.with_part(AR, Part(self.config, {"params": params}))
+        entries = [entry for i in range(len(self.speakers)) for entry in self.of_speaker(i, step, models, weights, run)]
         for entry in entries:
             run.history.add("sample", step, entry)
         share = float(np.mean([entry["stopped"] for entry in entries]))
@@ -109,7 +75,71 @@ def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset)
             f"{silence:.1f} s of silence after them"
         )
 
-    return draft if parallel.is_main() else None
+    def of_speaker(
+        self, index: int, step: int, models: Pretrained, weights: SamplerWeights, run: Run
+    ) -> Iterator[dict[str, Any]]:
+        """Writes one speaker's recording and drafts; what the history keeps of each draft."""
+        speaker = self.speakers[index]
+        recording = f"{FOLDER}/voice-{index}-recording.wav"
+        drafts.write_wav(run.folder / recording, trim_silence(speaker.clips[0]))
+        vector = voices.condition(models.ar.params, self.config, models.mel_norms, list(speaker.clips))
+        vectors, text_ids = np.repeat(vector[None], len(self.prompts), axis=0), [ids for _, ids in self.prompts]
+        drawn = sampler.sample(weights, self.config, vectors, text_ids, SEED, self.options)
+        said = [(Utterance(prompt, ids, []), only_candidate(drawn, i)) for i, (prompt, ids) in enumerate(self.prompts)]
+        waveforms = speech.waveforms_of(models, self.preset, said, Voice(vector, speaker.diffusion), SEED)
+        for i, ((prompt, _), waveform) in enumerate(zip(self.prompts, waveforms, strict=True)):
+            file = f"{FOLDER}/step-{step:06d}-voice-{index}-prompt-{i}.wav"
+            drafts.write_wav(run.folder / file, waveform, self.preset.rate)
+            run.writer.audio(step, f"draft/{speaker.name}/{i}", waveform, self.preset.rate)
+            mel = drafts.draft_mel(models.dvae.variables, models.dvae.config, drawn.row(i))
+            yield {
+                "prompt": prompt,
+                "voice": speaker.name,
+                "recording": recording,
+                "file": file,
+                "stopped": bool(drawn.stopped[i]),
+                "trailing_silence": trailing_silence(mel, models.mel_norms),
+            }
+
+
+def only_candidate(drawn: sampler.Samples, i: int) -> Candidate:
+    return Candidate(i, (), float(drawn.log_likelihood[i]), drawn.row(i), stopped=bool(drawn.stopped[i]))
+
+
+def make_drafter(settings: ConfigDict, pretrained: Pretrained, dataset: Dataset) -> Drafter | None:
+    """A function of (step, params on the host, run) that writes drafts; None where none are wanted.
+
+    The main host alone draws them, on its own devices; the others go on to the next step and wait there.
+    """
+    if not settings.sample_every or not settings.prompts:
+        return None
+    prompts = prompt_ids(settings, pretrained, recorded(dataset.header))
+    # One candidate of each: what the model says, not the best of many.
+    preset = presets.choose(settings.sample_preset).without_candidates()
+    if not parallel.is_main():
+        return None
+    config, models = pretrained.ar.config, decoders_of(settings, pretrained, preset)
+    voice = lambda clips: diffusion_half(models, preset, clips)
+    speakers = [Speaker(name, clips, voice(clips)) for name, clips in fixed_voices(dataset).items()]
+    decoders = models.only(*models.parts.keys() - {AR})  # the weights a run begins with are not kept for it
+    options = sampler.SamplingOptions(max_codes=min(500, max_codes(config)))
+    return PromptDrafter(config, schemas.lora(settings), decoders, preset, prompts, speakers, options)
+
+
+def prompt_ids(settings: ConfigDict, pretrained: Pretrained, cleaner: str) -> list[tuple[str, list[int]]]:
+    """Each prompt's text ids. Raises UserError for what the tokenizer does not know, or the model has no room for."""
+    tokenizer, room = pretrained.tokenizer, max_text_ids(pretrained.ar.config)
+    found = [(prompt, tokenizer.encode(prompt, cleaner)) for prompt in settings.prompts]
+    for prompt, ids in found:
+        unknown = tokenizer.unknown_in_words(prompt, cleaner)
+        if unknown:
+            unknown = unknown.replace("--cleaner", "data prepared with --cleaner")
+            raise UserError(f"config: prompts: {prompt!r} holds characters the tokenizer does not know: {unknown}")
+        if not 0 < len(ids) <= room:
+            raise UserError(
+                f"config: prompts: {prompt!r} has {len(ids)} text tokens, the model has room for 1 to {room}"
+            )
+    return found
 
 
 def decoders_of(settings: ConfigDict, pretrained: Pretrained, preset: Preset) -> Pretrained:
@@ -126,7 +156,7 @@ def decoders_of(settings: ConfigDict, pretrained: Pretrained, preset: Preset) ->
 
 def diffusion_half(decoders: Pretrained, preset: Preset, clips: np.ndarray) -> np.ndarray | None:
     """Of a voice's clips (clips, 132300) what the diffusion decoder reads, where the preset has one."""
-    if not preset.diffuses or not parallel.is_main():
+    if not preset.diffuses:
         return None
     part = decoders.part(DIFFUSION)
     return voices.condition_diffusion(part.variables, part.config, list(clips))

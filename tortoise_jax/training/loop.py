@@ -1,7 +1,7 @@
 """The training loop: step, log, evaluate, save, stop. It knows batches, steps and files, nothing of the model.
 
-What decides anything (when to evaluate, save, stop) is a function of the step and the history on disk, so that a run
-taken up again goes on exactly as if it had never stopped.
+When to evaluate, save and stop depends only on the step and the history on disk, so that a resumed run goes on exactly
+as if it had never stopped.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class MetricWriter:
         self.bar.set_postfix_str(line, refresh=False)
         if self.started:
             self.bar.update(1)
-        else:  # the first step compiled: the time that is left is reckoned from here
+        else:  # the first step compiled: the remaining time is estimated from here
             self.started = True
             self.bar.reset()
             self.bar.initial = self.bar.n = step

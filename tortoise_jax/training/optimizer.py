@@ -201,7 +201,7 @@ def averaging(optimizer: optax.GradientTransformation, decay: float, frozen: Tre
 
 
 def swapped(params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
-    """Parameters and optimiser state with the average in the parameters' place and these in its own; its own inverse.
+    """Swaps the parameters with the average of them in the optimiser state; done twice it changes nothing.
 
     Without an average both are as they were. What a run evaluates, saves for others and exports is the average.
     """

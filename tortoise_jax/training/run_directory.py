@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tortoise_jax import parallel
+from tortoise_jax import multihost
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     MEL_NORMS,
@@ -46,12 +46,12 @@ DIGESTS = ("data_digest", "text_digest")
 OF_LORA = {"lora.rank": 0, "lora.alpha": 16.0, "lora.also_train": ""}
 OF_OPTIMIZER = ("optimizer.name", "optimizer.moments", "optimizer.freeze")
 FIXED = ("seed", "batch_size", "save_to", "ema", *OF_OPTIMIZER, *OF_LORA, *DIGESTS)
-# What runs begun with an older version did, unsaid.
+# Fields that older versions did not have, with the values that their runs amount to.
 ADDED = {"save_to": "", "ema": 0.0, "sample_preset": "draft", "optimizer.moments": "float32", **OF_LORA}
 # What a run writes; without RUN_CONFIG, which is written first, it is somebody else's. A converted checkpoint has "ar".
 WRITTEN = (RUN_CONFIG, HISTORY, METADATA, TOKENIZER, MEL_NORMS, STEPS, ELSEWHERE, AR, DVAE, SUMMARY, "report.html")
 RATE = "learning_rate"  # of a step's line, beside its losses
-# So much of the held-out loss the gap to the training loss must grow by to be mentioned.
+# The gap to the training loss is mentioned once it has grown by this share of the held-out loss.
 PARTING_SHARE = 0.05
 # An evaluation this much above the best, this often in a row, while training still improves, is called overfitting.
 OVERFIT_MARGIN = 0.01
@@ -102,8 +102,8 @@ def begin(
         raise UserError(f"{run} was begun with what cannot change: {'; '.join(refused)}; {advice}")
     if (run / METADATA).exists():
         check_checkpoint(run, pretrained, str(before.get("checkpoint")), str(now["checkpoint"]))
-    parallel.wait_for_all("reading the run's directory")
-    parallel.on_main(lambda: write_beginning(run, now, pretrained, part))
+    multihost.wait_for_all("reading the run's directory")
+    multihost.on_main(lambda: write_beginning(run, now, pretrained, part))
     return changed
 
 

@@ -18,9 +18,9 @@ EMBEDDING, HEAD = "text_embedding", "text_head"
 def with_tokenizer(pretrained: Pretrained, tokenizer: Tokenizer) -> Pretrained:
     """The checkpoint with a row for each token of `tokenizer` in the text embedding and the text head.
 
-    Every old token that the new tokenizer has too keeps its row, wherever its id moves; so do [STOP], which is 0 in
-    each, and start, which is the last row. A new token's row is the mean of the rows of what the old tokenizer makes of
-    it ("ü" is read as "u"), and where that is nothing, the mean of all rows.
+    A token that both tokenizers have keeps its row, even if its id moves; so do [STOP], which is 0 in each, and start,
+    which is the last row. The old tokenizer splits a new token into its own ("ü" is read as "u"): the new row is the
+    mean of their rows, or the mean of all rows if there are none.
     """
     config, params = pretrained.ar.config, pretrained.ar.params
     sources = rows_of(pretrained.tokenizer, tokenizer, config.text_tokens)
