@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.commands import KINDS, torch_writer
 from tortoise_jax.errors import exit_with_one_line
@@ -30,9 +30,9 @@ def main() -> None:
         parallel.prepare_to_compile_ahead()
         planning.plan_ahead(kind, settings, topologies.parse(flags.topology), flags.plan)
         return
-    multihost.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     again = shlex.join(["python", *sys.argv])
-    with multihost.ending_together():
+    with parallel.ending_together():
         train(kind, settings, Asked(flags.workdir, flags.plan, flags.replay, torch_writer(), again))
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax._src import distributed
 
 from tests.support.host_processes import Host, free_port
-from tortoise_jax import launchers, multihost
+from tortoise_jax import launchers, parallel
 from tortoise_jax.errors import UserError
 
 SLURM = {"SLURM_JOB_ID": "12", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -113,19 +113,19 @@ def test_workers_that_jax_does_not_find_are_refused(
     for name, value in announced.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"could not join the other hosts: .*{remedy}.*--num_processes 1") as error:
-        multihost.initialize()
+        parallel.initialize()
     assert "\n" not in str(error.value)
-    multihost.initialize(num_processes=1)  # on purpose
+    parallel.initialize(num_processes=1)  # on purpose
 
 
 def test_fewer_processes_than_announced_are_refused(environment: pytest.MonkeyPatch) -> None:
     def join(by: str, *coordinates: Any) -> None:
         environment.setattr(distributed.global_state, "num_processes", 1)
 
-    environment.setattr(multihost, "join", join)
+    environment.setattr(parallel, "join", join)
     environment.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE=2.: 2 processes are announced, but JAX joined 1"):
-        multihost.initialize()
+        parallel.initialize()
 
 
 def test_a_kubernetes_job_asks_jax(environment: pytest.MonkeyPatch) -> None:
@@ -140,15 +140,15 @@ def test_a_kubernetes_job_asks_jax(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     environment.setenv("JOB_COMPLETION_INDEX", "1")
     with pytest.raises(UserError) as error:
-        multihost.initialize()
+        parallel.initialize()
     assert str(error.value).startswith(
         "a Kubernetes job (JOB_COMPLETION_INDEX=1): could not join the other hosts: "
         "Retry failed with all attempts exhausted; is jax[k8s] installed?"
     )
     [(coordinates, limits)] = asked
     assert coordinates == (None, None, None)
-    assert limits["heartbeat_timeout_seconds"] == multihost.LOST_SECONDS == 100
-    assert limits["initialization_timeout"] > multihost.JOIN_SECONDS == 300
+    assert limits["heartbeat_timeout_seconds"] == parallel.LOST_SECONDS == 100
+    assert limits["initialization_timeout"] > parallel.JOIN_SECONDS == 300
 
 
 @pytest.mark.parametrize("workers", ["10.0.0.1,10.0.0.2", "a:0:10.0.0.1,b:1:10.0.0.2", "10.0.0.1"])
@@ -156,13 +156,13 @@ def test_a_tpu_machine_asks_its_metadata_server(environment: pytest.MonkeyPatch,
     answers = {"agent-worker-number": "1", "worker-network-endpoints": workers, "tpu-env": ""}
     environment.setattr(f"{TPU_CLUSTER}.running_in_cloud_tpu_vm", True)
     environment.setattr(f"{TPU_CLUSTER}.get_metadata", lambda key: (answers[key], 200))
-    found = multihost.tpu_machine()
+    found = parallel.tpu_machine()
     if "," in workers:
         assert found == launchers.Announced("the TPU machine's metadata (2 workers)", 2, launchers.BY_HAND)
     else:
         assert found is None
     environment.setenv("TPU_WORKER_HOSTNAMES", "localhost")  # the environment goes first
-    assert multihost.tpu_machine() is None
+    assert parallel.tpu_machine() is None
 
 
 def test_a_silent_metadata_server_is_one_line(environment: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_silent_metadata_server_is_one_line(environment: pytest.MonkeyPatch) -
     environment.setattr(f"{TPU_CLUSTER}.running_in_cloud_tpu_vm", True)
     environment.setattr(f"{TPU_CLUSTER}.get_metadata", unreachable)
     with pytest.raises(UserError, match=r"metadata server does not say .*Max retries.*give --coordinator.*--num_proc"):
-        multihost.initialize()
+        parallel.initialize()
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "open_mpi"])

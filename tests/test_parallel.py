@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.support.host_processes import free_port
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -93,14 +93,14 @@ def test_hosts_with_other_versions_are_refused(seen: list[dict[str, Any]]) -> No
 )
 def test_half_given_coordinates_are_refused(arguments: tuple[str, int, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        multihost.initialize(*arguments)
+        parallel.initialize(*arguments)
 
 
 def test_a_coordinator_that_cannot_be_is_one_line() -> None:
     """JAX is running in this process already, which is one of the reasons it gives."""
     jax.local_devices()
     with pytest.raises(UserError, match=r"--coordinator nowhere:1: could not join the other hosts: .+") as error:
-        multihost.initialize("nowhere:1", 2, 1)
+        parallel.initialize("nowhere:1", 2, 1)
     assert "\n" not in str(error.value)
 
 
@@ -116,7 +116,7 @@ def test_a_coordinator_that_cannot_be_is_one_line() -> None:
     ],
 )
 def test_the_first_difference_is_named(one: Any, other: Any, found: tuple[str, str, str]) -> None:
-    assert multihost.first_difference(one, other) == found
+    assert parallel.first_difference(one, other) == found
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,10 @@ def test_the_first_difference_is_named(one: Any, other: Any, found: tuple[str, s
 )
 def test_a_lost_host_is_told_from_other_errors(message: str, kind: type[Exception], lost: bool) -> None:
     broken = kind(message)
-    assert multihost.by_lost_host(broken) is (broken if lost else None)
+    assert parallel.by_lost_host(broken) is (broken if lost else None)
     wrapped = UserError("a checkpoint could not be written")
     wrapped.__context__ = broken
-    assert multihost.by_lost_host(wrapped) is (broken if lost else None)
+    assert parallel.by_lost_host(wrapped) is (broken if lost else None)
 
 
 def test_replicated_trees_come_back_as_they_were() -> None:
@@ -197,18 +197,18 @@ def test_hosts_share_rows_without_gap_or_overlap(monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_process_waits_for_nobody() -> None:
-    multihost.wait_for_all("nothing")
-    multihost.shutdown()
-    multihost.check_same_everywhere("the configuration", {"a": object()})
-    assert multihost.any_host(True) is True
-    assert multihost.any_host(False) is False
-    assert multihost.stop_requested(1, True)
-    assert not multihost.stop_requested(1, False)
-    assert multihost.signals_for_python() == (signal.SIGINT, signal.SIGTERM)
+    parallel.wait_for_all("nothing")
+    parallel.shutdown()
+    parallel.check_same_everywhere("the configuration", {"a": object()})
+    assert parallel.any_host(True) is True
+    assert parallel.any_host(False) is False
+    assert parallel.stop_requested(1, True)
+    assert not parallel.stop_requested(1, False)
+    assert parallel.signals_for_python() == (signal.SIGINT, signal.SIGTERM)
 
 
 def test_errors_of_one_process_are_its_own() -> None:
-    with pytest.raises(ZeroDivisionError), multihost.ending_together():
+    with pytest.raises(ZeroDivisionError), parallel.ending_together():
         raise ZeroDivisionError
 
 

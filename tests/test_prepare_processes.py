@@ -66,13 +66,13 @@ def test_two_hosts_share_the_work(voice_folder, tmp_path, dvae, voice):
     checkpoint = checkpoint_at(tmp_path / "checkpoint", dvae, voice)
     port = free_port()
     code = (
-        "import sys; from pathlib import Path; from tortoise_jax import multihost\n"
+        "import sys; from pathlib import Path; from tortoise_jax import parallel\n"
         "from tortoise_jax.data import shards, preparation\n"
         "written = []; write = shards.write_group\n"
         "shards.write_group = lambda out, number, *rest: (written.append(number), write(out, number, *rest))[1]\n"
         "data, checkpoint, out, address, rank = sys.argv[1:]\n"
         "hosts = int(address != 'alone') + 1\n"
-        "multihost.initialize(address, hosts, int(rank)) if hosts > 1 else None\n"
+        "parallel.initialize(address, hosts, int(rank)) if hosts > 1 else None\n"
         "preparation.prepare(data, checkpoint, out, preparation.Options(workers=0, group=3, max_rejected=1.0))\n"
         "print('groups', written)"
     )

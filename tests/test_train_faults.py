@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import runs
-from tortoise_jax import multihost
+from tortoise_jax import parallel
 
 LONG = 4000  # steps, which no run here comes to
 FIELDS: dict[str, Any] = {"export": "", "optimizer__learning_rate": 1e-5, "eval_every": LONG, "save_every": 2}
@@ -87,7 +87,7 @@ def killed(project: Path, run: Path, moment: random.Random) -> None:
     ended = runs.outputs(hosts, SECONDS)
     assert ended[victim][0] == -signal.SIGKILL
     code, _, errors = ended[1 - victim]
-    assert code == multihost.LOST_HOST, errors
+    assert code == parallel.LOST_HOST, errors
     line = one_line(errors)
     assert "was lost" in line
     assert "run the same command again on all hosts" in line
@@ -100,7 +100,7 @@ def on_a_full_disk(project: Path, run: Path, moment: random.Random) -> None:
     (code, _, errors), (other, _, other_errors) = runs.outputs(hosts, SECONDS)
     assert code == 2, errors
     assert "could not be written" in one_line(errors)
-    assert other in (2, multihost.LOST_HOST), other_errors
+    assert other in (2, parallel.LOST_HOST), other_errors
     one_line(other_errors)
     assert saved(run) == before
     shutil.rmtree(run / "tensorboard", ignore_errors=True)

@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import ar, dvae
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data import preparation
@@ -112,9 +112,9 @@ def train(settings: ConfigDict, workdir: str | Path = "") -> Path:
     config.check(settings, kind.schema)
     workdir = str(check_path(workdir, "workdir")) if workdir != "" else ""
     parallel.prepare_process(settings.deterministic)
-    multihost.initialize()
+    parallel.initialize()
     asked = Asked(workdir, export=torch_writer(), again="the same call")
-    with multihost.ending_together():
+    with parallel.ending_together():
         return train_run(kind, copy.deepcopy(settings), asked)
 
 

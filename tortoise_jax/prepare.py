@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tortoise_jax import multihost
+from tortoise_jax import parallel
 from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT
 from tortoise_jax.data.manifests import FORMATS
 from tortoise_jax.data.preparation import MAX_REJECTED, Options, check, prepare
@@ -88,9 +88,9 @@ def main() -> None:
     missing = [f"--{name}" for name in ("checkpoint", "out") if getattr(arguments, name) is None]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, unless with --check")
-    multihost.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    multihost.end_at_sigterm()  # what is finished is kept
-    with multihost.ending_together():
+    parallel.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    parallel.end_at_sigterm()  # what is finished is kept
+    with parallel.ending_together():
         prepare(arguments.data, arguments.checkpoint, arguments.out, options)
 
 

@@ -12,7 +12,7 @@ import time
 import jax
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.errors import UserError, exit_with_one_line
 from tortoise_jax.training import stopping
 
@@ -21,11 +21,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     way, *coordinates = sys.argv[1:]
     if coordinates:
-        multihost.initialize(coordinates[0], int(coordinates[1]), int(coordinates[2]))
+        parallel.initialize(coordinates[0], int(coordinates[1]), int(coordinates[2]))
     else:
-        multihost.initialize()
+        parallel.initialize()
     say(f"joined {parallel.process_count()}")
-    with multihost.ending_together():
+    with parallel.ending_together():
         WAYS[way]()
     say("ended")
 
@@ -35,7 +35,7 @@ def say(line: str) -> None:
 
 
 def nothing() -> None:
-    multihost.wait_for_all("nothing")
+    parallel.wait_for_all("nothing")
 
 
 def cards() -> None:
@@ -43,8 +43,8 @@ def cards() -> None:
 
 
 def total() -> None:
-    multihost.any_host(True)
-    multihost.wait_for_all("summed")
+    parallel.any_host(True)
+    parallel.wait_for_all("summed")
 
 
 def idle() -> None:
@@ -55,7 +55,7 @@ def idle() -> None:
 def steps() -> None:
     """A sum over all hosts per step, for ever."""
     for step in range(10**9):
-        multihost.any_host(False)
+        parallel.any_host(False)
         if step == 0:
             say("stepping")
 
@@ -67,7 +67,7 @@ def stop() -> None:
             time.sleep(0.01 * (1 + parallel.process_index()))
             if step == 5:
                 say("stepping")
-            if multihost.stop_requested(step, interrupted()):
+            if parallel.stop_requested(step, interrupted()):
                 say(f"stopped after step {step}")
                 return
 
@@ -75,7 +75,7 @@ def stop() -> None:
 def fail() -> None:
     """One host finds something wrong, the others are in a step."""
     if parallel.process_index() == 1:
-        multihost.any_host(False)
+        parallel.any_host(False)
         raise UserError("the disk is full")
     steps()
 

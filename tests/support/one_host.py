@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.errors import UserError
 
 
@@ -23,26 +23,26 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
     jax.config.update("jax_disable_most_optimizations", True)
     if len(sys.argv) > 2:
-        multihost.initialize(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        parallel.initialize(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        multihost.initialize()
+        parallel.initialize()
     index = parallel.process_index()
-    compare = functools.partial(multihost.check_same_everywhere, "the configuration")
+    compare = functools.partial(parallel.check_same_everywhere, "the configuration")
     seen = {
         "processes": parallel.process_count(),
         "devices": parallel.device_count(),
         "local": parallel.local_device_count(),
         "main": parallel.is_main(),
         "describe": parallel.describe(),
-        "any": [multihost.any_host(index == 1), multihost.any_host(False)],
+        "any": [parallel.any_host(index == 1), parallel.any_host(False)],
         "alike": complaint(compare, {"optimizer": {"rate": 1e-5}, "steps": 5}),
         "unlike": complaint(compare, {"optimizer": {"rate": index}, "steps": 5}),
-        "same code": complaint(multihost.check_same_code),
+        "same code": complaint(parallel.check_same_code),
     }
     if index == 1:
         importlib.metadata.version = lambda name: "0.1"
-    seen["other code"] = complaint(multihost.check_same_code)
-    multihost.shutdown()
+    seen["other code"] = complaint(parallel.check_same_code)
+    parallel.shutdown()
     print(json.dumps(seen))
 
 

@@ -19,7 +19,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.support import runs, small
-from tortoise_jax import multihost
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints import run_checkpoints
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import Manager, RunCheckpoints, steps_folder
@@ -99,12 +99,12 @@ def test_a_background_save_that_fails_by_a_lost_host_is_known_as_such(
 ) -> None:
     """Else it is one line more, which says to make room on the disk."""
     ended: list[UserError] = []
-    monkeypatch.setattr(multihost, "end_for_all", ended.append)
+    monkeypatch.setattr(parallel, "end_for_all", ended.append)
     lost = jax.errors.JaxRuntimeError("Barrier timed out: connection closed by peer")
     checkpoints = RunCheckpoints(tmp_path)
     checkpoints.manager.failed(lost)
     checkpoints.manager.failed(OSError("no space left"))
-    assert [multihost.by_lost_host(error) for error in ended] == [lost, None]
+    assert [parallel.by_lost_host(error) for error in ended] == [lost, None]
 
 
 def test_one_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:

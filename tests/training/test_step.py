@@ -137,7 +137,7 @@ def test_no_split_changes_the_gradient(data: st.DataObject) -> None:
 def test_a_partial_batch_counts_its_real_rows_only() -> None:
     five = {name: value[:5] for name, value in clips(2).items()}
     want, want_metrics = one_step(five)
-    for layout in ((8, 1), (4, 2)):
+    for layout in ((8, 1), (1, 4)):
         got, metrics = one_step(with_padding_rows(five, 8), layout)
         assert_same_gradient(got, want)
         np.testing.assert_allclose(metrics["loss/total"], want_metrics["loss/total"], rtol=SAME)

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore_tree
 from tortoise_jax.errors import UserError, first_line
 
@@ -99,7 +99,7 @@ class RunCheckpoints:
             multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
         self.manager = Manager(self.folder, options=options)
-        self.manager.failed = lambda error: multihost.end_for_all(self.not_written(error))
+        self.manager.failed = lambda error: parallel.end_for_all(self.not_written(error))
 
     @classmethod
     def to_read(cls, run: Path) -> RunCheckpoints:
@@ -152,7 +152,7 @@ class RunCheckpoints:
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {rest}; "
             "make room and run the same command again"
         )
-        failure.__cause__ = error  # which may be that another host was lost: multihost.by_lost_host
+        failure.__cause__ = error  # which may be that another host was lost: parallel.by_lost_host
         return failure
 
     def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
@@ -190,12 +190,12 @@ class RunCheckpoints:
         return None
 
     def put_aside(self, step: int) -> None:
-        multihost.wait_for_all(f"putting aside {step}")
+        parallel.wait_for_all(f"putting aside {step}")
         if parallel.is_main():
             target = self.folder / f"{step}.damaged"
             target.rmtree(missing_ok=True)  # the same step of an earlier try
             (self.folder / str(step)).rename(target)
-        multihost.wait_for_all(f"put aside {step}")
+        parallel.wait_for_all(f"put aside {step}")
         self.manager.reload()
 
     def restore_params(self, shapes: Tree, step: int | None) -> tuple[int, Tree]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.audio import HOP, N_FFT, SAMPLE_RATE
 from tortoise_jax.checkpoints.pretrained import Pretrained, mel_norms_digest
 from tortoise_jax.data import shards
@@ -94,13 +94,13 @@ def encode_all(
     hearing: dict[str, Any] = {"max_seconds": limits.seconds, "trim_silence": limits.trim_silence}
     settings = {"codes": codes_key, "hearing": hearing | ({} if limits.channel == 1 else {"channel": limits.channel})}
     keys = [shards.group_key(group, settings) for group in groups]
-    multihost.check_same_code()
-    multihost.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)
+    parallel.check_same_code()
+    parallel.check_same_everywhere("what is prepared (recordings, checkpoint or options)", keys)
     mine = range(parallel.process_index(), len(groups), parallel.process_count())
     missing = {i: (keys[i], groups[i]) for i in mine if shards.read_group(out, keys[i], verify=True) is None}
     if missing:
         encode_groups(out, missing, codes_key, pretrained, limits, workers)
-    multihost.wait_for_all("prepare: encoded")
+    parallel.wait_for_all("prepare: encoded")
     sounds: list[Sound] = []
     for key in keys:
         group = shards.read_group(out, key)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB, channel_of
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
@@ -93,7 +93,7 @@ def prepare(
         paths = [transcribed(paths, out, options)]
     inputs = read_inputs(paths, options.format)
     check_inputs(out, inputs)
-    with multihost.alone_in(out, "--out"):
+    with parallel.alone_in(out, "--out"):
         return prepare_inputs(inputs, checkpoint, out, options)
 
 
@@ -103,7 +103,7 @@ def transcribed(paths: Sequence[Path], out: Path, options: Options) -> Path:
     longest = options.max_seconds or MAX_SECONDS
     model = Path(options.transcribe or "")
     listening = transcription.Listening(model, options.language, longest, channel_of(options.channel))
-    multihost.on_main(lambda: transcription.transcribe(paths, file, listening))
+    parallel.on_main(lambda: transcription.transcribe(paths, file, listening))
     return file
 
 
@@ -126,7 +126,7 @@ def prepare_inputs(
         write_dataset(out, inputs, found.kept, pretrained, tokenizer, options)
         shards.remove_others(out, keys, {sound.shard for sound in sounds})
         print(f"written: {out} ({report.REPORT}, {report.REJECTED} and {report.PICTURE} say what is in it)")
-    multihost.wait_for_all("prepare: written")
+    parallel.wait_for_all("prepare: written")
     return found.report
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.data import batches
 from tortoise_jax.data.lengths import ljspeech_lengths
@@ -201,7 +201,7 @@ def step_seconds(work: Work, whole: Any, rows: int, accumulation: int) -> tuple[
     if total > few:
         seconds, live = timed(work.compile(few, 1), live, zeros(work.batch(few, 1)))
         estimate = seconds * total / few
-        if multihost.any_host(estimate * (1 + TIMED_STEPS) > TIMING_SECONDS):  # all hosts must run the same
+        if parallel.any_host(estimate * (1 + TIMED_STEPS) > TIMING_SECONDS):  # all hosts must run the same
             return estimate, few
     return timed(whole, live, zeros(work.batch(rows, accumulation)))[0], total
 
@@ -209,7 +209,7 @@ def step_seconds(work: Work, whole: Any, rows: int, accumulation: int) -> tuple[
 def timed(compiled: Any, live: Any, batch: Any) -> tuple[float, Any]:
     """Median seconds of TIMED_STEPS runs after a first one, or of fewer where they take long; and the last state."""
     seconds: list[float] = []
-    while len(seconds) <= TIMED_STEPS and not multihost.any_host(sum(seconds) > TIMING_SECONDS):
+    while len(seconds) <= TIMED_STEPS and not parallel.any_host(sum(seconds) > TIMING_SECONDS):
         started = time.perf_counter()
         live, metrics = compiled(live, batch)
         jax.block_until_ready(metrics)

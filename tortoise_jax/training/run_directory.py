@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tortoise_jax import multihost
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.parts import AR, DVAE, PART_TYPES
 from tortoise_jax.checkpoints.pretrained import (
     MEL_NORMS,
@@ -102,8 +102,8 @@ def begin(
         raise UserError(f"{run} was begun with what cannot change: {'; '.join(refused)}; {advice}")
     if (run / METADATA).exists():
         check_checkpoint(run, pretrained, str(before.get("checkpoint")), str(now["checkpoint"]))
-    multihost.wait_for_all("reading the run's directory")
-    multihost.on_main(lambda: write_beginning(run, now, pretrained, part))
+    parallel.wait_for_all("reading the run's directory")
+    parallel.on_main(lambda: write_beginning(run, now, pretrained, part))
     return changed
 
 

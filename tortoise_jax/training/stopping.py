@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from tortoise_jax import multihost
+from tortoise_jax import parallel
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Callable[[], bool]]:
-    """Handlers while a run goes on, after `multihost.initialize`; gives a function that says whether a signal has come.
+    """Handlers while a run goes on, after `parallel.initialize`; gives a function that says whether a signal has come.
 
     In another thread than the main one, where Python takes no handlers, none ever comes.
     """
@@ -28,7 +28,7 @@ def on_signals() -> Iterator[Callable[[], bool]]:
         print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
     in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (multihost.signals_for_python() if in_main else ())}
+    before = {number: signal.signal(number, note) for number in (parallel.signals_for_python() if in_main else ())}
     try:
         yield lambda: bool(came)
     finally:

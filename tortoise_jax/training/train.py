@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tortoise_jax import multihost, parallel
+from tortoise_jax import parallel
 from tortoise_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.errors import UserError
@@ -57,8 +57,8 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
         if parallel.process_count() > 1:
             print(parallel.describe_this_host(), flush=True)
         parallel.say(f"devices: {parallel.describe()}")
-        multihost.check_same_code()
-        multihost.check_same_everywhere("the configuration", config.flat(settings))
+        parallel.check_same_code()
+        parallel.check_same_everywhere("the configuration", config.flat(settings))
 
         if not (asked.plan or asked.replay):
             check_writable(folder, "--workdir")
@@ -66,7 +66,7 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
 
         # 2. Checkpoint; a plan needs no weights.
         pretrained = kind.load(settings, not asked.plan)
-        multihost.check_same_everywhere("the checkpoint", pretrained.identity)
+        parallel.check_same_everywhere("the checkpoint", pretrained.identity)
         at = "" if pretrained.step is None else f", step {pretrained.step}"
         parallel.say(f"checkpoint: {settings.checkpoint or 'none, random weights'}{at}")
 
@@ -75,7 +75,7 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
             planning.show_plan(kind, settings, pretrained)
             return folder
         dataset, pretrained = kind.find_data(settings, pretrained)
-        multihost.check_same_everywhere("the data set", dataset.header["sha256"])
+        parallel.check_same_everywhere("the data set", dataset.header["sha256"])
 
         # 4. What the configuration leaves open, by the size of the data set; the step and what it is fed.
         kind.fill_presets(settings, len(dataset.split("train")))
@@ -87,7 +87,7 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
             show_replay(step_config, Path(asked.replay), dataset)
             return folder
 
-        with multihost.alone_in(folder, "--workdir"):
+        with parallel.alone_in(folder, "--workdir"):
             # 5. State: of the run's newest whole checkpoint, else of the checkpoint's weights.
             for line in run_directory.begin(
                 folder, settings, pretrained, kind.part, run_data.digests_of(dataset), kind.schema.renamed
@@ -104,7 +104,7 @@ def train(kind: Kind, settings: ConfigDict, asked: Asked) -> Path:
             with MetricWriter(folder, first, settings.steps, parallel.is_main(), settings.wandb, named) as writer:
                 run = Run(folder, checkpoints, history, writer)
                 loop = Loop(settings, step_config, run, feed, drafter)
-                ended = loop.train(state, lambda step: multihost.stop_requested(step, interrupted()))
+                ended = loop.train(state, lambda step: parallel.stop_requested(step, interrupted()))
             checkpoints.finish()
 
             # 7. Export.
