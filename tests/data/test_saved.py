@@ -80,6 +80,14 @@ def test_a_recording_inside_is_as_one_outside(folder: Path, tmp_path: Path) -> N
         assert heard is None or (heard == heard_alone).all()
 
 
+def test_the_column_is_looked_up_once_per_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, lookup = [], arrow._audio_column
+    monkeypatch.setattr(arrow, "_audio_column", lambda file, schema: looked.append(file) or lookup(file, schema))
+    for clip in read_inputs([folder])[0].clips:
+        arrow.content(clip.audio)
+    assert sorted(looked) == sorted(folder / name for name in (FIRST, SECOND, LAST))
+
+
 def test_rows_may_name_files_beside_them(tmp_path: Path) -> None:
     rows: list[object] = [{"bytes": None, "path": "a.wav"}, {"bytes": b"RIFF", "path": None}]
     folder = write(tmp_path / "ann" / "data.arrow", audio=rows, TEXT=["One", "Two"])
