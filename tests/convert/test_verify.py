@@ -11,56 +11,18 @@ import numpy as np
 import pytest
 
 from convert import tortoise_reference, verify
-from tests.support import checkpoint_files as files
+from tests.support import stand_ins
 from tests.support.runs import ROOT, VOICE
-from tests.support.torch_reference import (
-    tiny_clvp,
-    tiny_diffusion,
-    tiny_dvae,
-    tiny_random_voice,
-    tiny_unified_voice,
-    tiny_vocoder,
-)
-from tests.support.torch_reference.builders import TINY_CLVP, TINY_DIFFUSION, TINY_UNIFIED_VOICE, TINY_VOCODER
+from tests.support.torch_reference.builders import TINY_VOCODER
 from tortoise_jax.errors import UserError
 
 PYTHON = ROOT / ".venv-tortoise" / "bin" / "python"
-CODES = 256  # TorToiSe hands its decoder codes up to 248, whatever the model's
-AR = {
-    "max_mel_tokens": 604,
-    "max_text_tokens": 402,
-    **{"number_mel_codes": CODES + 2, "start_mel_token": CODES, "stop_mel_token": CODES + 1},
-}
-SIZES = {
-    "autoregressive": {**TINY_UNIFIED_VOICE, **AR},
-    "clvp2": {
-        **TINY_CLVP,
-        "num_text_tokens": 256,
-        "num_speech_tokens": CODES,
-        "text_seq_len": 350,
-        "speech_seq_len": 430,
-    },
-    "diffusion_decoder": {**TINY_DIFFUSION, "in_latent_channels": 64},
-    "vocoder": {**TINY_VOCODER, "n_mel_channels": 100, "strides": [8, 8, 4], "kpnet_width": 64},
-    "rlg_auto": {"channels": 64},
-}
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("released")
-    built = {
-        "autoregressive": tiny_unified_voice(seed=1, **AR),
-        "dvae": tiny_dvae(seed=1, num_tokens=CODES),
-        "clvp2": tiny_clvp(**{name: SIZES["clvp2"][name] for name in ("num_text_tokens", "num_speech_tokens")}),
-        "diffusion_decoder": tiny_diffusion(in_latent_channels=64),
-        "vocoder": tiny_vocoder(n_mel_channels=100, strides=(8, 8, 4), kpnet_width=64),
-        "rlg_auto": tiny_random_voice(channels=64),
-    }
-    for name, model in built.items():
-        state = files.state_of(model)
-        files.save(folder / f"{name}.pth", {"model_g": state} if name == "vocoder" else state)
-    (folder / "autoregressive.json").write_text(json.dumps({"tortoise_jax": "0.1.0", "heads": 4}))
+    folder = stand_ins.write(tmp_path_factory.mktemp("released"))
+    (folder / "hifidecoder.pth").unlink()  # a file that was not fetched
     return folder
 
 
@@ -69,7 +31,7 @@ def test_the_whole_way_beside_the_packages_own_classes(released: Path, tmp_path:
     """Needs the other environment: `make .venv-tortoise/installed`."""
     assert PYTHON.exists(), "make .venv-tortoise/installed"
     # What the package's constructors are not given: its predictor's width is always 64.
-    sizes = {name: {k: v for k, v in given.items() if k != "kpnet_width"} for name, given in SIZES.items()}
+    sizes = {name: {k: v for k, v in given.items() if k != "kpnet_width"} for name, given in stand_ins.SIZES.items()}
     sizes["vocoder"]["channel_size"] = TINY_VOCODER["channel_size"]
     (tmp_path / "sizes.json").write_text(json.dumps(sizes))
     words = ["--voice", VOICE, "--tortoise", PYTHON, "--models", released, "--out", tmp_path / "out", "--no_download"]
