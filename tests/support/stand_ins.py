@@ -16,7 +16,13 @@ from tests.support.torch_reference import (
     tiny_unified_voice,
     tiny_vocoder,
 )
-from tests.support.torch_reference.builders import TINY_CLVP, TINY_DIFFUSION, TINY_UNIFIED_VOICE, TINY_VOCODER
+from tests.support.torch_reference.builders import (
+    TINY_CLVP,
+    TINY_DIFFUSION,
+    TINY_HIFIGAN,
+    TINY_UNIFIED_VOICE,
+    TINY_VOCODER,
+)
 
 CODES = 256  # TorToiSe hands its decoder codes up to 248, whatever the model's
 WIDTH = TINY_UNIFIED_VOICE["model_dim"]
@@ -37,7 +43,14 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "diffusion_decoder": {**TINY_DIFFUSION, "in_latent_channels": WIDTH},
     "vocoder": {**TINY_VOCODER, "n_mel_channels": 100, "strides": [8, 8, 4], "kpnet_width": 64},
+    "hifidecoder": {
+        "in_channels": WIDTH,
+        "cond_channels": WIDTH,
+        "upsample_initial_channel": TINY_HIFIGAN["upsample_initial_channel"],
+        "resblock_kernel_sizes": TINY_HIFIGAN["resblock_kernel_sizes"],
+    },
     "rlg_auto": {"channels": WIDTH},
+    "rlg_diffuser": {"channels": 2 * TINY_DIFFUSION["model_channels"]},
 }
 
 
@@ -51,8 +64,8 @@ def write(folder: Path) -> Path:
         "diffusion_decoder": tiny_diffusion(in_latent_channels=WIDTH),
         "vocoder": tiny_vocoder(n_mel_channels=100, strides=(8, 8, 4), kpnet_width=64),
         "hifidecoder": tiny_hifigan(in_channels=WIDTH, cond_channels=WIDTH, upsample_kernel_sizes=(16, 16, 4, 4)),
-        "rlg_auto": tiny_random_voice(channels=WIDTH),
-        "rlg_diffuser": tiny_random_voice(seed=1, channels=2 * TINY_DIFFUSION["model_channels"]),
+        "rlg_auto": tiny_random_voice(**SIZES["rlg_auto"]),
+        "rlg_diffuser": tiny_random_voice(seed=1, **SIZES["rlg_diffuser"]),
     }
     for name, model in built.items():
         state = files.state_of(model)
