@@ -37,9 +37,9 @@ def recordings(file: Path) -> list[Path | None]:
 
     A row may hold a path in the place of a recording: of a file that lies there, beside the Arrow file if relative.
     """
+    sounds = _sounds(file)
     from pyarrow import compute
 
-    sounds = _sounds(file)
     names = compute.struct_field(sounds, "path").to_pylist()
     held = compute.is_valid(compute.struct_field(sounds, "bytes")).to_pylist()
     inside = lambda row, name: file / str(row) / (Path(name or "").name or "recording")

@@ -27,6 +27,7 @@ OTHER_SUFFIXES = (
     *(".m4a", ".m4b", ".aac", ".opus", ".oga", ".wma", ".aif", ".aiff", ".caf", ".amr", ".mka"),
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
 )
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in the place of a large file
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; what claims another rate is damaged
 MAX_CHANNELS = 1024
 BLOCK = 1 << 20  # samples of all channels that are read at once
@@ -112,10 +113,14 @@ def _has_content(path: Path) -> bool:
 def _unreadable_because(path: Path, error: Exception) -> str:
     try:
         with path.open("rb") as file:
-            if not file.read(1):
-                return "the file is empty (0 bytes)"
+            start = file.read(len(LFS_POINTER))
+        if not start:
+            return "the file is empty (0 bytes)"
+        if start == LFS_POINTER:
+            return "is Git LFS's pointer to a recording, not the recording: git lfs pull fetches it"
     except FileNotFoundError:
-        return "there is no such file"
+        there = next((s for s in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES) if path.with_suffix(s).is_file()), "")
+        return "there is no such file" + (f"; {path.with_suffix(there).name} is there" if there else "")
     except IsADirectoryError:
         return "is a folder, expected a wav, flac, ogg or mp3 file"
     except OSError as refused:
