@@ -266,8 +266,9 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
         "nothing.wav": (b"", "the file is empty (0 bytes)"),
         "pointer.wav": (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n",
-            "git lfs pull fetches it",
+            "fetch the file with: git lfs pull",
         ),
+        "renamed.wav": (b"\0\0\0\x1cftypM4A \0\0", "is an m4a or mp4 inside; name it so"),
         "silent.wav": (_written(tmp_path / "0.wav", np.zeros(0)), "the recording is empty (no samples)"),
         "half.wav": (wav[:9000], "the recording is truncated: 4478 samples could be read"),
         "half.flac": (flac[: len(flac) // 2], "not readable as audio"),

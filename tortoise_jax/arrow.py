@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax.errors import UserError, first_line
+from tortoise_jax.files import check_readable
 
 SUFFIX = ".arrow"
 
@@ -92,6 +93,7 @@ def _sounds(file: Path) -> Any:
 
 def _version(file: Path) -> tuple[int, int]:
     """Size and time of change, by which another file of its name is opened anew. Raises UserError."""
+    check_readable(file)
     try:
         stat = file.stat()
     except OSError as error:

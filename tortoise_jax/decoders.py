@@ -27,7 +27,6 @@ OTHER_SUFFIXES = (
     *(".m4a", ".m4b", ".aac", ".opus", ".oga", ".wma", ".aif", ".aiff", ".caf", ".amr", ".mka"),
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
 )
-LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in the place of a large file
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; what claims another rate is damaged
 MAX_CHANNELS = 1024
 BLOCK = 1 << 20  # samples of all channels that are read at once
@@ -113,11 +112,11 @@ def _has_content(path: Path) -> bool:
 def _unreadable_because(path: Path, error: Exception) -> str:
     try:
         with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+            start = file.read(8)
         if not start:
             return "the file is empty (0 bytes)"
-        if start == LFS_POINTER:
-            return "is Git LFS's pointer to a recording, not the recording: git lfs pull fetches it"
+        if start[4:] == b"ftyp" and path.suffix.lower() in AUDIO_SUFFIXES:
+            return "is an m4a or mp4 inside; name it so"
     except FileNotFoundError:
         there = next((s for s in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES) if path.with_suffix(s).is_file()), "")
         return "there is no such file" + (f"; {path.with_suffix(there).name} is there" if there else "")
@@ -159,13 +158,18 @@ def _decoding_by_av(path: Path) -> Iterator[Decoding]:
         source = _source(path)
         container = av.open(str(source) if source is path else source, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as audio ({first_line(error)})") from error
+        raise UserError(f"{path}: not readable as audio ({_why(error)})") from error
     with container:
         stream = next(iter(container.streams.audio), None)
         if stream is None:
             raise UserError(f"{path}: there is no sound in it")
         _check_header(path, stream.rate, stream.channels)
         yield Decoding(stream.rate, stream.channels, _av_blocks(path, container, stream))
+
+
+def _why(error: Exception) -> str:
+    """Without FFmpeg's number and the name of the file, which the line has already."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _av_blocks(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
@@ -180,9 +184,7 @@ def _av_blocks(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
                 read += len(block)
                 yield block
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged after {read / stream.rate:.2f} s ({first_line(error)}); encode it again"
-        ) from error
+        raise UserError(f"{path}: damaged after {read / stream.rate:.2f} s ({_why(error)}); encode it again") from error
     promised = float(stream.duration * stream.time_base) if stream.duration else 0.0
     if not promised and not container.streams.video:  # which may go on after the sound
         promised = (container.duration or 0) / 1_000_000

@@ -105,6 +105,9 @@ def test_what_ends_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
     (folder / FIRST).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"00000-of-00002.arrow: not a whole Arrow file of the datasets library \("):
         read_inputs([folder])
+    (folder / FIRST).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"00000-of-00002.arrow: is a Git LFS pointer"):
+        read_inputs([folder])
     without = write(tmp_path / "no-text" / "data.arrow", audio=[{"bytes": b"x", "path": "a"}], words=["One"])
     with pytest.raises(UserError, match=r"no column of texts; expected one of transcription, .* found audio, words$"):
         read_inputs([without])

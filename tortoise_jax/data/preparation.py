@@ -283,7 +283,8 @@ def check_rejected(found: Assessed, max_rejected: float, where: str) -> None:
         return
     reason, amount = max(found.report["reasons"].items(), key=lambda item: item[1]["lines"])
     example = next(clip for clip in found.rejected if clip.reason == reason)
-    recording = "" if reason == Reason.MALFORMED else f"{example.audio}: "
+    named = reason != Reason.MALFORMED and example.audio != Path(example.file)
+    recording = f"{example.audio}: " if named else ""
     raise UserError(
         f"{rejected} of {total} lines are rejected ({rejected / total:.0%}, at most {max_rejected:.0%} by "
         f"--max_rejected); the commonest reason is {reason} ({amount['lines']}), e.g. {example.where}: "
