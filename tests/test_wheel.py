@@ -110,7 +110,8 @@ OTHERS = (
         {"voice.pth": "half.pth"}, "half.pth",
     ),
     Command(
-        SPEAK, "--preset ultra_fast --mend --max_codes 12 --candidates 2 --steps 3", OF_ALL | {"draft": "fast"}, "fast.wav"
+        SPEAK, "--preset ultra_fast --mend --max_codes 12 --candidates 2 --steps 3",
+        OF_ALL | {"draft": "fast"}, "fast.wav",
     ),
     Command(
         SPEAK, "--preset hifigan --seed 2 --max_codes 12", OF_ALL | {"clips/": "random", "draft": "quick"}, "quick.wav"
