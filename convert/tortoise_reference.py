@@ -99,10 +99,9 @@ def outputs_of(name: str, model: Any, given: dict[str, torch.Tensor]) -> dict[st
         return {"waveform": model(given["vocoder_mel"].T[None], given["vocoder_noise"].T[None])[0, 0]}
     if name == "hifidecoder":
         return {"fast_waveform": model(given["fast_latents"].T[None], given["fast_voice"][None, :, None])[0, 0]}
-    found, noise = (
-        ("random_voice", "random_noise") if name == "rlg_auto" else ("random_diffusion_voice", "random_diffusion_noise")
-    )
-    return {found: model.layers(given[noise][None])[0]}
+    if name == "rlg_auto":
+        return {"random_voice": model.layers(given["random_noise"][None])[0]}
+    return {"random_diffusion_voice": model.layers(given["random_diffusion_noise"][None])[0]}
 
 
 def main() -> None:

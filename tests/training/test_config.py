@@ -183,6 +183,20 @@ def test_remat_may_be_a_truth_value_still(
     delattr(config.FLAGS, "config.remat")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [([], "field remat is missing; start from"), (["--config.remat=dots"], "has no field remat")]
+)
+def test_a_file_without_a_field_ends_in_one_line(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(OLD.replace("config.remat = False", "del config.remat"))
+    config.FLAGS.unparse_flags()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "own.py"), *given])
+    with pytest.raises(UserError, match=said) as caught:
+        config.parse(sys.argv, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
 def test_attention_is_the_platforms_unless_one_is_asked_for() -> None:
     settings = ar.get_config()
     presets.fill(settings, 100)

@@ -98,9 +98,9 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
         node = functools.reduce(lambda inner, group: inner[group], groups, FLAGS.config)
         with node.ignore_type():
             node[name] = value
-    for field, meanings in schema.meanings.items():
+    for field in [field for field in schema.meanings if field in FLAGS.config]:  # `check` says which are missing
         with FLAGS.config.ignore_type():
-            FLAGS.config[field] = meanings.get(FLAGS.config.get(field), FLAGS.config.get(field))
+            FLAGS.config[field] = schema.meanings[field].get(FLAGS.config[field], FLAGS.config[field])
     check(FLAGS.config, schema)
     return FLAGS.config
 
@@ -203,6 +203,8 @@ def explained(error: BaseException, file: str) -> str:
         lines = [frame for frame in traceback.extract_tb(inner.__traceback__) if frame.filename == file]
         if lines:
             return f"--config {file}:{lines[-1].lineno}: {lines[-1].line}: {first_line(inner)}"
+    if isinstance(errors[-1], KeyError):  # of a field that the command line gives
+        return f"--config {file}: its configuration has no field {errors[-1].args[0]}"
     return f"command line: {first_line(errors[-1])}"
 
 
