@@ -98,8 +98,6 @@ def format_of(path: Path) -> str:
         raise UserError(f"{path} is empty (0 bytes); download it again")
     if start.startswith(b"PK\x03\x04"):
         return ZIP
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
         return SAFETENSORS
     if start[:1] == b"\x80":

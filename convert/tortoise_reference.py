@@ -34,7 +34,13 @@ SIZES: dict[str, dict[str, Any]] = {
         dropout=0, use_fp16=False, num_heads=16, layer_drop=0, unconditioned_percentage=0,
     ),
     "vocoder": {},
+    "hifidecoder": dict(
+        in_channels=1024, out_channels=1, resblock_type="1", resblock_dilation_sizes=[[1, 3, 5]] * 3,
+        resblock_kernel_sizes=[3, 7, 11], upsample_kernel_sizes=[16, 16, 4, 4], upsample_initial_channel=512,
+        upsample_factors=[8, 8, 2, 2], cond_channels=1024,
+    ),
     "rlg_auto": dict(channels=1024),
+    "rlg_diffuser": dict(channels=2048),
 }  # fmt: skip
 # Keys that a file may have and a class not: constants, and embeddings of a training that synthesis does not read.
 CONSTANT = (".attn.bias", ".attn.masked_bias", "_solo_embedding")
@@ -46,10 +52,12 @@ def built(name: str, folder: Path, sizes: dict[str, Any]) -> torch.nn.Module:
     from tortoise.models.autoregressive import UnifiedVoice
     from tortoise.models.clvp import CLVP
     from tortoise.models.diffusion_decoder import DiffusionTts
+    from tortoise.models.hifigan_decoder import HifiganGenerator
     from tortoise.models.random_latent_generator import RandomLatentConverter
     from tortoise.models.vocoder import UnivNetGenerator
 
-    classes = [UnifiedVoice, CLVP, DiffusionTts, UnivNetGenerator, RandomLatentConverter]
+    half = RandomLatentConverter
+    classes = [UnifiedVoice, CLVP, DiffusionTts, UnivNetGenerator, HifiganGenerator, half, half]
     model = dict(zip(SIZES, classes, strict=True))[name](**{**SIZES[name], **sizes.get(name, {})})
     state = torch.load(folder / f"{name}.pth", map_location="cpu", weights_only=True)
     state = {key: value for key, value in state.get("model_g", state).items() if not key.endswith(CONSTANT)}
@@ -89,7 +97,11 @@ def outputs_of(name: str, model: Any, given: dict[str, torch.Tensor]) -> dict[st
         return {"diffusion_voice": voice[0], "denoised": out[0].T}
     if name == "vocoder":
         return {"waveform": model(given["vocoder_mel"].T[None], given["vocoder_noise"].T[None])[0, 0]}
-    return {"random_voice": model.layers(given["random_noise"][None])[0]}
+    if name == "hifidecoder":
+        return {"fast_waveform": model(given["fast_latents"].T[None], given["fast_voice"][None, :, None])[0, 0]}
+    if name == "rlg_auto":
+        return {"random_voice": model.layers(given["random_noise"][None])[0]}
+    return {"random_diffusion_voice": model.layers(given["random_diffusion_noise"][None])[0]}
 
 
 def main() -> None:

@@ -27,12 +27,23 @@ from convert import download
 from convert.command_line import positive
 from convert.tables import MODELS
 from tortoise_jax import __version__, api, parallel
-from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, RANDOM_AR, VOCODER
+from tortoise_jax.checkpoints.parts import (
+    AR,
+    CLVP,
+    DIFFUSION,
+    DVAE,
+    HIFIGAN,
+    PART_TYPES,
+    RANDOM_AR,
+    RANDOM_DIFFUSION,
+    VOCODER,
+)
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from tortoise_jax.data.manifests import read_inputs
 from tortoise_jax.errors import Parser, UserError, exit_with_one_line
 from tortoise_jax.models.clvp import CLVP as Clvp
 from tortoise_jax.models.diffusion import DiffusionDecoder
+from tortoise_jax.models.hifigan import Hifigan
 from tortoise_jax.models.random_voice import RandomVoice
 from tortoise_jax.models.unified_voice import CONDITIONING_VECTORS
 from tortoise_jax.models.vocoder import UnivNet
@@ -40,6 +51,19 @@ from tortoise_jax.models.vocoder import UnivNet
 ROOT = Path(__file__).parents[1]
 LIMIT = 1e-3  # largest difference over largest value; float32 through thirty layers gives some 1e-6 to 1e-4
 TEXT, CODES, FRAMES = 12, 40, 30
+# The arrays that are compared, in words.
+NAMES = {
+    "voice": "AR model: vector of a voice",
+    "latents": "AR model: hidden states at the codes",
+    "scores": "CLVP: score",
+    "diffusion_voice": "diffusion decoder: vector of a voice",
+    "denoised": "diffusion decoder: one step",
+    "waveform": "vocoder: waveform",
+    "fast_waveform": "fast path's decoder: waveform",
+    "random_voice": "random voices: AR half",
+    "random_diffusion_voice": "random voices: diffusion half",
+}
+COMPARED = (AR, CLVP, DIFFUSION, VOCODER, HIFIGAN, RANDOM_AR, RANDOM_DIFFUSION)
 SENTENCE = "Hello there, this is a test."
 Arrays = dict[str, np.ndarray]
 
@@ -103,8 +127,13 @@ def inputs_for(pretrained: Pretrained, seed: int = 0) -> Arrays:
         vocoder = pretrained.part(VOCODER).config
         given |= {"vocoder_mel": normal(FRAMES, vocoder.mel_channels) - 5}
         given |= {"vocoder_noise": normal(FRAMES, vocoder.noise_channels)}
+    if HIFIGAN in pretrained.parts:
+        hifigan = pretrained.part(HIFIGAN).config
+        given |= {"fast_latents": normal(FRAMES, hifigan.latent_width), "fast_voice": normal(hifigan.voice_width)}
     if RANDOM_AR in pretrained.parts:
         given |= {"random_noise": normal(pretrained.part(RANDOM_AR).config.width)}
+    if RANDOM_DIFFUSION in pretrained.parts:
+        given |= {"random_diffusion_noise": normal(pretrained.part(RANDOM_DIFFUSION).config.width)}
     return given
 
 
@@ -134,9 +163,17 @@ def ours(pretrained: Pretrained, given: Arrays) -> Arrays:
         found["waveform"] = np.asarray(
             apply(univnet, VOCODER, rows("vocoder_mel"), rows("vocoder_noise"))["waveform"][0]
         )
-    if RANDOM_AR in pretrained.parts:
-        converter = RandomVoice(pretrained.part(RANDOM_AR).config)
-        found["random_voice"] = np.asarray(apply(converter, RANDOM_AR, rows("random_noise"))[0])
+    if HIFIGAN in pretrained.parts:
+        hifigan = Hifigan(pretrained.part(HIFIGAN).config)
+        heard = apply(hifigan, HIFIGAN, rows("fast_latents"), rows("fast_voice"))
+        found["fast_waveform"] = np.asarray(heard["waveform"][0])
+    for part, name, noise in (
+        (RANDOM_AR, "random_voice", "random_noise"),
+        (RANDOM_DIFFUSION, "random_diffusion_voice", "random_diffusion_noise"),
+    ):
+        if part in pretrained.parts:
+            converter = RandomVoice(pretrained.part(part).config)
+            found[name] = np.asarray(apply(converter, part, rows(noise))[0])
     return found
 
 
@@ -144,7 +181,7 @@ def compare(of: str, mine: Arrays, theirs: Arrays) -> list[Line]:
     """A line for each array: the largest difference over the largest value."""
     lines = []
     for name, value in mine.items():
-        what = f"{of}: {name}"
+        what = f"{of} {NAMES[name]}"
         if name not in theirs or theirs[name].shape != value.shape:
             there = f"of shape {theirs[name].shape}" if name in theirs else "not computed"
             lines.append(Line(what, f"{there} there, {value.shape} here", False))
@@ -182,9 +219,12 @@ def verify(
     checkpoint, data, run, exported = (out / name for name in ("tortoise", "data", "run", "exported"))
     exported.mkdir(parents=True, exist_ok=True)
     files(steps, folder)
-    if not (checkpoint / "tortoise.json").exists():
+    if (checkpoint / "tortoise.json").exists():
+        steps.check("converted", f"by an earlier verify; remove {checkpoint} to convert again", None)
+    else:
         steps.run("converted", python, "convert/torch_to_flax.py", "--models", folder, "--out", checkpoint)
     values(steps, "released", checkpoint, folder, tortoise, out / "released", sizes)
+    steps.check(f"released {PART_TYPES[DVAE].title}", "not compared: tortoise-tts has no class of it", None)
     prepare = ("-m", "tortoise_jax.prepare", "--data", voice, "--checkpoint", checkpoint, "--out", data)
     steps.run("prepared", python, *prepare)
     fields = [f"--config.{name}={value}" for name, value in {
@@ -226,7 +266,7 @@ def values(
 ) -> None:
     """Compares the models of a checkpoint with tortoise-tts's, which load the torch files of a folder strictly."""
     metadata = load_pretrained(checkpoint, ())
-    wanted = [name for name in (AR, CLVP, DIFFUSION, VOCODER, RANDOM_AR) if (folder / MODELS[name].file).exists()]
+    wanted = [name for name in COMPARED if (folder / MODELS[name].file).exists()]
     pretrained = load_pretrained(checkpoint, wanted, step).only(*(name for name in wanted if name in metadata.parts))
     given, theirs = inputs_for(pretrained), out.with_suffix(".theirs.npz")
     np.savez(out.with_suffix(".inputs.npz"), **given)  # type: ignore[arg-type]
@@ -296,10 +336,12 @@ def main() -> None:
             steps,
         )
     finally:
-        print(f"\n{table(steps.lines)}", flush=True)
+        if steps.lines:
+            print(f"\n{table(steps.lines)}", flush=True)
     wrong = [line.what for line in steps.lines if line.good is False]
     if wrong:
         raise UserError(f"not as it should be: {'; '.join(wrong)}; please report the table above")
+    print("\nall is as it should be; the table above is what to paste into a report")
 
 
 if __name__ == "__main__":

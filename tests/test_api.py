@@ -16,7 +16,7 @@ import torch
 
 import tortoise_jax as tj
 from tests.support import runs
-from tortoise_jax import api
+from tortoise_jax import api, parallel
 from tortoise_jax.audio import CONDITIONING_SAMPLES, int16_from_waveform, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 
@@ -299,6 +299,22 @@ def test_arguments_of_commands_are_checked(model: api.Tortoise, tmp_path: Path, 
         call(model, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_come_too_late_are_said(
+    model: api.Tortoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """XLA reads its flags when JAX starts, which something computed before `tj.train` has made it do."""
+    model.log_mel(clip(0.1))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(parallel, "LITTLE_MEMORY", ("--xla_cpu_some_flag=1",))
+    for said in ("note: JAX computed in this process before tj.train, too early for XLA's flags: ", ""):
+        with pytest.raises(tj.UserError, match="does not exist"):
+            tj.train(tj.get_config(checkpoint=str(tmp_path / "none")), tmp_path / "run")
+        printed = capsys.readouterr().out
+        assert printed.startswith(said)
+        assert ("--xla_cpu_some_flag=1" in printed) == bool(said)
+        monkeypatch.setattr(parallel, "LITTLE_MEMORY", ())
 
 
 def test_the_module_of_the_command_is_the_function_too(tmp_path: Path) -> None:

@@ -271,6 +271,11 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
     files = {
         "text.wav": (b"Once upon a time, a long text was named like a recording.", "not readable as audio (Format not"),
         "nothing.wav": (b"", "the file is empty (0 bytes)"),
+        "pointer.wav": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n",
+            "fetch the file with: git lfs pull",
+        ),
+        "renamed.wav": (b"\0\0\0\x1cftypM4A \0\0", "is an m4a or mp4 inside; name it so"),
         "silent.wav": (_written(tmp_path / "0.wav", np.zeros(0)), "the recording is empty (no samples)"),
         "half.wav": (wav[:9000], "the recording is truncated: 4478 samples could be read"),
         "half.flac": (flac[: len(flac) // 2], "not readable as audio"),
@@ -324,7 +329,10 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.wav: there is no such file"):
+    with pytest.raises(UserError, match=r"gone\.wav: there is no such file$"):
+        audio.read_audio(tmp_path / "gone.wav")
+    (tmp_path / "gone.flac").touch()
+    with pytest.raises(UserError, match=r"gone\.wav: there is no such file; gone\.flac is there$"):
         audio.read_audio(tmp_path / "gone.wav")
     with pytest.raises(UserError, match="is a folder, expected a wav"):
         audio.read_audio(tmp_path)

@@ -128,6 +128,7 @@ def settings(run: Path) -> dict[str, Any]:
     [
         ({}, ["--clips", "0"], "--clips is 0, expected at least 1"),
         ({}, ["--whisper", "nowhere"], "--whisper nowhere holds no model.bin"),
+        ({}, ["--judges", "words"], "--judges words: No such file or directory; expected a Python"),
         ({}, ["--speaker", "nobody"], "--speaker nobody: the speakers of .*/data are"),
         ({}, ["--text", "missing.txt"], "--text missing.txt: cannot be read"),
         ({}, ["--others", "nowhere"], "voice nowhere does not exist"),

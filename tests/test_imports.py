@@ -18,7 +18,7 @@ FOUNDATION = ("errors", "files", "arrow", "decoders", "audio", "text", "models",
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": ("errors",),
-    "arrow": ("errors",),
+    "arrow": ("errors", "files"),
     "decoders": ("errors", "files", "arrow"),
     "audio": ("errors", "decoders"),
     "text": ("errors", "files"),

@@ -256,8 +256,13 @@ def test_what_cannot_be_tried_out_is_not_left_to_triton(
     """Reruns of the same bits mean that XLA tries no kernels out, and Triton's default tiles do not fit 517 frames."""
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    parallel.prepare_process(deterministic)
+    late = parallel.prepare_process(deterministic)
     assert os.environ["XLA_FLAGS"] == flags
+    assert late == [flag for flag in flags.split() if "cpu" in flag and flag not in given], "this process has computed"
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel.xla_bridge, "backends_are_initialized", lambda: False)
+        patched.setenv("XLA_FLAGS", given)
+        assert parallel.prepare_process(deterministic) == []
 
 
 @pytest.mark.parametrize(("rows", "shapes"), [(1, [1]), (3, [3]), (9, [16]), (16, [16]), (40, [32, 32])])

@@ -133,6 +133,9 @@ def test_every_reason_is_met_once_and_every_count_adds_up(faulty, checkpoint, tm
     assert all(reason in shown for reason in want)
     with pytest.raises(UserError, match=r"1 of 1 lines are rejected .* the commonest reason is no transcript \(1\)"):
         check(folder, checkpoint, Options(workers=0, format="folder"))
+    (tmp_path / "metadata.csv").write_text("a,One\n")
+    with pytest.raises(UserError, match=r"reason is malformed line \(1\), e.g. \S+/metadata.csv:1: 1 column, expected"):
+        check(tmp_path, checkpoint, Options(workers=0))
     with pytest.raises(UserError, match=r"1 of 1 lines .* the commonest reason is outside the recording \(1\)"):
         check(spans, checkpoint, Options(workers=0))
     assert set(want) | {"no transcript", "outside the recording"} == set(Reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -13,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import runs
+from tests.support import readme, runs
 from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 # What makes the commands quick; none changes what they do.
 QUICK = "--config.steps=2 --config.eval_every=2 --config.batch_size=2 --config.sample_every=0"
 FAST = shlex.split(QUICK + " --config.gradient_accumulation_steps=1 --config.conditioning_clips=1")
@@ -30,15 +28,6 @@ RUN_ELSEWHERE = {
     "srun": "needs SLURM; likewise",
     "whisper": "another program",
 }
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def commands() -> list[str]:
-    joined = "\n".join(blocks("sh")).replace("\\\n", " ")
-    return [" ".join(line.split("#")[0].split()) for line in joined.splitlines() if line.split("#")[0].strip()]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +54,7 @@ def run(user: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_five_commands_of_real_use(user: Path) -> None:
-    (block,) = re.findall(r"<!-- tested: real use -->\n```sh\n(.*?)```", README, re.DOTALL)
-    lines = block.strip().splitlines()
+    lines = readme.lines(readme.marked("real use"))
     assert [line.split()[1] for line in lines] == [
         "convert/torch_to_flax.py",
         "-m",
@@ -86,8 +74,7 @@ def test_the_python_half_page(user: Path) -> None:
     if not test_needs.exists():
         assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
     clip = next((user / "data" / "wavs").iterdir())
-    (code,) = re.findall(r"<!-- tested: python -->\n```python\n(.*?)```", README, re.DOTALL)
-    (commands,) = re.findall(r"<!-- tested: python commands -->\n```python\n(.*?)```", README, re.DOTALL)
+    code, commands = readme.marked("python"), readme.marked("python commands")
     # Another folder than the command's, whose data are not trimmed, and its size.
     commands = commands.replace('data-prepared"', 'python-prepared"').replace("runs/voice", "runs/python")
     quick = dict(word.removeprefix("--config.").split("=") for word in FAST)
@@ -104,7 +91,7 @@ def test_the_python_half_page(user: Path) -> None:
 def test_inspect_and_speak_commands_of_the_text(user: Path) -> None:
     if not (user / "checkpoints" / "tortoise").exists():
         assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
-    inline = [" ".join(found.split()) for found in re.findall(r"`(python [^`]+)`", README)]
+    inline = [found for found in readme.inline() if found.startswith("python ")]
     inline.remove("python convert/torch_to_flax.py --download")  # needs a network; tests/test_download.py stands in
     inline.remove("python train.py --config configs/dvae.py --config.data=data")  # by tests/test_train_dvae.py, smaller
     inline.remove("python -m tortoise_jax.evaluate --run runs/voice")  # by tests/test_evaluate.py
@@ -120,16 +107,14 @@ def test_inspect_and_speak_commands_of_the_text(user: Path) -> None:
 def test_the_commands_of_another_language(user: Path) -> None:
     if not (user / "checkpoints" / "tortoise").exists():
         assert run(user, ["python", "convert/torch_to_flax.py"]).returncode == 0
-    (block,) = re.findall(r"<!-- tested: another language -->\n```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.strip().splitlines():
+    for line in readme.lines(readme.marked("another language")):
         done = run(user, shlex.split(line))
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (user / "data-own" / "dataset.json").exists()
 
 
 def test_every_other_command_is_run_somewhere() -> None:
-    blocks_run = re.findall(r"<!-- tested: (?:real use|another language) -->\n```sh\n(.*?)```", README, re.DOTALL)
-    tested = [" ".join(line.split()) for block in blocks_run for line in block.splitlines()]
-    for line in commands():
+    tested = [line for name in ("real use", "another language") for line in readme.lines(readme.marked(name))]
+    for line in [line for block in readme.blocks("sh") for line in readme.lines(block)]:
         known = line in tested or "--coordinator HOST0:1234" in line or line.startswith(tuple(RUN_ELSEWHERE))
-        assert known or line.startswith('"cd tortoise_jax'), line
+        assert known, line

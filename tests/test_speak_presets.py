@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import soundfile
 
 import tortoise_jax as tj
+from tests.support import readme
 from tests.support.parity import assert_close, twin_of, voice_twin
 from tests.support.torch_reference import (
     tiny_clvp,
@@ -34,8 +34,6 @@ from tortoise_jax.synthesis import presets, ranking, sampler, speech, voices
 from tortoise_jax.synthesis.prompts import max_text_ids
 from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.text.tokenizer import Tokenizer
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +254,7 @@ def test_the_readmes_three_lines(folder: Path, tmp_path: Path, monkeypatch: pyte
     Path("clips").symlink_to(folder / "clips")
     few = dataclasses.replace(presets.PRESETS["fast"], candidates=2, steps=3, max_codes=12)
     monkeypatch.setitem(presets.PRESETS, "fast", few)
-    (code,) = re.findall(r"<!-- tested: speech -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = readme.marked("speech")
     assert len([line for line in code.splitlines() if line]) == 4, "import, and three lines"
     exec(code, {})
     info = soundfile.info("speech.wav")

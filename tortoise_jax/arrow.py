@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax.errors import UserError, first_line
+from tortoise_jax.files import check_readable
 
 SUFFIX = ".arrow"
 
@@ -26,9 +27,10 @@ def content(recording: Path) -> bytes | None:
     """The bytes of a recording inside an Arrow file, None for any other. Raises UserError."""
     file = file_of(recording)
     row = "" if file == recording else recording.relative_to(file).parts[0]
-    if not row.isdecimal() or not 0 < int(row) <= len(_table(file)):
+    if not row.isdecimal():
         return None
-    return _table(file)[audio_column(file)][int(row) - 1].as_py()["bytes"]
+    sounds = _sounds(file)
+    return sounds[int(row) - 1].as_py()["bytes"] if 0 < int(row) <= len(sounds) else None
 
 
 def recordings(file: Path) -> list[Path | None]:
@@ -36,7 +38,7 @@ def recordings(file: Path) -> list[Path | None]:
 
     A row may hold a path in the place of a recording: of a file that lies there, beside the Arrow file if relative.
     """
-    sounds = _table(file)[audio_column(file)]
+    sounds = _sounds(file)
     from pyarrow import compute
 
     names = compute.struct_field(sounds, "path").to_pylist()
@@ -58,16 +60,15 @@ def texts(file: Path, column: str) -> list[str]:
     return ["" if value is None else str(value) for value in _table(file)[column].to_pylist()]
 
 
-def audio_column(file: Path) -> str:
+def _audio_column(file: Path, schema: Any) -> str:
     """The column that holds recordings by the library's own description. Raises UserError where it is not one."""
-    schema = _table(file).schema
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         found = [name for name, about in features.items() if about.get("_type") == "Audio" and _holds(schema, name)]
     except (KeyError, ValueError, TypeError, AttributeError):  # another program's, or damaged
         found = []
     if len(found) != 1:
-        raise UserError(f"{file}: {_listed(found)} of Audio, expected one; its columns are {', '.join(columns(file))}")
+        raise UserError(f"{file}: {_listed(found)} of Audio, expected one; its columns are {', '.join(schema.names)}")
     return found[0]
 
 
@@ -82,16 +83,32 @@ def _listed(names: Sequence[str]) -> str:
 
 def _table(file: Path) -> Any:
     """A file's rows as a table of pyarrow, which reads from disk what is asked for."""
+    return _opened(file, *_version(file))
+
+
+def _sounds(file: Path) -> Any:
+    """The column of recordings. Raises UserError where there is not one."""
+    return _opened_sounds(file, *_version(file))
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """Size and time of change, by which another file of its name is opened anew. Raises UserError."""
+    check_readable(file)
     try:
         stat = file.stat()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    return _opened(file, stat.st_size, stat.st_mtime_ns)
+    return stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=16)
+def _opened_sounds(file: Path, size: int, changed: int) -> Any:
+    table = _opened(file, size, changed)
+    return table[_audio_column(file, table.schema)]
 
 
 @functools.lru_cache(maxsize=16)
 def _opened(file: Path, size: int, changed: int) -> Any:
-    """size, changed: of the file, so that another one of its name is opened anew."""
     try:
         import pyarrow
     except ImportError:

@@ -102,16 +102,21 @@ def train(settings: ConfigDict, workdir: str | Path = "") -> Path:
     """`python train.py`: trains the AR model or the dVAE, or takes up a run again; returns the run's directory.
 
     settings: `get_config` of this module or of a file as configs/ar.py; it is left as it was. workdir: the run's
-    directory; "" for runs/NAME, the data's name. Ctrl-C saves and returns. On NVIDIA cards call it before anything
-    else computes, or `deterministic` has no effect; of several hosts, each calls it once. Raises UserError for whatever
-    is wrong, and for a run that comes to nothing.
+    directory; "" for runs/NAME, the data's name. Ctrl-C saves and returns. Call it before anything else computes, or
+    XLA's flags (on NVIDIA cards those of `deterministic`) come too late, which it says; of several hosts, each calls it
+    once. Raises UserError for whatever is wrong, and for a run that comes to nothing.
     """
     if not isinstance(settings, ConfigDict):
         raise UserError(f"the configuration is {type(settings).__name__}, expected a ConfigDict: tj.get_config(…)")
     kind = kind_of(settings)
     config.check(settings, kind.schema)
     workdir = str(check_path(workdir, "workdir")) if workdir != "" else ""
-    parallel.prepare_process(settings.deterministic)
+    if late := parallel.prepare_process(settings.deterministic):
+        print(
+            "note: JAX computed in this process before tj.train, too early for XLA's flags: the run may take more "
+            "memory and differ from train.py in its last bits. Call tj.train first, or set XLA_FLAGS yourself: "
+            + " ".join(late)
+        )
     parallel.initialize()
     asked = Asked(workdir, export=torch_writer(), again="the same call")
     with parallel.ending_together():

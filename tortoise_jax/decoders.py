@@ -112,10 +112,14 @@ def _has_content(path: Path) -> bool:
 def _unreadable_because(path: Path, error: Exception) -> str:
     try:
         with path.open("rb") as file:
-            if not file.read(1):
-                return "the file is empty (0 bytes)"
+            start = file.read(8)
+        if not start:
+            return "the file is empty (0 bytes)"
+        if start[4:] == b"ftyp" and path.suffix.lower() in AUDIO_SUFFIXES:
+            return "is an m4a or mp4 inside; name it so"
     except FileNotFoundError:
-        return "there is no such file"
+        there = next((s for s in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES) if path.with_suffix(s).is_file()), "")
+        return "there is no such file" + (f"; {path.with_suffix(there).name} is there" if there else "")
     except IsADirectoryError:
         return "is a folder, expected a wav, flac, ogg or mp3 file"
     except OSError as refused:
@@ -154,13 +158,18 @@ def _decoding_by_av(path: Path) -> Iterator[Decoding]:
         source = _source(path)
         container = av.open(str(source) if source is path else source, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as audio ({first_line(error)})") from error
+        raise UserError(f"{path}: not readable as audio ({_why(error)})") from error
     with container:
         stream = next(iter(container.streams.audio), None)
         if stream is None:
             raise UserError(f"{path}: there is no sound in it")
         _check_header(path, stream.rate, stream.channels)
         yield Decoding(stream.rate, stream.channels, _av_blocks(path, container, stream))
+
+
+def _why(error: Exception) -> str:
+    """Without FFmpeg's number and the name of the file, which the line has already."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _av_blocks(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
@@ -175,9 +184,7 @@ def _av_blocks(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
                 read += len(block)
                 yield block
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged after {read / stream.rate:.2f} s ({first_line(error)}); encode it again"
-        ) from error
+        raise UserError(f"{path}: damaged after {read / stream.rate:.2f} s ({_why(error)}); encode it again") from error
     promised = float(stream.duration * stream.time_base) if stream.duration else 0.0
     if not promised and not container.streams.video:  # which may go on after the sound
         promised = (container.duration or 0) / 1_000_000

@@ -99,6 +99,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.clips < 1:
         raise UserError(f"--clips is {arguments.clips}, expected at least 1")
+    if arguments.judges != sys.executable:
+        judges.check_python(arguments.judges)
     if arguments.whisper and not (arguments.whisper / "model.bin").is_file():
         raise UserError(f"--whisper {arguments.whisper} holds no model.bin; give the folder of a faster-whisper model")
     return arguments

@@ -31,6 +31,7 @@ from tortoise_jax.errors import UserError
 # What is being written has the project's name in its own: nothing else is ever taken for ours and removed.
 PARTIAL = ".{name}.{process}.tortoise_jax-partial"
 LOCK = ".tortoise_jax-lock"
+LFS_POINTER, LFS_SIZE = b"version https://git-lfs", 1024  # how a pointer begins, and the bytes that it has at most
 
 
 # --- one writer at a time ---------------------------------------------------------------------------------------------
@@ -217,11 +218,14 @@ def sync(folder: Path) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Raises UserError for what is there but neither file nor folder: a pipe or a device may never end."""
+    """Raises UserError for a pipe or a device, which may never end, and for what Git LFS leaves in a file's place."""
     try:
-        mode = path.stat().st_mode
+        mode, size = path.stat().st_mode, path.stat().st_size
+        small = path.read_bytes() if stat.S_ISREG(mode) and size <= LFS_SIZE else b""
     except (OSError, ValueError):  # missing, not allowed, no possible name: whoever opens it says so
         return
+    if small.startswith(LFS_POINTER):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull")
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         raise UserError(f"{path}: is {kind}, expected a file")

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed  # its client: messages between hosts without a computation
+from jax._src import xla_bridge  # whether it has started
 from jax._src.clusters import GceTpuCluster
 from jax.experimental import multihost_utils, topologies
 
@@ -47,9 +48,9 @@ LITTLE_MEMORY = (
 )
 
 
-def prepare_process(deterministic: bool = True) -> None:
+def prepare_process(deterministic: bool = True) -> list[str]:
     """Before JAX starts: keep compiled programs for the next run, use little memory on CPU, and, on NVIDIA, compute the
-    same bits every time."""
+    same bits every time. Returns this platform's flags that come too late, where JAX has started already."""
     given, wanted = os.environ.get("XLA_FLAGS", ""), LITTLE_MEMORY + (DETERMINISTIC if deterministic else ())
     missing = [flag for flag in wanted if flag.partition("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([*given.split(), *missing])
@@ -58,6 +59,9 @@ def prepare_process(deterministic: bool = True) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long together
+    if not xla_bridge.backends_are_initialized():
+        return []
+    return [flag for flag in missing if flag.startswith(f"--xla_{jax.default_backend()}_")]
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:

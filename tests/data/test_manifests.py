@@ -146,6 +146,8 @@ def test_csv_as_a_german_spreadsheet_saves_it(tmp_path):
         read(root / "broken.csv")
 
 
+LJSPEECH = "expected ID|text or ID|text|normalised text"
+NAMED = "; if tabs separate it, its first line must name the columns, file_name and transcription"
 AUDIO_FOLDERS = {
     "metadata.csv": (
         'File_Name,Transcription,speaker_id\na.wav,"One, two",ann\nb,Three,\ngone.mp3,Four,\nc.wav\n',
@@ -157,7 +159,7 @@ AUDIO_FOLDERS = {
         '{"file_name": "b", "transcription": "Three", "label": 1}\n{"file_name": "gone.mp3", "transcription": "Four"}\n'
         '{"file_name": "c.wav", "label": 3}\n',
         '\n{"file_name": "d.wav", "text": "Five"}',
-        'expected an object with strings "file_name" and "transcription"',
+        'expected an object with strings "file_name" and "transcription", found "file_name"',
     ),
 }
 
@@ -231,6 +233,27 @@ def test_metadata_may_name_paths(tmp_path):
     assert one.warnings == []
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "list.txt"])
+def test_paths_may_be_those_of_windows(tmp_path, name):
+    root = tree(tmp_path / "ann", {name: "wavs\\a.wav|One\nwavs\\gone.wav|Two\n", "wavs/a.wav": ""})
+    lines = read(root / name)
+    assert lines[0].audio == root / "wavs" / "a.wav"
+    assert not lines[1].audio.exists()
+
+
+def test_objects_may_lie_in_a_text_file(tmp_path):
+    root = tree(tmp_path, {"manifest.txt": '{"audio_filepath": "a.wav", "text": "One"}\n'})
+    assert recognise(root / "manifest.txt") == "nemo"
+
+
+def test_a_line_of_other_separators_says_what_to_do(tmp_path):
+    root = tree(tmp_path, {"metadata.csv": "a.wav,One\nb.wav;Two\nc.wav\n"})
+    named = NAMED.removeprefix("; if tabs")
+    assert [line.detail.removeprefix(f"1 column, {LJSPEECH}") for line in read(root)] == [
+        f"; if commas{named}", f"; if semicolons{named}", "",
+    ]  # fmt: skip
+
+
 def test_what_macos_leaves_beside_recordings_is_none(tmp_path):
     files = dict.fromkeys(("a.wav", "._a.wav", "._a.txt", "__MACOSX/._b.mp3", "._c.txt"), "")
     root = tree(tmp_path, {**files, "a.txt": "One"})
@@ -258,7 +281,7 @@ def test_jsonl(tmp_path):
     assert [(line.start, line.end, line.id) for line in lines][:2] == [(None, None, "a"), (1.5, 3.0, "b@1.50")]
     assert [line.detail.split(":")[0] for line in lines[2:]] == [
         "from 3 to 2",
-        'expected an object with strings "audio" and "text"',
+        'expected an object with strings "audio" and "text", found "text"',
         "not JSON (Expecting property name enclosed in double quotes",
     ]
 
@@ -415,10 +438,16 @@ def test_format_overrides(tmp_path):
     [
         ({"a.wav": ""}, "", "a folder with a.wav: recordings without transcripts, which prepare --transcribe writes: "),
         ({"readme": "hello"}, "readme", 'a file that begins "hello": none of the formats'),
+        ({"a.csv": ""}, "a.csv", "a file that is empty: none of the formats"),
+        ({"a.csv": "Datei;Text\n"}, "a.csv", 'begins "Datei;Text", without such names as audio and text'),
+        ({"metadata.jsonl": '{"path": "a"}'}, "", 'a folder whose metadata.jsonl begins ".*", without such names'),
+        ({"m.json": '{"audio_filepath": "a"}'}, "", r"a folder with m.json: give the files themselves \(--data .*json"),
+        ({"m.json": '[{"audio_filepath": "a"}]'}, "m.json", r"m.json is a JSON array.*: jq -c '\.\[\]' .*m.json makes"),
+        ({"metadata.jsonl": "[\n{}]"}, "", "metadata.jsonl is a JSON array, expected an object on each line"),
         (
             {"train.tsv": "audio\ttext\n", "dev.tsv": "audio\ttext\n"},
             "",
-            r"dev.tsv, train.tsv: give the files themselves",
+            r"dev.tsv, train.tsv: give the files themselves \(--data .*dev.tsv …\)$",
         ),
         ({"train.txt": "a.wav|x"}, "trian.txt", r'no such file or folder \(did you mean "train.txt"\?\)'),
         ({"metadata.csv": "\n\n"}, "", "empty, no line found"),
@@ -471,10 +500,10 @@ def test_a_name_that_no_file_can_have_is_a_malformed_line(tmp_path):
     root = tree(tmp_path, {"metadata.csv": content})
     assert [line.reason for line in read(root)] == ["malformed line"] * 4
     assert [line.detail for line in read(root)] == [
-        "1 column, expected ID|text or ID|text|normalised text; it is separated by tabs",
+        f"1 column, {LJSPEECH}{NAMED}",
         "the recording's name has 304 bytes, at most 255",
         "the recording's name has 304 bytes, at most 255",
-        "1 column, expected ID|text or ID|text|normalised text; it is separated by tabs",
+        f"1 column, {LJSPEECH}{NAMED}",
     ]
 
 

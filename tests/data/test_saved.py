@@ -80,6 +80,14 @@ def test_a_recording_inside_is_as_one_outside(folder: Path, tmp_path: Path) -> N
         assert heard is None or (heard == heard_alone).all()
 
 
+def test_the_column_is_looked_up_once_per_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, lookup = [], arrow._audio_column
+    monkeypatch.setattr(arrow, "_audio_column", lambda file, schema: looked.append(file) or lookup(file, schema))
+    for clip in read_inputs([folder])[0].clips:
+        arrow.content(clip.audio)
+    assert sorted(looked) == sorted(folder / name for name in (FIRST, SECOND, LAST))
+
+
 def test_rows_may_name_files_beside_them(tmp_path: Path) -> None:
     rows: list[object] = [{"bytes": None, "path": "a.wav"}, {"bytes": b"RIFF", "path": None}]
     folder = write(tmp_path / "ann" / "data.arrow", audio=rows, TEXT=["One", "Two"])
@@ -96,6 +104,9 @@ def test_what_ends_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
     whole = (folder / FIRST).read_bytes()
     (folder / FIRST).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"00000-of-00002.arrow: not a whole Arrow file of the datasets library \("):
+        read_inputs([folder])
+    (folder / FIRST).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"00000-of-00002.arrow: is a Git LFS pointer"):
         read_inputs([folder])
     without = write(tmp_path / "no-text" / "data.arrow", audio=[{"bytes": b"x", "path": "a"}], words=["One"])
     with pytest.raises(UserError, match=r"no column of texts; expected one of transcription, .* found audio, words$"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tortoise_jax.audio import SAMPLE_RATE
+from tortoise_jax.errors import UserError
 from tortoise_jax.evaluation import judges
 from tortoise_jax.evaluation.judges import UnavailableError
 
@@ -101,3 +102,10 @@ def test_a_judge_who_is_not_there_is_named(packages: Path) -> None:
 def test_judges_leave_our_process_alone(packages: Path) -> None:
     judges.ask("likeness", [NOISE], {})
     assert not {"resemblyzer", "webrtcvad", "pocketsphinx"} & sys.modules.keys()
+
+
+@pytest.mark.parametrize(("python", "why"), [("words", "No such file or directory"), ("false", "exit code 1")])
+def test_what_is_no_python_is_refused(python: str, why: str) -> None:
+    judges.check_python(sys.executable)
+    with pytest.raises(UserError, match=rf"^--judges {python}: .*{why}; .*\(words, likeness, quality\)"):
+        judges.check_python(python)

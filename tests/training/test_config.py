@@ -147,16 +147,54 @@ def test_a_files_own_error_is_told_with_its_line(tmp_path: Path, line: str, said
         config.parse(["train.py", "--config", str(tmp_path / "own.py")], SCHEMA)
 
 
-@pytest.mark.parametrize(("given", "held"), [("True", "full"), ("False", "none"), ("dots", "dots")])
-def test_remat_may_be_a_truth_value_still(given: str, held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+OLD = """
+from configs import ar
+
+def get_config():
+    config = ar.get_config()
+    with config.ignore_type():
+        config.remat = False
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [
+        (["--config.remat=True"], "full"),
+        (["--config.remat=False"], "none"),
+        (["--config.remat=dots"], "dots"),
+        (["--config.remat", "dots"], "dots"),
+    ],
+)
+@pytest.mark.parametrize("file", ["configs/ar.py", "old.py"])
+def test_remat_may_be_a_truth_value_still(
+    file: str, given: list[str], held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and in a user's own file."""
     monkeypatch.chdir(ROOT)
+    (tmp_path / "old.py").write_text(OLD)
     config.FLAGS.unparse_flags()
     if "config.remat" in config.FLAGS:
         delattr(config.FLAGS, "config.remat")  # absl takes a flag once in a process
-    arguments = ["train.py", "--config", "configs/ar.py", f"--config.remat={given}"]
+    arguments = ["train.py", "--config", file if "/" in file else str(tmp_path / file), *given]
     monkeypatch.setattr(sys, "argv", arguments)
     assert config.parse(arguments, SCHEMA).remat == held
     delattr(config.FLAGS, "config.remat")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [([], "field remat is missing; start from"), (["--config.remat=dots"], "has no field remat")]
+)
+def test_a_file_without_a_field_ends_in_one_line(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(OLD.replace("config.remat = False", "del config.remat"))
+    config.FLAGS.unparse_flags()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "own.py"), *given])
+    with pytest.raises(UserError, match=said) as caught:
+        config.parse(sys.argv, SCHEMA)
+    assert "\n" not in str(caught.value)
 
 
 def test_attention_is_the_platforms_unless_one_is_asked_for() -> None:

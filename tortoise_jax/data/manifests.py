@@ -161,23 +161,57 @@ def recognise(path: Path) -> str:
             f"python -m tortoise_jax.prepare with --out {path} once more, which goes on where it was"
         )
     if format is None:
+        if advice := _advice(path):
+            raise UserError(f"{path}: {advice}")
         known = ", ".join(FORMATS)
         raise UserError(f"{path}: {_what_is_there(path)}: none of the formats {known}; --help says what each expects")
     return format
 
 
-def _what_is_there(path: Path) -> str:
+def _advice(path: Path) -> str:
+    """What to do with a path in no format; "" where all that can be said is what is there."""
+    texts = [path] if path.is_file() else _texts_in(path)
+    array = next((file for file in texts if "json" in file.suffix and _first_text(file).startswith("[")), None)
+    if array:
+        return f"{array.name} is a JSON array, expected an object on each line: jq -c '.[]' {array} makes them"
     if path.is_file():
-        return f'a file that begins "{_first_text(path)[:60]}"'
-    texts = [p for p in path.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".txt", ".jsonl") and p.is_file()]
-    known = sorted(p for p in texts if _of_file(p))
+        return ""
+    named = lambda file: file.suffix.lower() != ".jsonl" or tables.objects_named(_first_text(file))
+    known = [file for file in texts if _of_file(file) and named(file)]
     if known:
         return f"a folder with {', '.join(p.name for p in known)}: give the files themselves (--data {known[0]} …)"
     if any(file.suffix == ".parquet" for file in files_below(path)):
         return f"a folder of Parquet files, which are not read as they are; save them: {SAVE.format(path=path)}"
+    return ""
+
+
+def _what_is_there(path: Path) -> str:
+    if path.is_file():
+        return _beginning(path, "a file that")
     names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return "an empty folder"
+    texts = _texts_in(path)
+    if texts:
+        return _beginning(texts[0], f"a folder whose {texts[0].name}")
     bare = ": recordings without transcripts, which prepare --transcribe writes" if recordings_below(path) else ""
-    return f"a folder with {', '.join(names[:5])}{' …' if len(names) > 5 else ''}{bare}" if names else "an empty folder"
+    return f"a folder with {', '.join(names[:5])}{' …' if len(names) > 5 else ''}{bare}"
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """Files of a folder that may be transcripts; of .json those of one object per line."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    texts = [path for path in files if path.suffix.lower() in (".csv", ".tsv", ".txt", ".jsonl")]
+    return texts + [
+        path for path in files if path.suffix.lower() == ".json" and tables.objects_named(_first_text(path))
+    ]
+
+
+def _beginning(file: Path, what: str) -> str:
+    first = _first_text(file)
+    table = file.suffix.lower() in (".csv", ".tsv", ".jsonl")
+    names = ", without such names as audio and text, or file_name and transcription" if table else ""
+    return f'{what} begins "{first[:60]}"{names}' if first else f"{what} is empty"
 
 
 def _of_folder(folder: Path) -> str | None:
@@ -199,10 +233,11 @@ def _of_folder(folder: Path) -> str | None:
 
 def _of_file(path: Path) -> str | None:
     suffix, first = path.suffix.lower(), _first_text(path)
-    if suffix == ".jsonl" or (suffix == ".json" and first.startswith("{")):
-        objects = tables.objects_named(first)
-        if objects or suffix == ".jsonl":
-            return objects or "jsonl"
+    if suffix in (".json", ".jsonl") and first.startswith("["):
+        return None
+    objects = tables.objects_named(first) if first.startswith("{") else None
+    if objects or suffix == ".jsonl":
+        return objects or "jsonl"
     if suffix in folders.WHISPER_SUFFIXES:
         return "whisper"
     table = tables.table_named(tables.split_header(first))

@@ -15,7 +15,7 @@ from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.data import dataset, report, shards, transcription
 from tortoise_jax.data.clips import Clip
-from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLimits, filter_clips
+from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLimits, Reason, filter_clips
 from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_of, with_sounds
 from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION, VALIDATION_PART, assign_splits, moved_to_validation
@@ -283,10 +283,12 @@ def check_rejected(found: Assessed, max_rejected: float, where: str) -> None:
         return
     reason, amount = max(found.report["reasons"].items(), key=lambda item: item[1]["lines"])
     example = next(clip for clip in found.rejected if clip.reason == reason)
+    named = reason != Reason.MALFORMED and example.audio != Path(example.file)
+    recording = f"{example.audio}: " if named else ""
     raise UserError(
         f"{rejected} of {total} lines are rejected ({rejected / total:.0%}, at most {max_rejected:.0%} by "
         f"--max_rejected); the commonest reason is {reason} ({amount['lines']}), e.g. {example.where}: "
-        f"{example.audio}: {example.detail}; {where}; no data set was written"
+        f"{recording}{example.detail}; {where}; no data set was written"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import soxr
 
 from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB, loudness_db
+from tortoise_jax.errors import UserError
 from tortoise_jax.evaluation import judging
 
 JUDGES = WORDS, LIKENESS, QUALITY = "words", "likeness", "quality"
@@ -31,6 +32,24 @@ class Answers:
 
 class UnavailableError(Exception):
     """A judge cannot be asked; the message says why."""
+
+
+def check_python(python: str) -> None:
+    """Raises UserError for what is no Python with numpy, before drafts are made that none could judge."""
+    try:
+        done = subprocess.run([python, "-c", "import numpy"], capture_output=True, text=True)
+        why = last_line(done.stderr, done.returncode) if done.returncode else ""
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise UserError(
+            f"--judges {python}: {why}; expected a Python with numpy and the packages of the judges "
+            f"({', '.join(JUDGES)}), e.g. .venv-judges/bin/python"
+        )
+
+
+def last_line(said: str, code: int) -> str:
+    return (said.strip().splitlines() or [f"it ended with exit code {code}"])[-1]
 
 
 def ask(judge: str, waveforms: Sequence[np.ndarray], options: dict[str, Any], python: str = sys.executable) -> Answers:
@@ -52,8 +71,7 @@ def ask(judge: str, waveforms: Sequence[np.ndarray], options: dict[str, Any], py
         except OSError as error:
             raise UnavailableError(f"{python} cannot be started: {error.strerror}") from None
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"])[-1]
-            raise UnavailableError(f"{judge} failed: {last}")
+            raise UnavailableError(f"{judge} failed: {last_line(done.stderr, done.returncode)}")
         found = json.loads((Path(folder) / judging.ANSWERS).read_text())
     if "missing" in found:
         raise UnavailableError(found["missing"])

@@ -80,9 +80,9 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
     """The command line's configuration. Raises UserError for anything unknown or of a wrong type."""
     argv = with_packaged_file(argv, schema)
     check_overrides(argv, schema)
-    unset = [field for argument in argv if (field := left_open(argument, schema))]
+    others, apart = set_apart(argv, schema)
     try:
-        rest = FLAGS([argument for argument in argv if not left_open(argument, schema)])
+        rest = FLAGS(others)
         if FLAGS.config is not None:
             getattr(FLAGS.config, "checkpoint", None)  # a file that could not be loaded says so on first use
     except Exception as error:  # a user's file may raise anything
@@ -93,16 +93,36 @@ def parse(argv: list[str], schema: Schema) -> ConfigDict:
         raise UserError("which configuration? e.g. --config configs/ar.py")
     if not isinstance(FLAGS.config, ConfigDict):
         raise UserError(f"--config: get_config() must return an ml_collections ConfigDict, as {schema.file} does")
-    for field in unset:
+    for field, value in apart.items():
         *groups, name = field.split(".")
         node = functools.reduce(lambda inner, group: inner[group], groups, FLAGS.config)
         with node.ignore_type():
-            node[name] = None
-    for field, meanings in schema.meanings.items():
+            node[name] = value
+    for field in [field for field in schema.meanings if field in FLAGS.config]:  # `check` says which are missing
         with FLAGS.config.ignore_type():
-            FLAGS.config[field] = meanings.get(FLAGS.config.get(field), FLAGS.config.get(field))
+            FLAGS.config[field] = schema.meanings[field].get(FLAGS.config[field], FLAGS.config[field])
     check(FLAGS.config, schema)
     return FLAGS.config
+
+
+def set_apart(argv: list[str], schema: Schema) -> tuple[list[str], dict[str, str | None]]:
+    """The command line without what ml_collections would take for another type than the file's, and that by field.
+
+    None for what is left open; fields whose other values have meanings hold what is typed.
+    """
+    others: list[str] = []
+    apart: dict[str, str | None] = {}
+    words = iter(argv)
+    for argument in words:
+        name, given, value = argument.lstrip("-").partition("=")
+        field = name.removeprefix("config.")
+        if left_open(argument, schema):
+            apart[field] = None
+        elif name.startswith("config.") and field in schema.meanings:
+            apart[field] = value if given else next(words)
+        else:
+            others.append(argument)
+    return others, apart
 
 
 def left_open(argument: str, schema: Schema) -> str:
@@ -183,6 +203,8 @@ def explained(error: BaseException, file: str) -> str:
         lines = [frame for frame in traceback.extract_tb(inner.__traceback__) if frame.filename == file]
         if lines:
             return f"--config {file}:{lines[-1].lineno}: {lines[-1].line}: {first_line(inner)}"
+    if isinstance(errors[-1], KeyError):  # of a field that the command line gives
+        return f"--config {file}: its configuration has no field {errors[-1].args[0]}"
     return f"command line: {first_line(errors[-1])}"
 
 

@@ -39,11 +39,17 @@ def _ljspeech_clip(file: Path, number: int, row: str) -> Clip:
     name, *texts = row.split("|")
     clip = clip_at(file, number, name.strip(), _ljspeech_audio(file.parent, name.strip()))
     if not 1 <= len(texts) <= 2 or not name.strip():
-        tabs = "; it is separated by tabs" if "\t" in row else ""
         columns = count_of(len(texts) + 1, "column")
-        return malformed(clip, f"{columns}, expected ID|text or ID|text|normalised text{tabs}")
+        return malformed(clip, f"{columns}, expected ID|text or ID|text|normalised text{_other_separator(row)}")
     normalised = texts[-1].strip()
     return dataclasses.replace(clip, text=normalised or texts[0].strip())
+
+
+def _other_separator(row: str) -> str:
+    """What to do with a line whose columns something else separates."""
+    mark = next((mark for mark in "\t;," if mark in row), "") if "|" not in row else ""
+    name = {"\t": "tabs", ";": "semicolons", ",": "commas"}.get(mark, "")
+    return f"; if {name} separate it, its first line must name the columns, file_name and transcription" if name else ""
 
 
 def _ljspeech_audio(folder: Path, name: str) -> Path:
@@ -51,7 +57,7 @@ def _ljspeech_audio(folder: Path, name: str) -> Path:
     if not (folder / "wavs").is_dir():
         return beside
     inside = find_audio(folder / "wavs" / name)
-    return beside if "/" in name and not is_file(inside) else inside
+    return beside if ("/" in name or "\\" in name) and not is_file(inside) else inside
 
 
 def read_list(path: Path) -> Iterator[Clip]:

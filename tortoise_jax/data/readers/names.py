@@ -72,6 +72,10 @@ def is_unicode(text: str) -> bool:
 
 def find_audio(stem: Path) -> Path:
     """The recording of this name, or with any suffix; the .wav it should have been if there is none."""
+    if "\\" in stem.name:  # a path as Windows writes it
+        inside = find_audio(stem.parent / stem.name.replace("\\", "/"))
+        if is_file(inside):
+            return inside
     suffixes = (*AUDIO_SUFFIXES, *OTHER_SUFFIXES)
     if stem.suffix.lower() in suffixes:
         return stem

@@ -200,7 +200,8 @@ def _object_clip(path: Path, number: int, text: str, table: Columns) -> Clip:
     strings = [name for name, value in fields.items() if isinstance(value, str)] if isinstance(fields, dict) else []
     if table.missing(strings):
         needed = " and ".join(f'"{name}"' for name in table.names)
-        return malformed(nothing, f"expected an object with strings {needed}")
+        found = f'"{", ".join(strings)[:60]}"' if strings else "none"
+        return malformed(nothing, f"expected an object with strings {needed}, found {found}")
     as_text = {name: "" if value is None else str(value) for name, value in fields.items()}
     clip, span = _clip_of_fields(path, number, as_text, table), table.span(fields)
     return clip if span is None else with_span(clip, *span)
