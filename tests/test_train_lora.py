@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from convert.mapping import to_torch
 from convert.tables import MODELS
 from tests.support import runs
 from tests.support.conversion import run as run_command
+from tortoise_jax import evaluate
 from tortoise_jax.checkpoints import adapters
-from tortoise_jax.checkpoints.pretrained import load_pretrained, saved_params
+from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, saved_params
 from tortoise_jax.checkpoints.trees import parameter_count
 from tortoise_jax.errors import UserError
+from tortoise_jax.evaluation import sounds
 from tortoise_jax.models.lora import LORA, LoraConfig, merged
 
 STEPS = runs.FIELDS["steps"]
@@ -77,6 +80,26 @@ def test_every_reader_of_runs_takes_it_as_any_other(lora_run: Path) -> None:
     assert any(line.startswith("  AR model: ") for line in inspect(lora_run))
     assert len(list((lora_run / "samples").glob("step-*.wav"))) == 1
     assert (lora_run / "report.html").exists()
+
+
+def test_its_steps_are_heard_with_their_adapters(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(lora_run, tmp_path / "run"))
+    spoken_by: dict[int, Any] = {}
+
+    def drafts(pretrained: Pretrained, step: int, sentences: list[Any], *_: Any) -> sounds.Sounds:
+        spoken_by[step] = pretrained.ar.params
+        tone = np.sin(np.arange(22050, dtype=np.float32) / 20)
+        return sounds.Sounds(f"step {step}", sentences, [tone] * len(sentences), step, [True] * len(sentences))
+
+    monkeypatch.setattr(sounds, "drafts", drafts)
+    evaluate.main(["--run", str(run), "--clips", "1"])
+    assert "sounds best" in capsys.readouterr().out
+    assert {0, STEPS} <= spoken_by.keys()
+    jax.tree.map(np.testing.assert_array_equal, spoken_by[STEPS], load_pretrained(run, ("ar",), STEPS).ar.params)
+    kernel = lambda params: params["gpt"]["h"]["mlp"]["c_fc"]["kernel"]
+    assert np.abs(kernel(spoken_by[STEPS]) - kernel(spoken_by[0])).max() > 1e-3
 
 
 def test_adapters_kept_apart_are_merged_again(
