@@ -213,7 +213,7 @@ def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) ->
 def two_lengths(project: Path) -> Path:
     """`data/`, whose training rows have two lengths, and `run/` on it from start to end."""
     folder = project / "two-lengths"
-    recordings = runs.write_recordings(folder / "recordings", clips=12)
+    recordings = runs.write_recordings(folder / "recordings", runs.TWO_LENGTHS)
     prepare(recordings, project / "checkpoint", folder / "data", Options(workers=1))
     dataset = Dataset.open(folder / "data")
     plan = BatchPlan.for_training(dataset, dataset.split("train"), runs.FIELDS["batch_size"], seed=0, unit=1)

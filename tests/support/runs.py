@@ -41,6 +41,7 @@ AR = dataclasses.replace(
 DVAE = DVAEConfig(codebook_dim=8, codes=16, hidden=8, layers=2, res_blocks=1)
 SECONDS = 280  # for a run to end, on a busy machine
 CLIPS = 10  # few of which are short, so that they are padded like the long ones: a step has one shape to compile
+TWO_LENGTHS = 12  # so many clips have two
 # DLAS's recipe at a size and rate at which a few steps matter; drafts only where a test asks for them.
 FIELDS = {
     "steps": 6,
@@ -91,10 +92,10 @@ def write_recordings(folder: Path, clips: int = CLIPS) -> Path:
     return folder
 
 
-def write_project(folder: Path) -> Path:
+def write_project(folder: Path, clips: int = CLIPS) -> Path:
     """`checkpoint/`, `recordings/` and `data/` in a folder."""
     checkpoint = write_checkpoint(folder / "checkpoint")
-    prepare(write_recordings(folder / "recordings"), checkpoint, folder / "data", Options(workers=1))
+    prepare(write_recordings(folder / "recordings", clips), checkpoint, folder / "data", Options(workers=1))
     return folder
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import pytest
 from jax import monitoring
 
-import train
 from configs import ar
 from tests.support import runs
 from tortoise_jax.checkpoints.parts import AR
-from tortoise_jax.training import loop, stopping
+from tortoise_jax.commands import KINDS
+from tortoise_jax.training import loop, train
+from tortoise_jax.training.train import Asked
 
 REQUESTS, HITS = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
 
@@ -39,7 +38,6 @@ def test_a_run_that_starts_warm_compiles_nothing(
     tmp_path: Path, events: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the first one compiles its step and its evaluation once per length of rows, of which there are few."""
-    monkeypatch.setattr(stopping, "on_signals", lambda: lambda: False)
     traced: Counter[str] = Counter()
     for name in ("train_step", "eval_step"):
         function = getattr(loop, name)
@@ -47,7 +45,7 @@ def test_a_run_that_starts_warm_compiles_nothing(
         monkeypatch.setattr(loop, name, count)
     made: list[loop.Loop] = []
     monkeypatch.setattr(train, "Loop", lambda *given: made.append(loop.Loop(*given)) or made[-1])
-    project = runs.write_project(tmp_path)
+    project = runs.write_project(tmp_path, runs.TWO_LENGTHS)
     settings = ar.get_config()
     settings.update(checkpoint=str(project / "checkpoint"), data=str(project / "data"))
     for name, value in runs.FIELDS.items():
@@ -55,10 +53,9 @@ def test_a_run_that_starts_warm_compiles_nothing(
     for name in ("cold", "warm"):
         events.clear()
         traced.clear()
-        flags: Any = SimpleNamespace(workdir=str(tmp_path / name), plan=False, replay="")
-        train.train(train.KINDS[AR], settings.copy_and_resolve_references(), flags)
+        train.train(KINDS[AR], settings.copy_and_resolve_references(), Asked(str(tmp_path / name)))
         assert events[REQUESTS] > 0
         lengths = {made[-1].feed.training.batch(step)[0] for step in range(settings.steps)}
-        assert len(lengths) <= 2
+        assert len(lengths) == 2
         assert traced == {"train_step": len(lengths), "eval_step": 1}
     assert events[HITS] == events[REQUESTS]
