@@ -7,7 +7,6 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +28,6 @@ def test_it_is_small_and_runs_the_readmes_commands() -> None:
         assert command in README, command
 
 
-@pytest.mark.slow
 def test_every_cell_runs_and_shows_what_it_makes(tmp_path: Path) -> None:
     notebook = NOTEBOOK.copy()
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
