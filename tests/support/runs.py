@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +32,7 @@ from tortoise_jax.data.preparation import Options, prepare
 from tortoise_jax.errors import exit_with_one_line
 from tortoise_jax.models.dvae import DVAEConfig
 from tortoise_jax.text.tokenizer import Tokenizer
+from tortoise_jax.training.config import FLAGS
 
 ROOT = Path(__file__).parents[2]
 VOICE = ROOT / "examples/voice"
@@ -129,12 +130,27 @@ def train(project: Path, run: Path, *more: str, devices: int = 1, **fields: Any)
     )
 
 
+@contextlib.contextmanager
+def fresh_flags() -> Iterator[None]:
+    """absl's flags as at the start of a process, where it takes each override of a configuration once."""
+    with flagsaver.flagsaver():
+        forget_overrides()
+        yield
+    forget_overrides()
+
+
+def forget_overrides() -> None:
+    for name in [name for name in FLAGS if name.startswith("config.")]:
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()
+
+
 def train_here(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.CompletedProcess[str]:
     """The same command in this process, on its eight devices: quick where a run is refused before its first step."""
     words = command(project, run, *more, **fields)[1:]
     code, out, err = 0, io.StringIO(), io.StringIO()
     with (
-        flagsaver.flagsaver(),
+        fresh_flags(),
         mock.patch.object(sys, "argv", words),
         mock.patch.object(sys, "unraisablehook"),
         mock.patch.dict(os.environ),

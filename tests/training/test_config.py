@@ -6,7 +6,7 @@ import importlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from tortoise_jax.training import config, dvae_run, field_help, presets, schemas
 SCHEMA = schemas.ar_schema(ar.get_config)
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture(autouse=True)
+def command_line_of_its_own() -> Iterator[None]:
+    with runs.fresh_flags():
+        yield
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -125,7 +131,6 @@ def test_missing_fields_and_impossible_pairs_are_named() -> None:
 )
 def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config.FLAGS.unparse_flags()
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # ml_collections reads overrides from there
     with pytest.raises(UserError) as raised:
         config.parse(["train.py", *arguments], SCHEMA)
@@ -142,7 +147,6 @@ def test_command_lines_end_in_one_line(arguments: list[str], said: str, monkeypa
 def test_a_files_own_error_is_told_with_its_line(tmp_path: Path, line: str, said: str) -> None:
     start = "from configs import ar\n\n\ndef get_config():\n    config = ar.get_config()\n"
     (tmp_path / "own.py").write_text(f"{start}    {line}\n    return config\n")
-    config.FLAGS.unparse_flags()
     with pytest.raises(UserError, match=rf"^--config .*own\.py:6: {line}: {said}$"):
         config.parse(["train.py", "--config", str(tmp_path / "own.py")], SCHEMA)
 
@@ -174,13 +178,9 @@ def test_remat_may_be_a_truth_value_still(
     """On the command line and in a user's own file."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "old.py").write_text(OLD)
-    config.FLAGS.unparse_flags()
-    if "config.remat" in config.FLAGS:
-        delattr(config.FLAGS, "config.remat")  # absl takes a flag once in a process
     arguments = ["train.py", "--config", file if "/" in file else str(tmp_path / file), *given]
     monkeypatch.setattr(sys, "argv", arguments)
     assert config.parse(arguments, SCHEMA).remat == held
-    delattr(config.FLAGS, "config.remat")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,6 @@ def test_a_file_without_a_field_ends_in_one_line(
     given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own.py").write_text(OLD.replace("config.remat = False", "del config.remat"))
-    config.FLAGS.unparse_flags()
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "own.py"), *given])
     with pytest.raises(UserError, match=said) as caught:
         config.parse(sys.argv, SCHEMA)
@@ -210,7 +209,6 @@ def test_attention_is_the_platforms_unless_one_is_asked_for() -> None:
 def test_what_help_shows_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """--help shows None for the fields that the size of the data set decides."""
     monkeypatch.chdir(ROOT)
-    config.FLAGS.unparse_flags()
     shown = [f"--config.{name}=None" for name, value in config.flat(ar.get_config()).items() if value is None]
     assert "--config.optimizer.learning_rate=None" in shown
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "configs/ar_demo.py", *shown])
