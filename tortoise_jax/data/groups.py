@@ -25,7 +25,10 @@ from tortoise_jax.files import digest_of
 
 GROUP = 512  # sounds per shard: the most that a killed run loses, an hour of audio
 SECONDS_PER_LINE = 60  # of progress, where it goes into a file
-FEW = 64  # so few files are decoded before worker processes would have started
+LISTENED = 64  # sounds measured at once, where none is encoded
+# So few files are decoded before worker processes would have started, which take 5 s of two processors: 250 of wav take
+# a quarter of a second, of mp3 to be resampled some seconds.
+FEW = 256
 
 
 def recordings_of(clips: Sequence[Clip]) -> list[Recording]:
@@ -66,7 +69,7 @@ def workers_for(groups: Sequence[list[Recording]], workers: int | None) -> int:
 
 def measure_all(recordings: Sequence[Recording], limits: ClipLimits, workers: int | None) -> list[Sound]:
     """The sound of every recording (of one span each), in order, none encoded."""
-    groups = grouped(recordings, FEW)
+    groups = grouped(recordings, LISTENED)
     sounds: list[Sound] = []
     with Progress(len(recordings), "listening") as progress:
         for group in load_ahead(groups, limits, frozenset(), workers_for(groups, workers)):
