@@ -88,7 +88,10 @@ def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with recordings and their data set, not to be changed; whole runs are written beside them."""
+    """A tiny checkpoint with recordings and their data set, not to be changed; whole runs are written beside them.
+
+    Each by a fixture of the session: a worker may leave a module's tests and come back to it, and must not write twice.
+    """
     return runs.write_project(tmp_path_factory.mktemp("project"))
 
 

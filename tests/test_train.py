@@ -46,7 +46,7 @@ STEPS = runs.FIELDS["steps"]
 KILLS = 40
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(project: Path) -> Path:
     """A run from start to end, with drafts and an export."""
     run = project / "undisturbed"
@@ -209,7 +209,7 @@ def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) ->
     assert runs.history(undisturbed) == before
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_lengths(project: Path) -> Path:
     """`data/`, whose training rows have two lengths, and `run/` on it from start to end."""
     folder = project / "two-lengths"

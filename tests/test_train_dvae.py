@@ -24,7 +24,7 @@ TINY = {"model__codebook_dim": 8, "model__codes": 16, "model__hidden": 8, "model
 SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tuned(project: Path) -> Path:
     """The project's dVAE, fine-tuned from start to end."""
     before = contents(project / "checkpoint")

@@ -24,7 +24,7 @@ TEN_TIMES = pytest.mark.parametrize("seed", range(1, 11))
 GOING_ON = re.compile(r"going on from step (\d+)")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four_steps(project: Path) -> Path:
     """A run to copy, of two hosts: checkpoints of steps 2 and 4."""
     train_on(project, project / "four-steps", 4)

@@ -28,7 +28,7 @@ FIELDS: dict[str, Any] = {
 SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_host(project: Path) -> Path:
     """Four devices of one host."""
     run = project / "one-host"
@@ -112,7 +112,7 @@ def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: 
         assert "seed: 0 on host 0, 1 on host 1" in errors
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(project: Path) -> list[Path]:
     """Two hosts' own storage: the checkpoint is the same, the data sets differ by a clip."""
     made = [project / "first", project / "second"]

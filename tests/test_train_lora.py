@@ -33,7 +33,7 @@ FIELDS: dict[str, Any] = {"lora__rank": 4, "lora__alpha": 8.0, "optimizer__learn
 FIELDS["optimizer__schedule"] = "constant"  # else the rate falls by how many steps are asked for
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lora_run(project: Path) -> Path:
     """A run stopped after three steps and taken up again, on two devices, with a draft and an export."""
     run = project / "lora"
