@@ -31,6 +31,7 @@ test-slow: $(INSTALLED) $(NVIDIA)/installed $(NVIDIA)/cudnn/installed .venv-tort
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.train --size tiny
 	$(BIN)/python -m benchmarks.train --layers 4
+	$(BIN)/python -m benchmarks.recipe --layers 4
 	$(BIN)/python -m benchmarks.generate --size tiny
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.synthesis
