@@ -7,14 +7,16 @@ import io
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import metrics
+from tortoise_jax.training.loop import Loop
 from tortoise_jax.training.metrics import MetricWriter
 
 METRICS = {"loss/mel": 2.5}
@@ -51,6 +53,22 @@ def test_a_file_gets_a_line_a_minute_not_one_a_step(
     assert printed.err == ""
     (line,) = printed.out.splitlines()
     assert line.startswith("step 4 of 5: mel loss 2.500 (trend 2.500), ")
+
+
+def test_an_evaluation_is_no_part_of_the_next_steps_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "SECONDS_PER_LINE", 0)
+    settings = ConfigDict({"steps": 5, "eval_every": 1, "save_every": 0, "patience": 0})
+    with MetricWriter(tmp_path, 0, 5, active=True) as writer:
+        loop = Loop(settings, None, SimpleNamespace(writer=writer), None, None)
+        monkeypatch.setattr(loop, "save", lambda *_: None)
+        monkeypatch.setattr(loop, "evaluate", lambda *_: time.sleep(0.5))
+        monkeypatch.setattr(loop, "stops_early", lambda: False)
+        assert loop.after(1, None, stop=False) == ""
+        writer.step(2, METRICS, **STEP)
+    rate = float(capsys.readouterr().out.split()[-2])
+    assert rate > STEP["clips"] / 0.4
 
 
 class Logged:

@@ -85,7 +85,8 @@ class Loop:
             self.log_running(state)
             if self.failure:
                 return NOT_FINITE
-            self.save(step, state, self.evaluate(step, state) if evaluate else None)
+            with self.run.writer.between_steps():
+                self.save(step, state, self.evaluate(step, state) if evaluate else None)
         if last:
             return FINISHED
         if evaluate and self.stops_early():

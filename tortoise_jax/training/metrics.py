@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,6 +89,13 @@ class MetricWriter:
     def say(self, line: str) -> None:
         if self.active:
             tqdm.write(line)
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """What is done within, such as an evaluation, is no part of the next step's time."""
+        began = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began
 
     def step(
         self, step: int, metrics: Mapping[str, float], headline: str, clips: int, speech: float, log: bool
