@@ -15,7 +15,7 @@ WORKERS ?= 2
 demo: $(INSTALLED)
 	$(BIN)/python -m tests.demo
 
-# Trains demo/*.pth anew, about two hours (demo/README.md).
+# Trains demo/*.pth anew, about an hour (demo/README.md).
 pair: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pair]'
 	$(BIN)/python demo/make_pair.py

@@ -1,7 +1,7 @@
-"""Makes demo/dvae.pth and demo/autoregressive.pth from nothing: `make pair`, about two hours on two CPU cores.
+"""Makes demo/dvae.pth and demo/autoregressive.pth from nothing: `make pair`, about an hour on two CPU cores.
 
 Every step is a command that is shown as it would be typed. All seeds are fixed; espeak-ng 1.52 speaks the same clips
-again, so another machine ends close to the files in the repository, though not at the same bits.
+again. Another machine or version ends near the files in the repository, not at them: demo/README.md says how near.
 """
 
 from __future__ import annotations
