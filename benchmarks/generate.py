@@ -30,7 +30,8 @@ from tests.support.torch_reference import UnifiedVoice, tiny_unified_voice
 from tortoise_jax import parallel
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis import sampler
-from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
+from tortoise_jax.synthesis.decoder import DecoderWeights
+from tortoise_jax.synthesis.sampler import SamplingOptions
 
 IMPOSSIBLE = -1e4
 
@@ -61,9 +62,9 @@ def streaming_bandwidth() -> float:
     return block.numel() * 4 / 1e9 / statistics.median(seconds(block.sum) for _ in range(20))
 
 
-def decoding_bytes(weights: SamplerWeights) -> int:
+def decoding_bytes(weights: DecoderWeights) -> int:
     """Bytes of the weights that each code reads."""
-    read = [weights.decoder.blocks, weights.decoder.mel_head]
+    read = [weights.blocks, weights.mel_head]
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
@@ -72,7 +73,7 @@ def compare(
 ) -> list[str]:
     """A row of the table for each batch; rounds alternate between torch and us, the median counts."""
     config: UnifiedVoiceConfig = (twin := voice_twin(model, heads)).config
-    weights = SamplerWeights.of(twin.params, config, dtype)
+    weights = DecoderWeights.of(twin.params, config, dtype)
     device = torch_side.take_device(os.cpu_count() or 1)
     model.to(device, getattr(torch, dtype))
     ids = np.random.default_rng(0).integers(1, 255, text).tolist()

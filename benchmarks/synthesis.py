@@ -43,7 +43,7 @@ from tortoise_jax.models import clvp, diffusion, hifigan, unified_voice, vocoder
 from tortoise_jax.models.layers import codes_of, frames_of
 from tortoise_jax.synthesis import denoising, speech
 from tortoise_jax.synthesis.presets import PRESETS
-from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
+from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.tokenizer import Tokenizer
 
@@ -206,17 +206,18 @@ def our_ultra_fast(frames: int) -> Work:
         parts.DIFFUSION: diffusion.RELEASED, parts.VOCODER: vocoder.RELEASED,
     }  # fmt: skip
     made = {name: random_part(config) for name, config in configs.items()}
-    head = made[parts.AR].params["mel_head"]
-    head["bias"] = head["bias"].at[unified_voice.RELEASED.codes :].set(IMPOSSIBLE)
     pretrained = Pretrained(made, Tokenizer.default(), default_mel_norms(), {})
-    weights = SamplerWeights.of(made[parts.AR].params, unified_voice.RELEASED, "float32")
+    head = pretrained.ar.params["mel_head"]
+    head["bias"] = head["bias"].at[unified_voice.RELEASED.codes :].set(IMPOSSIBLE)
+    pretrained, weights = speech.lay_out(pretrained, "float32")
     voice = Voice(noise(1024), noise(2048))
     options = SamplingOptions(max_codes=codes_of(frames) - CALM, dtype="float32")
+    made.clear()  # the AR model's tree, which is laid out
 
     def work() -> np.ndarray:
         given: Any = (preset, voice.conditioning, [TEXT], "tortoise", 0, options, CANDIDATES)
         said = speech.say(pretrained, weights, *given)
-        (waveform,) = speech.speech_of(pretrained, preset, said, voice, 0)
+        (waveform,) = speech.speech_of(pretrained, weights, preset, said, voice, 0)
         assert len(waveform) == 256 * frames
         return waveform
 

@@ -29,7 +29,7 @@ def resolved(name: str) -> Any:
 
 def test_every_function_on_the_four_ways_is_there() -> None:
     names = [name for name in re.findall(r"`([\w.]+)`", WAYS) if name.count(".") >= 1]
-    inner = {"prompts.read_prompts", "decoder.decode", "logits.draw"}  # said beside sampler.sample
+    inner = {"reading.read_prompts", "decoder.decode", "logits.draw"}  # said beside sampler.sample
     assert len(names) > 30
     assert inner <= set(names)
     for name in names:

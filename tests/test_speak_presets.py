@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -112,6 +113,22 @@ def test_mending_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.
         speak.main(arguments(folder, tmp_path, *option))
     as_upstream = {"start_inside": True, "keep_speech": False, "stopped_first": False}
     assert asked == [as_upstream, {name: not value for name, value in as_upstream.items()}]
+
+
+def test_the_ar_models_weights_are_in_memory_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out for the decoder, which serves for the latents too where these are of the same dtype."""
+    say, kept = speech.say, []
+
+    def watched(pretrained: Pretrained, *rest: Any, **how: Any) -> Any:
+        kept.append({type(leaf) for leaf in jax.tree.leaves(pretrained.ar.params)})
+        return say(pretrained, *rest, **how)
+
+    monkeypatch.setattr(speech, "say", watched)
+    for preset in ("fast", "hifigan"):
+        speak.main(without(arguments(folder, tmp_path, "--preset", preset), "--steps" if preset == "hifigan" else ""))
+    assert kept == [{jax.ShapeDtypeStruct}] * 2
 
 
 def test_the_fast_path(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

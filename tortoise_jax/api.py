@@ -31,8 +31,9 @@ from tortoise_jax.models.dvae import DiscreteVAE
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoice
 from tortoise_jax.synthesis import presets, prompts, rendering, sampler, speech, voices
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, diffusion_inputs
-from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
+from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.cleaners import recorded
 from tortoise_jax.training import losses
@@ -153,9 +154,9 @@ class Tortoise:
         presets.check_fit(parts, chosen)
         who = voice if isinstance(voice, Voice) else self.voice(voice, both=chosen.diffuses, seed=seed)
         self._check_voice(who, chosen.diffuses)
-        weights = self._sampler_weights
+        weights = self._decoder_weights
         said = speech.say(parts, weights, chosen, who.conditioning, texts, cleaner, seed, options, count)
-        return speech.speech_of(parts, chosen, said, who, seed)[0], chosen.rate
+        return speech.speech_of(parts, weights, chosen, said, who, seed)[0], chosen.rate
 
     def voice(self, source: str | Path, both: bool = True, seed: int = 0) -> Voice:
         """A folder of clips, one clip, a saved .npz, or "random" -> its vectors: conditioning (d,) and diffusion (e,).
@@ -179,7 +180,7 @@ class Tortoise:
         options = SamplingOptions(max_codes=room)
         ids = self._ids_to_say(text_ids)
         count = whole_number(candidates, "candidates")
-        drawn = sampler.sample(self._sampler_weights, self.model.config, voice.conditioning, ids, seed, options, count)
+        drawn = sampler.sample(self._decoder_weights, self.model.config, voice.conditioning, ids, seed, options, count)
         return [drawn.row(i) for i in range(len(drawn.lengths))]
 
     def score(self, text_ids: Sequence[int], codes: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -195,7 +196,8 @@ class Tortoise:
         """
         self._check_voice(voice, both=False)
         ids, (row,) = self._ids_to_say(text_ids), self._rows([codes])
-        return diffusion_inputs(self.params, self.model.config, voice.conditioning, ids, row)[1]
+        held = speech.held_for_latents(self.pretrained, self._decoder_weights)
+        return diffusion_inputs(held, self.model.config, voice.conditioning, ids, row)[1]
 
     def diffuse(
         self, latents: np.ndarray, voice: Voice, steps: int = 80, guidance: float = 2.0, seed: int = 0
@@ -216,9 +218,9 @@ class Tortoise:
         return rendering.vocode(vocoder, [np.asarray(mel, np.float32)], seed)[0]
 
     @functools.cached_property
-    def _sampler_weights(self) -> SamplerWeights:
+    def _decoder_weights(self) -> DecoderWeights:
         """Laid out once for many texts."""
-        return SamplerWeights.of(self.params, self.model.config)
+        return DecoderWeights.of(self.params, self.model.config)
 
     @functools.cached_property
     def _lent(self) -> dict[str, Part]:

@@ -606,15 +606,26 @@ def run_by_rows(
     takes at most; fewer are padded to a power of two, so that another number is seldom another program. progress(n): n
     rows more are done.
     """
-    count = len(rows[0])
-    devices = min(local_device_count(), count)
-    each = min(at_once, 1 << (-(-count // devices) - 1).bit_length())
+    devices = min(local_device_count(), len(rows[0]))
     everywhere = on_every_device(alike, devices)
-    program = _by_rows(function, len(alike), len(rows), devices)
+    program = functools.partial(_by_rows(function, len(alike), len(rows), devices), *everywhere)
+    return run_in_batches(program, rows, at_once, progress, devices)
+
+
+def run_in_batches(
+    program: Callable[..., jax.Array],
+    rows: tuple[Any, ...],
+    at_once: int,
+    progress: Callable[[int], None] = lambda done: None,
+    devices: int | None = None,
+) -> np.ndarray:
+    """The same by a program that takes rows shared out over the local devices, all of them or the first so many."""
+    count, devices = len(rows[0]), devices or local_device_count()
+    each = min(at_once, 1 << (-(-count // devices) - 1).bit_length())
     done = []
     for first in range(0, count, each * devices):
         index = np.minimum(np.arange(first, first + each * devices), count - 1)
-        made = program(*everywhere, *rows_on_devices(tuple(np.asarray(array)[index] for array in rows), devices))
+        made = program(*rows_on_devices(tuple(np.asarray(array)[index] for array in rows), devices))
         done.append(np.asarray(made)[: count - first])
         progress(len(done[-1]))
     return np.concatenate(done)

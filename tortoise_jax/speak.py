@@ -22,10 +22,11 @@ from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, wit
 from tortoise_jax.errors import Parser, UserError, count_of, exit_with_one_line
 from tortoise_jax.files import check_writable, save_npz, write_atomically
 from tortoise_jax.synthesis import presets, speech, voices
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
 from tortoise_jax.synthesis.drafts import write_wav
 from tortoise_jax.synthesis.presets import DRAFT, MENDED, PRESETS, Preset
-from tortoise_jax.synthesis.sampler import SamplerWeights, SamplingOptions
+from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.text.cleaners import CLEANERS, DEFAULT, letters_changed, recorded
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{arguments.save_voice}: the voice; give it as --voice")
 
     # 3. Codes.
-    weights = SamplerWeights.of(pretrained.ar.params, pretrained.ar.config, options.dtype)
+    pretrained, weights = speech.lay_out(pretrained, options.dtype)
     drawn_by: Any = (voice.conditioning, texts, cleaner, arguments.seed, options)
     count = {"candidates": arguments.candidates, "keep": arguments.keep, "batch": arguments.batch}
     said = speech.say(pretrained, weights, preset, *drawn_by, **count)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 4. Sound, and what else was asked for.
     what = "a draft" if arguments.preset == DRAFT else f"preset {arguments.preset}"
-    for index, waveform in enumerate(speech.speech_of(pretrained, preset, said, voice, arguments.seed)):
+    for index, waveform in enumerate(speech.speech_of(pretrained, weights, preset, said, voice, arguments.seed)):
         path = numbered(arguments.out, index)
         write_wav(path, waveform, preset.rate)
         print(f"{path}: {len(waveform) / preset.rate:.1f} s, {what}")
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_codes(numbered(arguments.codes, index, part_number), part.kept[index].codes)
             if arguments.latents:
                 file = numbered(arguments.latents, index, part_number)
-                save_latents(file, pretrained, voice.conditioning, part, index)
+                save_latents(file, pretrained, weights, voice.conditioning, part, index)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -167,10 +168,12 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
     print(f"{path}: {count_of(len(codes), 'code')}")
 
 
-def save_latents(path: Path, pretrained: Pretrained, voice: np.ndarray, part: Utterance, index: int) -> None:
+def save_latents(
+    path: Path, pretrained: Pretrained, weights: DecoderWeights, voice: np.ndarray, part: Utterance, index: int
+) -> None:
     """What tortoise's diffusion model is given, with what it was made from."""
-    ar = pretrained.ar
-    codes, latents = diffusion_inputs(ar.params, ar.config, voice, part.text_ids, part.kept[index].codes)
+    ar, held = pretrained.ar, speech.held_for_latents(pretrained, weights)
+    codes, latents = diffusion_inputs(held, ar.config, voice, part.text_ids, part.kept[index].codes)
     arrays: dict[str, Any] = {"latents": latents, "codes": codes, voices.VECTOR: voice}
     save_npz(path, arrays)
     command = f"python convert/voices.py {path} --out {path.with_suffix('.pth')}"

@@ -15,7 +15,8 @@ from tortoise_jax.checkpoints.parts import abstract_variables
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis import decoder
-from tortoise_jax.synthesis.prompts import read_prompts
+from tortoise_jax.synthesis.decoder import DecoderWeights
+from tortoise_jax.synthesis.reading import read_layer
 from tortoise_jax.synthesis.sampler import SamplingOptions
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -37,21 +38,18 @@ def dvae(config: DVAEConfig, method: str, rows: int = 2, codes: int = 40) -> Pro
 
 
 def prompts(config: UnifiedVoiceConfig, dtype: str, rows: int = 2, positions: int = 16) -> Program:
-    params = abstract_variables(config)["params"]
-    row = array((rows, positions), np.int32)
-    return functools.partial(read_prompts, config=config, dtype=dtype), (
-        params,
-        array((rows, 1, config.width)),
-        row,
-        row,
-        row,
-    )
+    """A layer of prompts."""
+    (layer, *_) = decoder_weights(config, dtype).blocks
+    return functools.partial(read_layer, heads=config.heads), (layer, array((rows, positions, config.width), dtype))
+
+
+def decoder_weights(config: UnifiedVoiceConfig, dtype: str) -> Any:
+    return jax.eval_shape(lambda tree: DecoderWeights.of(tree, config, dtype), abstract_variables(config)["params"])
 
 
 def decoding(config: UnifiedVoiceConfig, dtype: str, rows: int = 2, positions: int = 16, room: int = 32) -> Program:
     """Sixteen codes of a candidate for each of `rows` prompts."""
-    params = abstract_variables(config)["params"]
-    weights = jax.eval_shape(lambda tree: decoder.lay_out(tree, config, dtype), params)
+    weights = decoder_weights(config, dtype)
     cache = lambda length: jax.eval_shape(lambda: decoder.empty_cache(config, rows, length, dtype))
     state = decoder.State.start(config, np.zeros((rows, 2), np.uint32), room)
     controls = SamplingOptions().controls(0, 16)

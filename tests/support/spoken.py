@@ -26,6 +26,7 @@ from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.encoding import CodeEncoder
 from tortoise_jax.evaluation.measures import pitch
 from tortoise_jax.synthesis import drafts, sampler, voices
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.prompts import max_codes
 from tortoise_jax.synthesis.ranking import trailing_silence
 from tortoise_jax.synthesis.speech import candidate_mels
@@ -82,7 +83,7 @@ def draw(
     config = pretrained.ar.config
     vector = voices.condition(pretrained.ar.params, config, pretrained.mel_norms, list(clips))
     text_ids = [pretrained.tokenizer.encode(sentence) for sentence in sentences]
-    weights = sampler.SamplerWeights.of(pretrained.ar.params, config, OPTIONS.dtype)
+    weights = DecoderWeights.of(pretrained.ar.params, config, OPTIONS.dtype)
     options = dataclasses.replace(OPTIONS, max_codes=min(OPTIONS.max_codes, max_codes(config)))
     return sampler.sample(weights, config, np.repeat(vector[None], len(text_ids), axis=0), text_ids, seed, options)
 

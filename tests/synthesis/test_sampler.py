@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from typing import Any
 
 import jax
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 
 from tests.support import torch_reference
 from tests.support.parity import STACK, Twin, assert_close, voice_twin
+from tortoise_jax import parallel
 from tortoise_jax.data import batches
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.unified_voice import UnifiedVoice
-from tortoise_jax.synthesis import prompts, sampler
-from tortoise_jax.synthesis.sampler import Layout, SamplerWeights, Samples, SamplingOptions
+from tortoise_jax.synthesis import prompts, reading, sampler
+from tortoise_jax.synthesis.decoder import DecoderWeights
+from tortoise_jax.synthesis.diffusion_inputs import hidden_states
+from tortoise_jax.synthesis.sampler import Layout, Samples, SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1.0, max_codes=30, extra_text_stop=False, dtype="float32")
 CLEAR = 1e-4  # how far apart the two best logits must be for the choice to be asked for
@@ -213,7 +217,7 @@ def test_rows_on_eight_devices_are_rows_on_one(voice: Twin, monkeypatch: pytest.
 
 
 def forget_programs() -> None:
-    for made in (sampler._read_prompts, sampler._decode, sampler._write_cache):
+    for made in (reading._embed, reading._read_layer, sampler._decode, sampler._write_cache):
         made.cache_clear()
 
 
@@ -272,16 +276,34 @@ def test_bfloat16_draws_and_differs() -> None:
 
 def test_a_new_text_of_similar_length_compiles_nothing(voice: Twin) -> None:
     options = SamplingOptions(max_codes=20, dtype="float32")
-    weights = SamplerWeights.of(voice.params, voice.config, "float32")
+    weights = DecoderWeights.of(voice.params, voice.config, "float32")
     sampler.sample(weights, voice.config, voice_vector(), TEXT, 0, options)
-    read, decode = (
-        sampler._read_prompts(voice.config, "float32"),
-        sampler._decode(voice.config, 50, False, sampler.CODES_PER_CALL),
-    )
-    before = read._cache_size(), decode._cache_size()
+    decode = sampler._decode(voice.config, 50, False, sampler.CODES_PER_CALL)
+    programs = [reading._embed(voice.config), reading._read_layer(voice.config), decode]
+    before = [program._cache_size() for program in programs]
     other = dataclasses.replace(options, temperature=0.7, top_p=0.5, repetition_penalty=1.5)
     sampler.sample(weights, voice.config, voice_vector(1), list(range(3, 20)), 9, other)
-    assert (read._cache_size(), decode._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
+
+
+# Memory
+
+
+def test_the_devices_hold_the_model_once(voice: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For prompts, codes and latents together, and less than one product's weights more while they are laid out."""
+    put, seen = parallel.on_every_device, []
+    held = lambda: sum(array.nbytes for array in jax.live_arrays())
+    monkeypatch.setattr(parallel, "on_every_device", lambda tree: seen.append(held()) or put(tree))
+    gc.collect()
+    before = held()
+    weights = DecoderWeights.of(voice.params, voice.config, "float32")
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(voice.params)]
+    assert len(seen) > 10
+    assert max(seen) - before < held() - before + max(sizes)
+    assert 0.5 * sum(sizes) < held() - before < sum(sizes)
+    monkeypatch.setattr(parallel, "on_every_device", lambda tree: pytest.fail("there is more on the devices"))
+    drawn = sampler.sample(weights, voice.config, voice_vector(), TEXT, 0, GREEDY)
+    hidden_states(weights, voice.config, voice_vector(), [TEXT], [drawn.row(0)])
 
 
 # Bad input

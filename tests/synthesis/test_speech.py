@@ -11,8 +11,9 @@ from tests.support.parity import Twin
 from tortoise_jax.audio import SAMPLE_RATE, default_mel_norms
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.synthesis import sampler, speech
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.presets import PRESETS
-from tortoise_jax.synthesis.sampler import SamplerWeights, Samples, SamplingOptions
+from tortoise_jax.synthesis.sampler import Samples, SamplingOptions
 from tortoise_jax.text.tokenizer import Tokenizer
 
 
@@ -41,7 +42,7 @@ def test_flagged_candidates_are_kept_last(voice: Twin, dvae: Twin, monkeypatch: 
 def test_parts_drawn_together_are_what_each_is_alone(voice: Twin, dvae: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part, candidate and seed: the same codes, whatever else is drawn at once; no more of it than was asked."""
     pretrained, texts = pretrained_of(voice, dvae), ["Hello, world, how are you?", "Hi.", "So it is."]
-    weights = SamplerWeights.of(voice.params, voice.config, "float32")
+    weights = DecoderWeights.of(voice.params, voice.config, "float32")
     vector = np.random.default_rng(0).standard_normal(64).astype(np.float32)
     options = SamplingOptions(max_codes=20, dtype="float32")
     sample, drawn_at_once = sampler.sample, []

@@ -100,7 +100,11 @@ class Part:
 
     def on_disk(self) -> Part:
         """The same without its weights, whose memory is free again."""
-        return dataclasses.replace(self, variables=abstract_variables(self.config), checksum=checksum(self.tree))
+        return dataclasses.replace(self.without_weights(), checksum=checksum(self.tree))
+
+    def without_weights(self) -> Part:
+        """The same with shapes alone, where nothing on disk stands for it."""
+        return dataclasses.replace(self, variables=abstract_variables(self.config))
 
     @property
     def params(self) -> Tree:

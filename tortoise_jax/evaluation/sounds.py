@@ -12,6 +12,7 @@ from tortoise_jax.audio import read_audio, waveform_from_int16
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.data.dataset import Dataset
 from tortoise_jax.synthesis import sampler, voices
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.drafts import draft_waveform
 from tortoise_jax.synthesis.speech import candidate_mels, decode_rows
 from tortoise_jax.text.cleaners import recorded
@@ -88,7 +89,7 @@ def drafts(
     """One draft of each sentence by a step's checkpoint, with the voice of clips (n, 132300)."""
     config, cleaner = pretrained.ar.config, recorded(pretrained.source)
     vector = voices.condition(pretrained.ar.params, config, pretrained.mel_norms, list(clips))
-    weights = sampler.SamplerWeights.of(pretrained.ar.params, config, options.dtype)
+    weights = DecoderWeights.of(pretrained.ar.params, config, options.dtype)
     waveforms: list[np.ndarray] = []
     stopped: list[bool] = []
     for first in range(0, len(sentences), DRAWN_AT_ONCE):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tortoise_jax import parallel
 from tortoise_jax.models.layers import LAYER_NORM_EPSILON, Array
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis.logits import draw, penalise
@@ -26,6 +27,7 @@ from tortoise_jax.synthesis.logits import draw, penalise
 Tree = Any
 Leaf = Any  # an array: numpy on the host, jax's on the devices
 
+TABLES = ("text_embedding", "text_pos_embedding", "mel_embedding", "mel_pos_embedding")
 PROMPT_CODE = 1  # tortoise fills the prompt of its sampler with it, so the repetition penalty covers it
 
 
@@ -65,11 +67,13 @@ class BlockWeights:
 
 @flax.struct.dataclass
 class DecoderWeights:
-    """What decoding reads: the tables mel_embedding (v, d) and mel_pos_embedding (positions, d), the blocks, the head.
+    """All that synthesis reads of an AR model once it has a voice: neither conditioning encoder nor the text's head.
 
-    The text's tables and head and the conditioning encoder are not among it: prompts are read by the model itself.
+    Tables (rows, d); the blocks, the last norms, the head of codes.
     """
 
+    text_embedding: Array
+    text_pos_embedding: Array
     mel_embedding: Array
     mel_pos_embedding: Array
     blocks: list[BlockWeights]
@@ -77,38 +81,70 @@ class DecoderWeights:
     final_norm: Norm
     mel_head: Linear
 
+    @property
+    def dtype(self) -> str:
+        """Of the computation."""
+        return str(self.mel_embedding.dtype)
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # keeps the copies where the parameters are: on every device
-def lay_out(params: Tree, config: UnifiedVoiceConfig, dtype: str) -> DecoderWeights:
-    """The AR model's parameter tree, layers stacked -> weights for `decode`, which take its size again in memory.
+    @classmethod
+    def of(cls, params: Tree, config: UnifiedVoiceConfig, dtype: str = "auto") -> DecoderWeights:
+        """The AR model's parameter tree, layers stacked -> the same for the decoder, on every local device.
 
-    Weights become (out, in), to be multiplied by activations (in, rows) from the right: on CPU that is twice to three
-    times as fast for a few rows as any other order, elsewhere no order matters. Layers come apart, because a loop over
-    stacked layers copies each layer's weights before it uses them.
-    """
-    linear = lambda p: Linear(p["kernel"].T.astype(dtype), p["bias"][:, None].astype(dtype))
-    norm = lambda p: Norm(p["scale"][:, None], p["bias"][:, None])
-    blocks = []
-    for i in range(config.layers):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], params["gpt"]["h"])
-        blocks.append(
-            BlockWeights(
-                ln_1=norm(one["ln_1"]),
-                c_attn=linear(one["attn"]["c_attn"]),
-                attn_proj=linear(one["attn"]["c_proj"]),
-                ln_2=norm(one["ln_2"]),
-                c_fc=linear(one["mlp"]["c_fc"]),
-                mlp_proj=linear(one["mlp"]["c_proj"]),
-            )
+        Weights become (out, in), to be multiplied by activations (in, rows) from the right: on CPU that is twice to
+        three times as fast for a few rows as any other order, elsewhere no order matters. Layers come apart, because a
+        loop over stacked layers copies each layer's weights before it uses them. One product comes after another, so
+        that the devices never hold two copies of the model.
+        """
+        dtype = parallel.best_dtype() if dtype == "auto" else dtype
+        put = parallel.on_every_device
+        gpt = params["gpt"]["h"]
+        of_layers = {
+            "ln_1": _norms(put(gpt["ln_1"])),
+            "c_attn": _linears(put(gpt["attn"]["c_attn"]), dtype),
+            "attn_proj": _linears(put(gpt["attn"]["c_proj"]), dtype),
+            "ln_2": _norms(put(gpt["ln_2"])),
+            "c_fc": _linears(put(gpt["mlp"]["c_fc"]), dtype),
+            "mlp_proj": _linears(put(gpt["mlp"]["c_proj"]), dtype),
+        }
+        return cls(
+            **{name: _table(put(params[name]["embedding"]), dtype) for name in TABLES},
+            blocks=[BlockWeights(**{name: each[i] for name, each in of_layers.items()}) for i in range(config.layers)],
+            ln_f=_norm(put(params["gpt"]["ln_f"])),
+            final_norm=_norm(put(params["final_norm"])),
+            mel_head=_linear(put(params["mel_head"]), dtype),
         )
-    return DecoderWeights(
-        mel_embedding=params["mel_embedding"]["embedding"].astype(dtype),
-        mel_pos_embedding=params["mel_pos_embedding"]["embedding"].astype(dtype),
-        blocks=blocks,
-        ln_f=norm(params["gpt"]["ln_f"]),
-        final_norm=norm(params["final_norm"]),
-        mel_head=linear(params["mel_head"]),
-    )
+
+
+# Compiled, they leave their results where their arguments are: on every device.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _linear(product: Tree, dtype: str) -> Linear:
+    """kernel (i, o), bias (o,)."""
+    return Linear(product["kernel"].T.astype(dtype), product["bias"][:, None].astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _linears(products: Tree, dtype: str) -> list[Linear]:
+    """kernel (l, i, o), bias (l, o)."""
+    return [_linear(jax.tree.map(lambda leaf, i=i: leaf[i], products), dtype) for i in range(len(products["bias"]))]
+
+
+@jax.jit
+def _norm(norm: Tree) -> Norm:
+    """scale and bias (i,)."""
+    return Norm(norm["scale"][:, None], norm["bias"][:, None])
+
+
+@jax.jit
+def _norms(norms: Tree) -> list[Norm]:
+    """scale and bias (l, i)."""
+    return [_norm(jax.tree.map(lambda leaf, i=i: leaf[i], norms)) for i in range(len(norms["bias"]))]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _table(table: Array, dtype: str) -> Array:
+    return table.astype(dtype)
 
 
 # --- the cache, the state, the controls -------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ As tortoise does it (its fix_autoregressive_output, and the cut before diffusion
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tortoise_jax import parallel
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.unified_voice import MEL, UnifiedVoice, UnifiedVoiceConfig
+from tortoise_jax.models.unified_voice import MEL, UnifiedVoiceConfig
+from tortoise_jax.synthesis import reading
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.prompts import max_codes, prompt_arrays
 
 Tree = Any
@@ -32,7 +34,7 @@ def bucket(codes: int) -> int:
 
 
 def hidden_states(
-    params: Tree,
+    params: Tree | DecoderWeights,
     config: UnifiedVoiceConfig,
     conditioning: np.ndarray,
     text_ids: Sequence[Sequence[int]],
@@ -40,9 +42,11 @@ def hidden_states(
 ) -> list[np.ndarray]:
     """Of each row the AR model's hidden states (c, d) float32, from which it would draw its codes (c,), a stop too.
 
-    conditioning (d,); text_ids of each row without stops: texts have their extra one, as at synthesis. The states are
-    those at the start token and at all codes but the last.
+    params: a parameter tree, for which it is float32, or for many calls DecoderWeights. conditioning (d,); text_ids of
+    each row without stops: texts have their extra one, as at synthesis. The states are those at the start token and at
+    all codes but the last.
     """
+    weights = params if isinstance(params, DecoderWeights) else DecoderWeights.of(params, config, "float32")
     prompt = prompt_arrays(config, text_ids, extra_text_stop=True)
     rows = len(codes)
     room = prompt["tokens"].shape[1] + bucket(max(map(len, codes)))
@@ -54,18 +58,13 @@ def hidden_states(
         for (name, array), values in zip(arrays.items(), read, strict=True):
             array[i, :p], array[i, p : p + c] = prompt[name][i, :p], values
     voices = np.broadcast_to(np.asarray(conditioning, np.float32), (rows, 1, config.width))
-    hidden = parallel.run_by_rows(_reader(config), (params,), (voices, *arrays.values()), ROWS_AT_ONCE)
+    reader = functools.partial(reading.read_codes, weights, config)
+    hidden = parallel.run_in_batches(reader, (voices, *arrays.values()), ROWS_AT_ONCE)
     return [hidden[i, p : p + len(row)] for i, (p, row) in enumerate(zip(prompt["lengths"], codes, strict=True))]
 
 
-@functools.cache
-def _reader(config: UnifiedVoiceConfig) -> Callable[..., Any]:
-    model = UnifiedVoice(config)
-    return lambda params, *arrays: model.apply({"params": params}, *arrays, method="hidden_states")
-
-
 def diffusion_inputs(
-    params: Tree,
+    params: Tree | DecoderWeights,
     config: UnifiedVoiceConfig,
     conditioning: np.ndarray,
     text_ids: Sequence[int],

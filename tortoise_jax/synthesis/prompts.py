@@ -1,9 +1,9 @@
-"""A text and a voice to what the decoder reads first: the prompt's arrays, and the keys and values of its positions.
+"""A text and a voice to what the AR model reads first: the prompt's arrays.
 
 A prompt is [conditioning | start, text, stop (twice with the extra one)]. Prompts are padded to a few lengths, so that
 a new text compiles nothing new, or little.
 
-Axis letters beside those of layers.py: r prompts, p prompt positions, l layers.
+Axis letters beside those of layers.py: r prompts, p prompt positions.
 """
 
 from __future__ import annotations
@@ -11,23 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tortoise_jax.errors import UserError
-from tortoise_jax.models.layers import Array, Compute, layer_norm
-from tortoise_jax.models.unified_voice import (
-    CONDITIONING,
-    CONDITIONING_VECTORS,
-    TEXT,
-    UnifiedVoice,
-    UnifiedVoiceConfig,
-)
-from tortoise_jax.synthesis.decoder import KeysAndValues
-
-Tree = Any
+from tortoise_jax.models.layers import Array
+from tortoise_jax.models.unified_voice import CONDITIONING, CONDITIONING_VECTORS, TEXT, UnifiedVoiceConfig
 
 PROMPT_LENGTHS = (64, 128, 256, 512)
 
@@ -90,35 +78,3 @@ def pair_voices_and_texts(
     if {len(voices), len(texts)} - {1, r}:
         raise UserError(f"{len(voices)} voices do not go with {len(texts)} texts; give one of either, or as many")
     return np.broadcast_to(voices, (r, config.width)), texts * (r // len(texts))
-
-
-def read_prompts(
-    params: Tree,
-    conditioning: Array,
-    tokens: Array,
-    token_types: Array,
-    positions: Array,
-    *,
-    config: UnifiedVoiceConfig,
-    dtype: str,
-) -> list[KeysAndValues]:
-    """Runs the training forward over r prompts -> keys and values (r, h, p, k) of every layer.
-
-    conditioning (r, n, d); tokens, token_types, positions (r, p) of `prompt_arrays`. dtype: of the computation and of
-    what is returned.
-    """
-    r, p, d = *tokens.shape, config.width
-    outputs: Any = UnifiedVoice(config, Compute(dtype=dtype)).apply(
-        {"params": params}, conditioning, tokens, token_types, positions, method=UnifiedVoice.from_conditioning
-    )
-    inputs = jnp.concatenate([outputs["embedded"][None], outputs["blocks"][:-1]])  # (l, r, p, d)
-
-    def keys_and_values(layer: tuple[Tree, Array]) -> Array:
-        block, x = layer
-        normed: Any = layer_norm("ln_1", jnp.dtype(dtype)).apply({"params": block["ln_1"]}, x)
-        c_attn = nn.Dense(3 * d, dtype=jnp.dtype(dtype))
-        qkv: Any = c_attn.apply({"params": block["attn"]["c_attn"]}, normed.reshape(r * p, d))
-        return qkv[:, d:].reshape(r, p, 2, config.heads, d // config.heads).transpose(2, 0, 3, 1, 4)
-
-    both = jax.lax.map(keys_and_values, (params["gpt"]["h"], inputs))  # (l, 2, r, h, p, k)
-    return [KeysAndValues(both[i, 0], both[i, 1]) for i in range(config.layers)]

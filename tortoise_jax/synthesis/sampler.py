@@ -1,8 +1,8 @@
 """Text and a voice to codes: `sample` draws candidates for prompts, shared out over this host's devices.
 
-Four compiled programs do the work: one lays the weights out for decoding, one reads the prompts (the training forward
-itself), one draws codes in a loop against a cache of fixed length, one copies keys and values into the cache. When the
-codes outgrow the cache it moves to the next length, so early codes do not pay for late ones.
+Prompts are read (reading.py); then one compiled program draws codes in a loop against a cache of fixed length, and one
+copies keys and values into the cache. When the codes outgrow the cache it moves to the next length, so early codes do
+not pay for late ones.
 
 Axis letters: r prompts, c candidates of a prompt, b = r * c rows, d model width.
 """
@@ -23,9 +23,9 @@ from tortoise_jax import parallel
 from tortoise_jax.errors import UserError
 from tortoise_jax.models.layers import Array
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-from tortoise_jax.synthesis import decoder
+from tortoise_jax.synthesis import decoder, reading
 from tortoise_jax.synthesis.decoder import Cache, Controls, DecoderWeights, State
-from tortoise_jax.synthesis.prompts import max_codes, pair_voices_and_texts, prompt_arrays, read_prompts
+from tortoise_jax.synthesis.prompts import max_codes, pair_voices_and_texts, prompt_arrays
 
 Tree = Any
 
@@ -106,27 +106,8 @@ class Samples:
         return self.codes[i, : self.lengths[i]]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerWeights:
-    """An AR model's weights on every local device, laid out once for many calls of `sample`.
-
-    dtype: of the computation. params: the parameter tree, which reads the prompts. decoder: the same weights as
-    decoding wants them.
-    """
-
-    dtype: str
-    params: Tree
-    decoder: DecoderWeights
-
-    @classmethod
-    def of(cls, params: Tree, config: UnifiedVoiceConfig, dtype: str = "auto") -> SamplerWeights:
-        dtype = parallel.best_dtype() if dtype == "auto" else dtype
-        params = parallel.on_every_device(params)
-        return cls(dtype, params, decoder.lay_out(params, config, dtype))
-
-
 def sample(
-    params: Tree | SamplerWeights,
+    params: Tree | DecoderWeights,
     config: UnifiedVoiceConfig,
     conditioning: np.ndarray | Array,
     text_ids: Sequence[int] | Sequence[Sequence[int]],
@@ -138,7 +119,7 @@ def sample(
 ) -> Samples:
     """Draws codes for every prompt, `candidates` of each: r * candidates rows, a prompt's candidates together.
 
-    params: a parameter tree, or for many calls SamplerWeights. conditioning (d,) or (r, d); text_ids without stops, one
+    params: a parameter tree, or for many calls DecoderWeights. conditioning (d,) or (r, d); text_ids without stops, one
     list for all prompts or one per prompt. A row depends on the seed, its prompt's number and its own number among the
     candidates, which are counted from first_candidate; on nothing else. A seed per prompt takes the place of the
     prompt's number: each draws what it would alone. progress(n) is called now and then, when n codes per row are drawn.
@@ -152,12 +133,12 @@ def sample(
         raise UserError(f"max_codes is {options.max_codes}, the model has room for {max_codes(config)}")
     voices, texts = pair_voices_and_texts(config, conditioning, text_ids)
     arrays = prompt_arrays(config, texts, options.extra_text_stop)
-    weights = params if isinstance(params, SamplerWeights) else SamplerWeights.of(params, config, options.dtype)
+    weights = params if isinstance(params, DecoderWeights) else DecoderWeights.of(params, config, options.dtype)
 
     layout = Layout.of(len(texts), candidates, parallel.local_device_count())
     spread = lambda array: parallel.rows_on_devices(array[layout.prompt])
     inputs = [voices[:, None], *(arrays[name] for name in ("tokens", "token_types", "positions"))]
-    prompts = _read_prompts(config, weights.dtype)(weights.params, *map(spread, inputs))
+    prompts = reading.read_prompts(weights, config, *map(spread, inputs))
     in_prompt = np.arange(arrays["tokens"].shape[1]) < arrays["lengths"][layout.prompt_of_rows(), None]
     keys = layout.keys(seed, first_candidate)
     state = parallel.rows_on_devices(State.start(config, keys, options.max_codes))
@@ -178,7 +159,7 @@ def sample(
             cache = _write_cache()(np.int32(0), longer, cache) if cache else longer
         readable = np.hstack([in_prompt, np.broadcast_to(np.arange(room) < first, (len(keys), room))])
         state, recent = decode(
-            weights.decoder, options.controls(first, end), prompts, cache, parallel.rows_on_devices(readable), state
+            weights, options.controls(first, end), prompts, cache, parallel.rows_on_devices(readable), state
         )
         if progress:
             progress(end)
@@ -187,11 +168,6 @@ def sample(
         if end < options.max_codes:
             cache = _write_cache()(np.int32(before + first), cache, recent)
     return Samples.of(config, jax.tree.map(lambda leaf: np.asarray(leaf)[layout.rows()], state))
-
-
-@functools.cache
-def _read_prompts(config: UnifiedVoiceConfig, dtype: str) -> Callable[..., Any]:
-    return parallel.by_rows(functools.partial(read_prompts, config=config, dtype=dtype), replicated=1, sharded=4)
 
 
 @functools.cache

@@ -11,22 +11,24 @@ import numpy as np
 from tqdm import tqdm
 
 from tortoise_jax.audio import SAMPLE_RATE
-from tortoise_jax.checkpoints.parts import CLVP, DIFFUSION, DVAE, HIFIGAN, VOCODER, Part
+from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, DVAE, HIFIGAN, VOCODER, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained
 from tortoise_jax.errors import UserError, count_of
 from tortoise_jax.synthesis import ranking, rendering, sampler
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.diffusion_inputs import DIFFUSION_CODES, SILENCE_CODE, hidden_states, repaired, silent_from
 from tortoise_jax.synthesis.drafts import decode_mel, draft
 from tortoise_jax.synthesis.presets import Preset
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import Candidate
-from tortoise_jax.synthesis.sampler import SamplerWeights, Samples, SamplingOptions
+from tortoise_jax.synthesis.sampler import Samples, SamplingOptions
 from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text import sentences
 from tortoise_jax.text.cleaners import clean
 
 MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
 PAUSE_SECONDS = 0.3  # between the parts of a long text
+LATENTS_DTYPE = "float32"
 COMFORTABLE_TOKENS = 150  # of one part: 500 codes hold it, and the released models were trained on up to 200
 
 
@@ -72,9 +74,20 @@ def options_for(pretrained: Pretrained, preset: Preset, **given: Any) -> Samplin
     return SamplingOptions(max_codes=codes, start_inside=not preset.mend, **given)
 
 
+def lay_out(pretrained: Pretrained, dtype: str) -> tuple[Pretrained, DecoderWeights]:
+    """The AR model's weights to draw codes with, and the checkpoint with what they do not serve for.
+
+    dtype: of `SamplingOptions`. Where the latents are of the same, the checkpoint's own copy is not kept: once there
+    is a voice, nothing else reads it.
+    """
+    ar = pretrained.ar
+    weights = DecoderWeights.of(ar.params, ar.config, dtype)
+    return (pretrained.with_part(AR, ar.without_weights()) if weights.dtype == LATENTS_DTYPE else pretrained), weights
+
+
 def say(
     pretrained: Pretrained,
-    weights: SamplerWeights,
+    weights: DecoderWeights,
     preset: Preset,
     voice: np.ndarray,
     texts: list[str],
@@ -178,7 +191,7 @@ Rows = list[tuple[Utterance, Candidate]]
 
 
 def speech_of(
-    pretrained: Pretrained, preset: Preset, said: list[Utterance], voice: Voice, seed: int
+    pretrained: Pretrained, weights: DecoderWeights, preset: Preset, said: list[Utterance], voice: Voice, seed: int
 ) -> list[np.ndarray]:
     """The sound of what was said at the preset's rate, (samples,) for each kept candidate, best first.
 
@@ -186,26 +199,30 @@ def speech_of(
     and its number alone.
     """
     rows, keep = [(part, one) for part in said for one in part.kept], len(said[0].kept)
-    waveforms = waveforms_of(pretrained, preset, rows, voice, seed)
+    waveforms = waveforms_of(pretrained, weights, preset, rows, voice, seed)
     return [join(waveforms[index::keep], preset.rate) for index in range(keep)]
 
 
-def waveforms_of(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voice, seed: int) -> list[np.ndarray]:
-    """Each row's sound (samples,) at the preset's rate."""
+def waveforms_of(
+    pretrained: Pretrained, weights: DecoderWeights, preset: Preset, rows: Rows, voice: Voice, seed: int
+) -> list[np.ndarray]:
+    """Each row's sound (samples,) at the preset's rate. weights: that the codes were drawn with."""
     if preset.diffuses:
-        return diffused(pretrained, preset, rows, voice, seed)
+        return diffused(pretrained, weights, preset, rows, voice, seed)
     if HIFIGAN in preset.parts:
-        return fast(pretrained, rows, voice)
+        return fast(pretrained, weights, rows, voice)
     dvae = pretrained.dvae
     return [draft(dvae.variables, dvae.config, pretrained.mel_norms, one.codes) for _, one in rows]
 
 
-def diffused(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voice, seed: int) -> list[np.ndarray]:
+def diffused(
+    pretrained: Pretrained, weights: DecoderWeights, preset: Preset, rows: Rows, voice: Voice, seed: int
+) -> list[np.ndarray]:
     """Each row by the diffusion decoder and the vocoder, (samples,) at 24 kHz."""
     fixed = [repaired(one.codes, keep_speech=preset.mend) for _, one in rows]
     latents = [
         states[: silent_from(codes, SILENCE_CODE)]
-        for states, codes in zip(latents_of(pretrained, rows, voice, fixed), fixed, strict=True)
+        for states, codes in zip(latents_of(pretrained, weights, rows, voice, fixed), fixed, strict=True)
     ]
     with bar(len(rows), "row", "diffusion") as shown:
         mels = rendering.diffuse(
@@ -221,19 +238,26 @@ def diffused(pretrained: Pretrained, preset: Preset, rows: Rows, voice: Voice, s
         return rendering.vocode(pretrained.part(VOCODER), mels, seed, progress=shown.update)
 
 
-def fast(pretrained: Pretrained, rows: Rows, voice: Voice) -> list[np.ndarray]:
+def fast(pretrained: Pretrained, weights: DecoderWeights, rows: Rows, voice: Voice) -> list[np.ndarray]:
     """Each row by the fast path's decoder, (samples,) at 24 kHz: codes as they were drawn, the stop among them."""
     stop = pretrained.ar.config.stop_mel
     codes = [np.append(one.codes, stop) if one.stopped else one.codes for _, one in rows]
-    latents = latents_of(pretrained, rows, voice, codes)
+    latents = latents_of(pretrained, weights, rows, voice, codes)
     with bar(len(rows), "row", "decoder") as shown:
         return rendering.vocode_latents(pretrained.part(HIFIGAN), latents, voice.conditioning, shown.update)
 
 
-def latents_of(pretrained: Pretrained, rows: Rows, voice: Voice, codes: list[np.ndarray]) -> list[np.ndarray]:
-    """The AR model's hidden states (c, d) at each row's codes."""
-    ar, texts = pretrained.ar, [part.text_ids for part, _ in rows]
-    return hidden_states(ar.params, ar.config, voice.conditioning, texts, codes)
+def latents_of(
+    pretrained: Pretrained, weights: DecoderWeights, rows: Rows, voice: Voice, codes: list[np.ndarray]
+) -> list[np.ndarray]:
+    """The AR model's hidden states (c, d) at each row's codes, in float32 whatever the codes were drawn in."""
+    held, texts = held_for_latents(pretrained, weights), [part.text_ids for part, _ in rows]
+    return hidden_states(held, pretrained.ar.config, voice.conditioning, texts, codes)
+
+
+def held_for_latents(pretrained: Pretrained, weights: DecoderWeights) -> Any:
+    """What the AR model's latents are computed with: the weights that are on the devices, or else the tree."""
+    return weights if weights.dtype == LATENTS_DTYPE else pretrained.ar.params
 
 
 def join(waveforms: list[np.ndarray], rate: int = SAMPLE_RATE) -> np.ndarray:

@@ -20,10 +20,10 @@ from tortoise_jax.models import lora
 from tortoise_jax.models.lora import LoraConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis import drafts, presets, sampler, speech, voices
+from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.presets import Preset
 from tortoise_jax.synthesis.prompts import max_codes, max_text_ids
 from tortoise_jax.synthesis.ranking import Candidate, trailing_silence
-from tortoise_jax.synthesis.sampler import SamplerWeights
 from tortoise_jax.synthesis.speech import Utterance
 from tortoise_jax.synthesis.voices import Voice
 from tortoise_jax.text.cleaners import recorded
@@ -62,7 +62,7 @@ class PromptDrafter:
         if run.history.has("sample", step):
             return
         params = lora.merged(params, self.adapters)
-        weights = sampler.SamplerWeights.of(params, self.config, self.options.dtype)
+        weights = DecoderWeights.of(params, self.config, self.options.dtype)
         models = self.decoders.with_part(AR, Part(self.config, {"params": params}))
         entries = [entry for i in range(len(self.speakers)) for entry in self.of_speaker(i, step, models, weights, run)]
         for entry in entries:
@@ -76,7 +76,7 @@ class PromptDrafter:
         )
 
     def of_speaker(
-        self, index: int, step: int, models: Pretrained, weights: SamplerWeights, run: Run
+        self, index: int, step: int, models: Pretrained, weights: DecoderWeights, run: Run
     ) -> Iterator[dict[str, Any]]:
         """Writes one speaker's recording and drafts; what the history keeps of each draft."""
         speaker = self.speakers[index]
@@ -86,7 +86,7 @@ class PromptDrafter:
         vectors, text_ids = np.repeat(vector[None], len(self.prompts), axis=0), [ids for _, ids in self.prompts]
         drawn = sampler.sample(weights, self.config, vectors, text_ids, SEED, self.options)
         said = [(Utterance(prompt, ids, []), only_candidate(drawn, i)) for i, (prompt, ids) in enumerate(self.prompts)]
-        waveforms = speech.waveforms_of(models, self.preset, said, Voice(vector, speaker.diffusion), SEED)
+        waveforms = speech.waveforms_of(models, weights, self.preset, said, Voice(vector, speaker.diffusion), SEED)
         for i, ((prompt, _), waveform) in enumerate(zip(self.prompts, waveforms, strict=True)):
             file = f"{FOLDER}/step-{step:06d}-voice-{index}-prompt-{i}.wav"
             drafts.write_wav(run.folder / file, waveform, self.preset.rate)
