@@ -209,7 +209,7 @@ def our_ultra_fast(frames: int) -> Work:
     pretrained = Pretrained(made, Tokenizer.default(), default_mel_norms(), {})
     head = pretrained.ar.params["mel_head"]
     head["bias"] = head["bias"].at[unified_voice.RELEASED.codes :].set(IMPOSSIBLE)
-    pretrained, weights = speech.lay_out(pretrained, "float32")
+    pretrained, weights = speech.lay_out(pretrained, preset, "float32")
     voice = Voice(noise(1024), noise(2048))
     options = SamplingOptions(max_codes=codes_of(frames) - CALM, dtype="float32")
     made.clear()  # the AR model's tree, which is laid out

@@ -31,7 +31,7 @@ from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, sav
 from tortoise_jax.errors import UserError
 from tortoise_jax.files import read_npz
 from tortoise_jax.models.diffusion import frames_of
-from tortoise_jax.synthesis import presets, ranking, sampler, speech, voices
+from tortoise_jax.synthesis import presets, ranking, rendering, sampler, speech, voices
 from tortoise_jax.synthesis.prompts import max_text_ids
 from tortoise_jax.synthesis.sampler import SamplingOptions
 from tortoise_jax.text.tokenizer import Tokenizer
@@ -129,6 +129,36 @@ def test_the_ar_models_weights_are_in_memory_once(
     for preset in ("fast", "hifigan"):
         speak.main(without(arguments(folder, tmp_path, "--preset", preset), "--steps" if preset == "hifigan" else ""))
     assert kept == [{jax.ShapeDtypeStruct}] * 2
+
+
+def test_bfloat16_is_asked_for_and_stays_out_of_the_vocoder(
+    folder: Path, tmp_path: Path, model: tj.Tortoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes, scores, latents and diffusion in it, by one copy of the AR model's weights; by "auto" they are float32."""
+    asked, vocode = [], rendering.vocode
+    for module, name in ((rendering, "scores"), (rendering, "diffuse"), (speech, "hidden_states")):
+        function = getattr(module, name)
+
+        def watched(*given: Any, function: Any = function, **how: Any) -> Any:
+            asked.append(how.get("dtype") or given[0].dtype)
+            return function(*given, **how)
+
+        monkeypatch.setattr(module, name, watched)
+    heard = []
+    monkeypatch.setattr(
+        rendering,
+        "vocode",
+        lambda part, mels, *rest, **how: heard.append((part, mels)) or vocode(part, mels, *rest, **how),
+    )
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix half precision with float32 statistics
+        speak.main(arguments(folder, tmp_path, "--dtype", "bfloat16"))
+    assert asked == ["bfloat16"] * 3
+    [(part, mels)] = heard
+    assert {leaf.dtype for leaf in (*jax.tree.leaves(part.variables), *mels)} == {np.dtype("float32")}
+    asked.clear()
+    exact, _ = model.speak("Hi there.", folder / "clips", "fast", candidates=2, steps=3, max_codes=12)
+    assert asked == ["float32"] * 3
+    assert not np.array_equal(soundfile.read(tmp_path / "speech.wav", dtype="float32")[0], exact)
 
 
 def test_the_fast_path(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +259,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "guidance of the fast path": (["--preset", "hifigan", "--guidance", "3"], r"guidance is of the diffusion decoder"),
     "models that do not fit": (["--checkpoint", "{few_codes}"], r"the AR model's codes and CLVP's differ, 300 and 200"),
     "more codes than the decoder takes": (["--max_codes", "501"], r"max_codes is 501, .* is handed at most 500"),
+    "a dtype": (["--dtype", "float16"], r"dtype is float16, expected auto, float32 or bfloat16"),
     "no such voice": (["--voice", "nowhere"], r"voice nowhere does not exist; give .* or random"),
 }
 
@@ -321,6 +352,7 @@ WRONG: dict[str, tuple[Callable[[tj.Tortoise], object], str]] = {
     "steps": (lambda m: m.speak("Hi.", "random", "fast", steps=1), r"steps is 1, expected 2 to 4000"),
     "guidance": (lambda m: m.speak("Hi.", "random", guidance=-1.0), r"guidance is -1.0, expected at least 0"),
     "guidance of the fast path": (lambda m: m.speak("Hi.", "random", "hifigan", guidance=1.0), r"guidance is of the d"),
+    "dtype": (lambda m: m.speak("Hi.", "random", dtype="half"), r"dtype is half, expected auto, float32 or bfloat16"),
     "candidates": (lambda m: m.speak("Hi.", "random", candidates=0), r"candidates is 0, expected a whole number of a"),
     "max_codes": (lambda m: m.speak("Hi.", "random", max_codes=603), r"max_codes is 603, .* is handed at most 500"),
     "seed": (lambda m: m.speak("Hi.", "random", seed=-1), r"seed is -1, expected 0 to 1073741824"),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tortoise_jax import audio
+from tortoise_jax import audio, parallel
 from tortoise_jax.checkpoints.parts import AR, CLVP, DIFFUSION, RANDOM_AR, RANDOM_DIFFUSION, VOCODER, Part
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.data import batches
@@ -135,26 +135,29 @@ class Tortoise:
         mend: bool = False,
         max_codes: int | None = None,
         seed: int = 0,
+        dtype: str = "auto",
     ) -> tuple[np.ndarray, int]:
         """A text of any length said by a voice -> waveform (samples,) float32 in [-1, 1] and its rate in Hz.
 
         voice: a folder of clips, one clip, a saved .npz, "random", or what `voice` returns. preset: "ultra_fast",
         "fast", "standard", "high_quality", "hifigan" (each at 24 kHz) or "draft". candidates, steps, guidance,
         max_codes: in the place of the preset's. mend: no start token inside a row, no speech lost to a late stop, and
-        candidates that never stop come last, in the place of what upstream does. Raises UserError.
+        candidates that never stop come last, in the place of what upstream does. dtype: "float32" or "bfloat16", of
+        all but mels and vocoders; "auto": codes are drawn in what suits the hardware, all else is float32. What
+        bfloat16 changes is measured in synthesis/rendering.py. Raises UserError.
         """
-        chosen = presets.choose(preset, steps, guidance, mend)
+        chosen = presets.choose(preset, steps, guidance, mend, dtype)
         speech.check_seed(seed)
         cleaner = cleaner or recorded(self.pretrained.source)
         speech.check_text(self.pretrained, text, cleaner)
         texts = speech.split_text(self.pretrained, text, cleaner)
         count = whole_number(chosen.candidates if candidates is None else candidates, "candidates")
-        options = speech.options_for(self.pretrained, chosen, **({} if max_codes is None else {"max_codes": max_codes}))
+        options = speech.options_for(self.pretrained, chosen, max_codes=max_codes, dtype=dtype)
         parts = self._with(*chosen.needs(random_voice=False))
         presets.check_fit(parts, chosen)
         who = voice if isinstance(voice, Voice) else self.voice(voice, both=chosen.diffuses, seed=seed)
         self._check_voice(who, chosen.diffuses)
-        weights = self._decoder_weights
+        weights = self._decoder_weights(dtype)
         said = speech.say(parts, weights, chosen, who.conditioning, texts, cleaner, seed, options, count)
         return speech.speech_of(parts, weights, chosen, said, who, seed)[0], chosen.rate
 
@@ -180,7 +183,9 @@ class Tortoise:
         options = SamplingOptions(max_codes=room)
         ids = self._ids_to_say(text_ids)
         count = whole_number(candidates, "candidates")
-        drawn = sampler.sample(self._decoder_weights, self.model.config, voice.conditioning, ids, seed, options, count)
+        drawn = sampler.sample(
+            self._decoder_weights(), self.model.config, voice.conditioning, ids, seed, options, count
+        )
         return [drawn.row(i) for i in range(len(drawn.lengths))]
 
     def score(self, text_ids: Sequence[int], codes: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -196,8 +201,8 @@ class Tortoise:
         """
         self._check_voice(voice, both=False)
         ids, (row,) = self._ids_to_say(text_ids), self._rows([codes])
-        held = speech.held_for_latents(self.pretrained, self._decoder_weights)
-        return diffusion_inputs(held, self.model.config, voice.conditioning, ids, row)[1]
+        weights = self._decoder_weights("float32")
+        return diffusion_inputs(weights, self.model.config, voice.conditioning, ids, row)[1]
 
     def diffuse(
         self, latents: np.ndarray, voice: Voice, steps: int = 80, guidance: float = 2.0, seed: int = 0
@@ -218,9 +223,16 @@ class Tortoise:
         return rendering.vocode(vocoder, [np.asarray(mel, np.float32)], seed)[0]
 
     @functools.cached_property
-    def _decoder_weights(self) -> DecoderWeights:
-        """Laid out once for many texts."""
-        return DecoderWeights.of(self.params, self.model.config)
+    def _laid_out(self) -> dict[str, DecoderWeights]:
+        """What `_decoder_weights` has made."""
+        return {}
+
+    def _decoder_weights(self, dtype: str = "auto") -> DecoderWeights:
+        """Laid out once of each dtype, for many texts."""
+        dtype = parallel.best_dtype() if dtype == "auto" else dtype
+        if dtype not in self._laid_out:
+            self._laid_out[dtype] = DecoderWeights.of(self.params, self.model.config, dtype)
+        return self._laid_out[dtype]
 
     @functools.cached_property
     def _lent(self) -> dict[str, Part]:

@@ -21,6 +21,7 @@ import numpy as np
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_parts_of_origin
 from tortoise_jax.errors import Parser, UserError, count_of, exit_with_one_line
 from tortoise_jax.files import check_writable, save_npz, write_atomically
+from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
 from tortoise_jax.synthesis import presets, speech, voices
 from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.diffusion_inputs import check_diffusion_inputs, diffusion_inputs
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{arguments.save_voice}: the voice; give it as --voice")
 
     # 3. Codes.
-    pretrained, weights = speech.lay_out(pretrained, options.dtype)
+    pretrained, weights = speech.lay_out(pretrained, preset, options.dtype)
     drawn_by: Any = (voice.conditioning, texts, cleaner, arguments.seed, options)
     count = {"candidates": arguments.candidates, "keep": arguments.keep, "batch": arguments.batch}
     said = speech.say(pretrained, weights, preset, *drawn_by, **count)
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_codes(numbered(arguments.codes, index, part_number), part.kept[index].codes)
             if arguments.latents:
                 file = numbered(arguments.latents, index, part_number)
-                save_latents(file, pretrained, weights, voice.conditioning, part, index)
+                reader = speech.in_dtype(pretrained, weights, preset.dtype)
+                save_latents(file, reader, pretrained.ar.config, voice.conditioning, part, index)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -110,7 +112,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--top_p", type=float, default=usual.top_p, help="1: off (default: %(default)s)")
     add("--repetition_penalty", type=float, default=usual.repetition_penalty, help="1: off (default: %(default)s)")
     add("--max_codes", type=int, help="longest a part may get, 21.5 per second (default: the preset's, 500 or 603)")
-    add("--dtype", default=usual.dtype, help="float32, bfloat16, or auto for what suits the hardware")
+    rest = "auto: codes in what suits the hardware, the rest float32; bfloat16: all but mels and vocoders"
+    add("--dtype", default=usual.dtype, help=f"{rest} (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -121,7 +124,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> Preset:
     """What can be known to be wrong without reading anything; the preset, whose number of candidates is the default."""
-    preset = presets.choose(arguments.preset, arguments.steps, arguments.guidance, arguments.mend)
+    preset = presets.choose(arguments.preset, arguments.steps, arguments.guidance, arguments.mend, arguments.dtype)
     SamplingOptions(**sampling_of(arguments))
     if arguments.candidates is None:
         arguments.candidates = max(preset.candidates, arguments.keep)
@@ -169,11 +172,10 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
 
 
 def save_latents(
-    path: Path, pretrained: Pretrained, weights: DecoderWeights, voice: np.ndarray, part: Utterance, index: int
+    path: Path, weights: DecoderWeights, config: UnifiedVoiceConfig, voice: np.ndarray, part: Utterance, index: int
 ) -> None:
     """What tortoise's diffusion model is given, with what it was made from."""
-    ar, held = pretrained.ar, speech.held_for_latents(pretrained, weights)
-    codes, latents = diffusion_inputs(held, ar.config, voice, part.text_ids, part.kept[index].codes)
+    codes, latents = diffusion_inputs(weights, config, voice, part.text_ids, part.kept[index].codes)
     arrays: dict[str, Any] = {"latents": latents, "codes": codes, voices.VECTOR: voice}
     save_npz(path, arrays)
     command = f"python convert/voices.py {path} --out {path.with_suffix('.pth')}"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 import torch
 
-from tests.support.parity import MODULE, Twin, assert_close, twin_of
+from tests.support.parity import MODULE, Twin, absolute_error, assert_close, error, twin_of
 from tests.support.torch_reference import CLVP, tiny_clvp, tiny_diffusion, tiny_vocoder
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.models.clvp import CLVP as CLVPModel
-from tortoise_jax.models.diffusion import frames_of
+from tortoise_jax.models.compiled import apply
+from tortoise_jax.models.diffusion import DiffusionDecoder, frames_of
+from tortoise_jax.models.layers import Compute
 from tortoise_jax.synthesis import denoising, diffusion_inputs, rendering
 from tortoise_jax.synthesis.diffusion_inputs import repaired
 from tortoise_jax.synthesis.presets import PRESETS
 
 CHAIN = 1e-3
+# What bfloat16 may change: of an evaluation's largest value; a mel's mean difference in nepers; a score.
+EVALUATION_IN_BFLOAT16, MEL_IN_BFLOAT16, SCORES_IN_BFLOAT16 = 0.01, 0.1, 0.01
 TEXT = [5, 9, 30, 31, 7]
 TOTAL = 24  # codes of a row, in place of 500
 
@@ -86,6 +92,51 @@ def test_products_are_no_coarser_than_upstreams(clvp: Twin) -> None:
         assert all(re.search(r"precision(?:_config)? = \[.*HIGH.*, .*HIGH", line) for line in products), products[0]
 
 
+@pytest.fixture(scope="module")
+def wide_diffusion() -> Twin:
+    """Wide enough for the rounding of products to average out, as it does at the real size."""
+    return twin_of(parts.DIFFUSION, tiny_diffusion(num_layers=2, model_channels=128))
+
+
+def test_bfloat16_is_near_float32_and_is_not_it(wide_diffusion: Twin, clvp: Twin) -> None:
+    """One evaluation of its largest value; a mel on average, for single bins of a random decoder's vary; scores."""
+    random = np.random.default_rng(0)
+    latents, voice = [random.standard_normal((12, 24)).astype(np.float32)], random.standard_normal(256)
+    x, aligned = (random.standard_normal((1, 21, width)).astype(np.float32) for width in (100, 128))
+    made = {}
+    for dtype in ("float32", "bfloat16"):
+        decoder = DiffusionDecoder(wide_diffusion.config, Compute(dtype=dtype))
+        evaluation = apply(decoder, "estimate", wide_diffusion.variables, x, np.array([1234]), aligned)
+        (mel,) = rendering.diffuse(wide_diffusion.part, latents, voice, steps=5, guidance=2.0, dtype=dtype)
+        made[dtype] = evaluation, mel, rendering.scores(clvp.part, TEXT, rows(), TOTAL, dtype=dtype)
+    measures = (error, lambda one, other: np.abs(one - other).mean(), absolute_error)
+    most = (EVALUATION_IN_BFLOAT16, MEL_IN_BFLOAT16, SCORES_IN_BFLOAT16)
+    for half, full, measure, bound in zip(made["bfloat16"], made["float32"], measures, most, strict=True):
+        assert half.dtype == np.float32
+        assert 1e-4 < measure(half, full) < bound
+
+
+def test_bfloat16_is_for_the_blocks_products_alone(wide_diffusion: Twin) -> None:
+    """Of an evaluation all else is float32: the state it is given, norms, softmax, what it returns. So are vocoders."""
+    vocoder = twin_of(parts.VOCODER, tiny_vocoder(n_mel_channels=100, strides=(4, 2)))
+    decoder = DiffusionDecoder(wide_diffusion.config, Compute(dtype="bfloat16"))
+    row = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
+    evaluate = functools.partial(decoder.apply, method="estimate")
+    x, steps, aligned = row(np.float32, 21, 100), row(np.int32), row(np.float32, 21, 128)
+    evaluation = str(jax.make_jaxpr(evaluate)(wide_diffusion.variables, x, steps, aligned))
+    vocoded = jax.make_jaxpr(rendering._vocoder(vocoder.config))(
+        vocoder.variables, row(np.float32, 21, 100), row(np.uint32, 2), row(np.int32)
+    )
+    assert "bf16" not in str(vocoded)
+    made = lambda name: re.findall(rf":(\w+)\[[^\]]*\] = {name}\[?", evaluation)
+    assert "bf16" in made("dot_general")
+    for name in ("exp", "rsqrt", "logistic", "reduce_sum", "sin", "cos"):
+        assert "f32" in made(name), name
+        assert "bf16" not in made(name), name
+    # The integrator's, the layers' and the tail's, beside the first and the last.
+    assert Counter(made("conv_general_dilated")) == {"bf16": 1 + 1 + 3, "f32": 2}
+
+
 def test_presets_are_upstreams() -> None:
     found = {name: (preset.candidates, preset.steps, preset.guidance) for name, preset in PRESETS.items()}
     assert found == {
@@ -122,7 +173,7 @@ def test_rows_are_not_padded_to_twice_their_length_and_come_back_in_their_order(
     grouped = lambda *lengths: [(s, index.tolist()) for s, index in rendering.of_like_length(np.array(lengths))]
     assert grouped(60, 3, 120, 300, 0, 151) == [(300, [3, 5]), (150, [0, 2]), (50, [1, 4])]
     echo = lambda frames: lambda _, __, ___, latents, *____: jax.numpy.repeat(latents[:, :1], frames, axis=1)
-    monkeypatch.setattr(rendering, "_denoiser", lambda config, frames, guided: echo(frames))
+    monkeypatch.setattr(rendering, "_denoiser", lambda config, frames, guided, dtype: echo(frames))
     lengths = (60, 3, 120, 300, 151)
     latents = [np.full((length, 2), length, np.float32) for length in lengths]
     diffusion = parts.Part(None, {})

@@ -1,7 +1,7 @@
 """CLVP, which scores candidates: how well codes fit a text, as the angle between the latents of two encoders.
 
 Follows tortoise's CLVP as released: transformer encoders without position tables, rotary angles on queries, keys and
-values, no causal mask.
+values, no causal mask. `Compute.dtype` is that of the layers' products; all else is float32.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def rotated(x: Array, angles: Array) -> Array:
     """x (b, s, h, 64): its first 32 dimensions turned by angles (s, 32), the others as they are."""
     turning, fixed = x[..., :ROTARY_WIDTH], x[..., ROTARY_WIDTH:]
     first, second = jnp.split(turning, 2, axis=-1)
-    cos, sin = (part[None, :, None].astype(x.dtype) for part in (jnp.cos(angles), jnp.sin(angles)))
-    turned = turning * cos + jnp.concatenate([-second, first], axis=-1) * sin
-    return jnp.concatenate([turned, fixed], axis=-1)
+    cos, sin = (part[None, :, None] for part in (jnp.cos(angles), jnp.sin(angles)))
+    wide = lambda part: part.astype(jnp.float32)
+    turned = wide(turning) * cos + wide(jnp.concatenate([-second, first], axis=-1)) * sin
+    return jnp.concatenate([turned.astype(x.dtype), fixed], axis=-1)
 
 
 class Attention(nn.Module):
@@ -106,7 +107,7 @@ class FeedForward(nn.Module):
         b, s, d = x.shape
         dtype = jnp.dtype(self.compute.dtype)
         wide = nn.Dense(2 * self.inner, dtype=dtype, name="proj")(x.reshape(b * s, d))
-        value, gate = jnp.split(wide, 2, axis=-1)
+        value, gate = jnp.split(wide.astype(jnp.float32), 2, axis=-1)
         return nn.Dense(d, dtype=dtype, name="out")(value * nn.gelu(gate, approximate=False)).reshape(b, s, d)
 
 
@@ -118,9 +119,9 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, angles: Array, mask: Array | None) -> tuple[Array, Array]:
         normed = RMSNorm(name="attention_norm")(x)
-        attended = x + Attention(self.heads, self.compute, name="attention")(normed, angles, mask)
+        attended = x + Attention(self.heads, self.compute, name="attention")(normed, angles, mask).astype(x.dtype)
         normed = RMSNorm(name="feed_forward_norm")(attended)
-        x = attended + FeedForward(self.inner, self.compute, name="feed_forward")(normed)
+        x = attended + FeedForward(self.inner, self.compute, name="feed_forward")(normed).astype(x.dtype)
         return x, jnp.stack([attended, x])
 
 
@@ -142,7 +143,7 @@ class Encoder(nn.Module):
             unroll=min(self.compute.unroll, self.layers),
         )(self.heads, self.inner, self.compute, name="layers")
         x, blocks = layers(x, rotary_angles(frequencies, x.shape[1]), mask)
-        encoded = layer_norm("norm", jnp.dtype(self.compute.dtype))(x)
+        encoded = layer_norm("norm", jnp.float32)(x)
         if mask is not None:
             encoded = jnp.where(mask[..., None], encoded, jnp.zeros_like(encoded))
         return {"blocks": blocks, "encoded": encoded}
@@ -159,14 +160,14 @@ class CLVP(nn.Module):
     compute: Compute = Compute()
 
     def setup(self) -> None:
-        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        c = self.config
         self.temperature = self.param("temperature", nn.initializers.ones, ())
-        self.text_emb = nn.Embed(c.text_tokens, c.text_width, dtype=dtype)
-        self.speech_emb = nn.Embed(c.speech_tokens, c.speech_width, dtype=dtype)
+        self.text_emb = nn.Embed(c.text_tokens, c.text_width)
+        self.speech_emb = nn.Embed(c.speech_tokens, c.speech_width)
         self.text_transformer = Encoder(c.text_layers, c.text_heads, c.text_inner, self.compute)
         self.speech_transformer = Encoder(c.speech_layers, c.speech_heads, c.speech_inner, self.compute)
-        self.to_text_latent = nn.Dense(c.latent, use_bias=False, dtype=dtype)
-        self.to_speech_latent = nn.Dense(c.latent, use_bias=False, dtype=dtype)
+        self.to_text_latent = nn.Dense(c.latent, use_bias=False)
+        self.to_speech_latent = nn.Dense(c.latent, use_bias=False)
         self.text_frequencies = self.variable("buffers", "text_frequencies", rotary_frequencies).value
         self.speech_frequencies = self.variable("buffers", "speech_frequencies", rotary_frequencies).value
 
@@ -206,6 +207,6 @@ def latent(encoded: Array, mask: Array | None, project: nn.Dense) -> Array:
         mean = encoded.mean(axis=1)
     else:
         mean = encoded.sum(axis=1) / mask.sum(axis=1, keepdims=True).astype(encoded.dtype)
-    projected = project(mean).astype(jnp.float32)
+    projected = project(mean)
     length = jnp.linalg.norm(projected, axis=-1, keepdims=True)
     return projected / jnp.maximum(length, SMALLEST_LENGTH)

@@ -2,6 +2,9 @@
 
 Follows tortoise's DiffusionTts as released. Mels are (b, t, 100): to the network normalised to [-1, 1], as conditioning
 clips not. Methods that take lengths or a mask give each row what it would give alone: padding changes nothing.
+
+`Compute.dtype` is that of the wide products alone, those of the blocks: in bfloat16 too the first and the last
+convolution, what is made of the step, norms and the sums that blocks add to are float32.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ EMBEDDER_LAYERS, CONDITIONER_LAYERS, CONVERTER_LAYERS, INTEGRATOR_LAYERS = 5, 4,
 TAIL_LAYERS = 3  # residual blocks without attention after the others
 BUCKETS = 32  # of the relative position of a key to a query
 LONGEST_PERIOD = 10000.0  # of the time embedding
+FLOAT32 = jnp.dtype("float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ def position_bias(table: Array, length: int) -> Array:
 
 
 class GroupNorm(nn.Module):
-    """Upstream's group norm over the real frames, in float32 whatever x is.
+    """Upstream's group norm over the real frames, in float32 and to float32 whatever x is.
 
     The mean is taken twice, the second time of what the first leaves: where a row is nearly constant over time (the
     unconditional pass), the rounding of one long sum would be seen in the result.
@@ -95,7 +99,7 @@ class GroupNorm(nn.Module):
         groups = groups - mean(groups)
         groups = groups - mean(groups)
         normed = groups * jax.lax.rsqrt(mean(groups**2) + LAYER_NORM_EPSILON)
-        return (normed.reshape(b, t, d) * scale[None, None] + bias[None, None]).astype(x.dtype)
+        return normed.reshape(b, t, d) * scale[None, None] + bias[None, None]
 
 
 class Attention(nn.Module):
@@ -115,7 +119,8 @@ class Attention(nn.Module):
         table = self.param("relative_attention_bias", nn.initializers.normal(1.0), (BUCKETS, self.heads))
         bias = position_bias(table, t) * k**0.5  # upstream scales the bias after the scores are scaled
         mixed = attend(q, key, v, causal=False, implementation=self.compute.attention, bias=bias, mask=mask)
-        return x + nn.Dense(d, dtype=dtype, name="proj_out")(mixed.reshape(b * t, d)).reshape(b, t, d)
+        mixed = nn.Dense(d, dtype=dtype, name="proj_out")(mixed.reshape(b * t, d)).reshape(b, t, d)
+        return x + mixed.astype(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -129,12 +134,12 @@ class ResidualBlock(nn.Module):
         dtype = jnp.dtype(self.compute.dtype)
         h = nn.silu(GroupNorm(name="in_norm")(x, mask))
         h = nn.Dense(d, dtype=dtype, name="in_conv")(h.reshape(b * t, d)).reshape(b, t, d)
-        scale, shift = jnp.split(nn.Dense(2 * d, dtype=dtype, name="emb")(nn.silu(time)), 2, axis=-1)
+        scale, shift = jnp.split(nn.Dense(2 * d, name="emb")(nn.silu(time)), 2, axis=-1)
         h = GroupNorm(name="out_norm")(h, mask) * (1 + scale[:, None]) + shift[:, None]
-        return x + conv(d, "out_conv", dtype)(zero_padding(nn.silu(h), mask))
+        return x + conv(d, "out_conv", dtype)(zero_padding(nn.silu(h), mask)).astype(x.dtype)
 
 
-def conv(width: int, name: str, dtype: jnp.dtype, stride: int = 1) -> nn.Conv:
+def conv(width: int, name: str, dtype: jnp.dtype = FLOAT32, stride: int = 1) -> nn.Conv:
     """A convolution of kernel 3; torch pads both sides also where it strides."""
     return nn.Conv(width, (3,), strides=stride, padding=1, dtype=dtype, name=name)
 
@@ -196,25 +201,25 @@ class DiffusionDecoder(nn.Module):
     def setup(self) -> None:
         c, compute, dtype = self.config, self.compute, jnp.dtype(self.compute.dtype)
         attention = lambda length: stacked(AttentionLayer, length, 1, compute)(c.heads, compute)
-        self.time_embed_0 = nn.Dense(c.width, dtype=dtype)
-        self.time_embed_2 = nn.Dense(c.width, dtype=dtype)
-        self.contextual_embedder_0 = conv(c.width, "contextual_embedder_0", dtype, stride=2)
-        self.contextual_embedder_1 = conv(2 * c.width, "contextual_embedder_1", dtype, stride=2)
+        self.time_embed_0 = nn.Dense(c.width)
+        self.time_embed_2 = nn.Dense(c.width)
+        self.contextual_embedder_0 = conv(c.width, "contextual_embedder_0", stride=2)
+        self.contextual_embedder_1 = conv(2 * c.width, "contextual_embedder_1", stride=2)
         self.contextual_embedder = attention(EMBEDDER_LAYERS)
-        self.latent_conditioner_0 = conv(c.width, "latent_conditioner_0", dtype)
+        self.latent_conditioner_0 = conv(c.width, "latent_conditioner_0")
         self.latent_conditioner = attention(CONDITIONER_LAYERS)
-        self.code_embedding = nn.Embed(c.codes, c.width, dtype=dtype)
+        self.code_embedding = nn.Embed(c.codes, c.width)
         self.code_converter = attention(CONVERTER_LAYERS)
         self.code_norm = GroupNorm()
         self.unconditioned_embedding = self.param("unconditioned_embedding", nn.initializers.normal(1.0), (c.width,))
         self.conditioning_timestep_integrator = stacked(Layer, INTEGRATOR_LAYERS, 2, compute)(c.heads, compute)
-        self.inp_block = conv(c.width, "inp_block", dtype)
+        self.inp_block = conv(c.width, "inp_block")
         self.integrating_conv = nn.Dense(c.width, dtype=dtype)
         self.layers = stacked(Layer, c.layers, 2, compute)(c.heads, compute)
         self.tail = [ResidualBlock(compute, name=f"layers_{c.layers + i}") for i in range(TAIL_LAYERS)]
         self.out_norm = GroupNorm()
-        self.out_conv = conv(c.out_channels, "out_conv", dtype)
-        self.mel_head = conv(c.mel_channels, "mel_head", dtype)
+        self.out_conv = conv(c.out_channels, "out_conv")
+        self.mel_head = conv(c.mel_channels, "mel_head")
 
     def clip_vectors(self, mel: Array) -> dict[str, Any]:
         """Mels of b clips (b, t, m), not normalised, all real -> stages (list), vector (b, 2 d): the mean over time."""
@@ -249,7 +254,7 @@ class DiffusionDecoder(nn.Module):
     ) -> dict[str, Any]:
         """x (b, s, d), conditioning (b, 2 d) -> normed (b, s, d); aligned (b, frames, d): styled and stretched."""
         normed = self.code_norm(x, mask)
-        scale, shift = (half[:, None].astype(x.dtype) for half in jnp.split(conditioning, 2, axis=-1))
+        scale, shift = (half[:, None] for half in jnp.split(conditioning, 2, axis=-1))
         styled = normed * (1 + scale) + shift
         if lengths is None:
             return {"normed": normed, "aligned": styled[:, np.arange(frames) * x.shape[1] // frames]}
@@ -274,13 +279,11 @@ class DiffusionDecoder(nn.Module):
         integrating_conv, tail (list).
         """
         b, t, _ = x.shape
-        dtype = jnp.dtype(self.compute.dtype)
-        embedded = time_embedding(steps, self.config.width).astype(dtype)
-        time = self.time_embed_2(nn.silu(self.time_embed_0(embedded)))
-        c, integrator = self.conditioning_timestep_integrator(aligned.astype(dtype), time, mask)
+        time = self.time_embed_2(nn.silu(self.time_embed_0(time_embedding(steps, self.config.width))))
+        c, integrator = self.conditioning_timestep_integrator(aligned, time, mask)
         inp = self.inp_block(zero_padding(x, mask))
         both = jnp.concatenate([inp, c], axis=-1)
-        h = integrated = self.integrating_conv(both.reshape(b * t, -1)).reshape(b, t, -1)
+        h = integrated = self.integrating_conv(both.reshape(b * t, -1)).reshape(b, t, -1).astype(FLOAT32)
         h, layers = self.layers(h, time, mask)
         tail = []
         for block in self.tail:
@@ -289,7 +292,7 @@ class DiffusionDecoder(nn.Module):
         out = self.out_conv(zero_padding(nn.silu(self.out_norm(h, mask)), mask))
         return {
             "time": time, "integrator": integrator, "inp_block": inp, "integrating_conv": integrated, "layers": layers,
-            "tail": tail, "out": zero_padding(out.astype(jnp.float32), mask),
+            "tail": tail, "out": zero_padding(out, mask),
         }  # fmt: skip
 
     def estimate(self, x: Array, steps: Array, aligned: Array, mask: Array | None = None) -> Array:

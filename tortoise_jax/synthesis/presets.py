@@ -22,7 +22,8 @@ class Preset:
     """parts: what it needs beside the AR model. candidates: drawn of each part of a text, the best is kept.
 
     max_codes: where a candidate ends that does not stop by itself. steps, guidance: of the diffusion decoder; its
-    strength, None for none. mend: what upstream does badly is done better, see `MENDED`.
+    strength, None for none. mend: what upstream does badly is done better, see `MENDED`. dtype: of the products after
+    the codes, see rendering.py: "float32" or "bfloat16".
     """
 
     parts: tuple[str, ...]
@@ -31,6 +32,7 @@ class Preset:
     steps: int = 0
     guidance: float | None = None
     mend: bool = False
+    dtype: str = "float32"
 
     @property
     def diffuses(self) -> bool:
@@ -61,16 +63,19 @@ PRESETS = {
 }
 
 
-def choose(name: str, steps: int | None = None, guidance: float | None = None, mend: bool = False) -> Preset:
+def choose(
+    name: str, steps: int | None = None, guidance: float | None = None, mend: bool = False, dtype: str = "auto"
+) -> Preset:
     """The preset of this name, with what is given in the place of its own numbers; a guidance of 0 is none.
 
-    mend: `MENDED`, in the place of what upstream does.
+    mend: `MENDED`, in the place of what upstream does. dtype: as in `SamplingOptions`, which checks it; "auto" leaves
+    what comes after the codes in float32.
 
     Raises UserError.
     """
     if name not in PRESETS:
         raise UserError(f"preset is {name!r}, expected {', '.join(PRESETS)}")
-    preset = dataclasses.replace(PRESETS[name], mend=mend)
+    preset = dataclasses.replace(PRESETS[name], mend=mend, dtype="float32" if dtype == "auto" else dtype)
     for what, value in (("steps", steps), ("guidance", guidance)):
         if value is not None and not preset.diffuses:
             raise UserError(f"{what} is of the diffusion decoder, which preset {name} has not")

@@ -28,7 +28,6 @@ from tortoise_jax.text.cleaners import clean
 
 MAX_SEED = 2**30  # the parts of a text count on from it, in 32 bits
 PAUSE_SECONDS = 0.3  # between the parts of a long text
-LATENTS_DTYPE = "float32"
 COMFORTABLE_TOKENS = 150  # of one part: 500 codes hold it, and the released models were trained on up to 200
 
 
@@ -74,7 +73,7 @@ def options_for(pretrained: Pretrained, preset: Preset, **given: Any) -> Samplin
     return SamplingOptions(max_codes=codes, start_inside=not preset.mend, **given)
 
 
-def lay_out(pretrained: Pretrained, dtype: str) -> tuple[Pretrained, DecoderWeights]:
+def lay_out(pretrained: Pretrained, preset: Preset, dtype: str) -> tuple[Pretrained, DecoderWeights]:
     """The AR model's weights to draw codes with, and the checkpoint with what they do not serve for.
 
     dtype: of `SamplingOptions`. Where the latents are of the same, the checkpoint's own copy is not kept: once there
@@ -82,7 +81,7 @@ def lay_out(pretrained: Pretrained, dtype: str) -> tuple[Pretrained, DecoderWeig
     """
     ar = pretrained.ar
     weights = DecoderWeights.of(ar.params, ar.config, dtype)
-    return (pretrained.with_part(AR, ar.without_weights()) if weights.dtype == LATENTS_DTYPE else pretrained), weights
+    return (pretrained.with_part(AR, ar.without_weights()) if weights.dtype == preset.dtype else pretrained), weights
 
 
 def say(
@@ -119,7 +118,7 @@ def say(
             found[i] += made[index * count : (index + 1) * count]
     if CLVP in preset.parts:
         clvp = pretrained.part(CLVP)
-        found = [scored(clvp, ids, found[i], f"part {i + 1}, scores") for i, ids in enumerate(text_ids)]
+        found = [scored(clvp, ids, found[i], f"part {i + 1}, scores", preset.dtype) for i, ids in enumerate(text_ids)]
     by_score = functools.partial(ranking.by_score, stopped_first=preset.mend)
     best = by_score if CLVP in preset.parts else ranking.rank
     return [Utterance(text, ids, best(drawn)[:keep]) for text, ids, drawn in zip(texts, text_ids, found, strict=True)]
@@ -139,10 +138,11 @@ def rounds(lengths: Sequence[int], candidates: int, batch: int) -> Iterator[tupl
             yield order[index : index + at_once], first, count
 
 
-def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: str) -> list[Candidate]:
+def scored(clvp: Part, text_ids: list[int], candidates: list[Candidate], title: str, dtype: str) -> list[Candidate]:
     """The candidates with CLVP's scores."""
     with bar(len(candidates), "candidate", title) as shown:
-        found = rendering.scores(clvp, text_ids, [one.codes for one in candidates], progress=shown.update)
+        codes = [one.codes for one in candidates]
+        found = rendering.scores(clvp, text_ids, codes, progress=shown.update, dtype=dtype)
     return [dataclasses.replace(one, score=float(score)) for one, score in zip(candidates, found, strict=True)]
 
 
@@ -210,7 +210,7 @@ def waveforms_of(
     if preset.diffuses:
         return diffused(pretrained, weights, preset, rows, voice, seed)
     if HIFIGAN in preset.parts:
-        return fast(pretrained, weights, rows, voice)
+        return fast(pretrained, weights, preset, rows, voice)
     dvae = pretrained.dvae
     return [draft(dvae.variables, dvae.config, pretrained.mel_norms, one.codes) for _, one in rows]
 
@@ -222,7 +222,7 @@ def diffused(
     fixed = [repaired(one.codes, keep_speech=preset.mend) for _, one in rows]
     latents = [
         states[: silent_from(codes, SILENCE_CODE)]
-        for states, codes in zip(latents_of(pretrained, weights, rows, voice, fixed), fixed, strict=True)
+        for states, codes in zip(latents_of(pretrained, weights, preset, rows, voice, fixed), fixed, strict=True)
     ]
     with bar(len(rows), "row", "diffusion") as shown:
         mels = rendering.diffuse(
@@ -233,31 +233,32 @@ def diffused(
             preset.guidance,
             seed,
             progress=shown.update,
+            dtype=preset.dtype,
         )
     with bar(len(rows), "row", "vocoder") as shown:
         return rendering.vocode(pretrained.part(VOCODER), mels, seed, progress=shown.update)
 
 
-def fast(pretrained: Pretrained, weights: DecoderWeights, rows: Rows, voice: Voice) -> list[np.ndarray]:
+def fast(pretrained: Pretrained, weights: DecoderWeights, preset: Preset, rows: Rows, voice: Voice) -> list[np.ndarray]:
     """Each row by the fast path's decoder, (samples,) at 24 kHz: codes as they were drawn, the stop among them."""
     stop = pretrained.ar.config.stop_mel
     codes = [np.append(one.codes, stop) if one.stopped else one.codes for _, one in rows]
-    latents = latents_of(pretrained, weights, rows, voice, codes)
+    latents = latents_of(pretrained, weights, preset, rows, voice, codes)
     with bar(len(rows), "row", "decoder") as shown:
         return rendering.vocode_latents(pretrained.part(HIFIGAN), latents, voice.conditioning, shown.update)
 
 
 def latents_of(
-    pretrained: Pretrained, weights: DecoderWeights, rows: Rows, voice: Voice, codes: list[np.ndarray]
+    pretrained: Pretrained, weights: DecoderWeights, preset: Preset, rows: Rows, voice: Voice, codes: list[np.ndarray]
 ) -> list[np.ndarray]:
-    """The AR model's hidden states (c, d) at each row's codes, in float32 whatever the codes were drawn in."""
-    held, texts = held_for_latents(pretrained, weights), [part.text_ids for part, _ in rows]
-    return hidden_states(held, pretrained.ar.config, voice.conditioning, texts, codes)
+    """The AR model's hidden states (c, d) at each row's codes, computed in the preset's dtype."""
+    reader, texts = in_dtype(pretrained, weights, preset.dtype), [part.text_ids for part, _ in rows]
+    return hidden_states(reader, pretrained.ar.config, voice.conditioning, texts, codes)
 
 
-def held_for_latents(pretrained: Pretrained, weights: DecoderWeights) -> Any:
-    """What the AR model's latents are computed with: the weights that are on the devices, or else the tree."""
-    return weights if weights.dtype == LATENTS_DTYPE else pretrained.ar.params
+def in_dtype(pretrained: Pretrained, weights: DecoderWeights, dtype: str) -> DecoderWeights:
+    """The AR model's weights of this dtype: those that codes are drawn with, or others of the checkpoint."""
+    return weights if weights.dtype == dtype else DecoderWeights.of(pretrained.ar.params, pretrained.ar.config, dtype)
 
 
 def join(waveforms: list[np.ndarray], rate: int = SAMPLE_RATE) -> np.ndarray:
