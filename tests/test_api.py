@@ -209,6 +209,16 @@ def test_what_was_not_asked_for_has_shapes_in_place_of_weights(tmp_path: Path) -
         assert bare.part(name).digest == part.digest != ""
 
 
+def test_devices_on_cpu_read_weights_where_they_are(tmp_path: Path) -> None:
+    """Instead of copying them: gigabytes of a released model."""
+    whole = load_pretrained(runs.write_checkpoint(tmp_path / "checkpoint"))
+    leaves = [leaf for part in whole.parts.values() for leaf in jax.tree.leaves(part.variables)]
+    device = jax.local_devices()[0]
+    assert len(leaves) > 20
+    for leaf in leaves:
+        assert jax.device_put(leaf, device).unsafe_buffer_pointer() == leaf.ctypes.data
+
+
 def test_checkpoints_of_before_the_digests_of_parts_open(tmp_path: Path) -> None:
     path = runs.write_checkpoint(tmp_path / "checkpoint")
     metadata = json.loads((path / "tortoise.json").read_text())
