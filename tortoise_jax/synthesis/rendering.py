@@ -7,7 +7,7 @@ All is float32 by default. dtype "bfloat16" is for the products of CLVP's and th
 norms, the softmax, the sampler's state and the vocoders stay float32. Its effect, of random weights (4 layers, width
 256, 5 s): one evaluation moves by 0.6 % of its largest value, a mel of 30 steps by 0.08 dB on average and 2.3 dB at
 most, guided 0.16 and 4.7 dB; CLVP (6 layers, width 256) by 1 % of the scores' standard deviation, which left the order
-of 16 candidates as it was.
+of 16 candidates as it was; the AR model's latents (6 layers, width 256) by 1.1 % of their largest value.
 
 Axis letters: c codes, s codes of a row in its bucket, t mel frames, l latent width, v width of the AR model's voice.
 """
