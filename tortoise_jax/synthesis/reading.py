@@ -1,8 +1,8 @@
-"""Whole rows read by the AR model: prompts for the decoder, and what the decoders of sound read of finished codes.
+"""Whole rows read by the AR model: prompts for the decoder, and finished codes for what makes sound of them.
 
-The training forward with the decoder's weights, so that synthesis holds the model once. Each layer is a call of one
-program: a program of all would compile for long, and a loop within it over the layers would need them stacked, which
-is a copy.
+This is the training forward with the decoder's weights, so that synthesis holds the model once. One program is called
+for each layer: a program of all layers would compile for long, and a loop over them within a program would need them
+stacked, which is a copy.
 
 Axis letters beside those of layers.py: p positions of a prompt.
 """
