@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.metadata
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before JAX is imported, and inherited by every process that a test starts: each program is compiled once for all tests
-# and their workers. The models' tests run on an accelerator too, in full float32:
+# and their workers, and anew in each run of the suite. The models' tests run on an accelerator too, in full float32:
 #   TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=highest python -m pytest tests/models
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tortoise_jax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 if importlib.metadata.version("jax").startswith("0.10."):  # a flag that a later XLA may not know would end the process
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # compiles in 0.6 of the time, to fewer pieces
@@ -27,13 +31,18 @@ from tests.support.compilers import LITTLE_EFFORT
 from tests.support.parity import Twin, dvae_twin, voice_twin
 from tortoise_jax import parallel
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist: a process that another one with this file has started
 MANY_MAPPINGS = 10_000
+
+if not WORKER:
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles three times as fast; tiny models run alike
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # pytest-xdist already runs a process a core
+gc.freeze()  # what was imported stays: to look through it again and again takes a tenth of the time to trace programs
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=20)
 hypothesis.settings.load_profile("suite")
@@ -90,9 +99,11 @@ def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with recordings and their data set, not to be changed; whole runs are written beside them.
 
-    Each by a fixture of the session: a worker may leave a module's tests and come back to it, and must not write twice.
+    All workers have it in common. Each run beside it is made by a fixture of the session with `runs.made_once`, or has
+    a name that one test alone gives it; to write into a finished one, a test takes a copy.
     """
-    return runs.write_project(tmp_path_factory.mktemp("project"))
+    base = tmp_path_factory.getbasetemp()
+    return runs.made_once((base.parent if WORKER else base) / "project", runs.write_project)
 
 
 @pytest.fixture

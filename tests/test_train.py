@@ -48,11 +48,15 @@ KILLS = 40
 
 @pytest.fixture(scope="session")
 def undisturbed(project: Path) -> Path:
-    """A run from start to end, with drafts and an export."""
-    run = project / "undisturbed"
-    done = runs.train(project, run, sample_every=4, export="voice.pth", prompts="('Yes.',)")
-    assert done.returncode == 0, done.stderr
-    return run
+    """A run from start to end, with drafts and an export. To be read only."""
+    fields = {"sample_every": 4, "export": "voice.pth", "prompts": "('Yes.',)"}
+    return runs.made_once(project / "undisturbed", lambda run: runs.succeed(runs.train(project, run, **fields)))
+
+
+@pytest.fixture
+def finished(undisturbed: Path, tmp_path: Path) -> Path:
+    """The same run, to be written into."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "finished"))
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -201,26 +205,26 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(project: Path) -> None:
     assert "was begun with what cannot change: ema: 0.9 -> 0.5" in refused.stderr
 
 
-def test_finished_runs_are_left_as_they_are(project: Path, undisturbed: Path) -> None:
-    before = runs.history(undisturbed)
-    again = runs.train(project, undisturbed, sample_every=4, prompts="('Yes.',)")
-    assert again.returncode == 0, again.stderr
-    assert f"going on from step {STEPS}" in again.stdout
-    assert runs.history(undisturbed) == before
+def test_finished_runs_are_left_as_they_are(project: Path, finished: Path) -> None:
+    before = runs.history(finished)
+    again = runs.succeed(runs.train_here(project, finished, sample_every=4, prompts="('Yes.',)"))
+    assert f"going on from step {STEPS}" in again
+    assert runs.history(finished) == before
 
 
 @pytest.fixture(scope="session")
 def two_lengths(project: Path) -> Path:
     """`data/`, whose training rows have two lengths, and `run/` on it from start to end."""
-    folder = project / "two-lengths"
-    recordings = runs.write_recordings(folder / "recordings", runs.TWO_LENGTHS)
-    prepare(recordings, project / "checkpoint", folder / "data", Options(workers=1))
-    dataset = Dataset.open(folder / "data")
-    plan = BatchPlan.for_training(dataset, dataset.split("train"), runs.FIELDS["batch_size"], seed=0, unit=1)
-    assert {plan.batch(step)[0] for step in range(STEPS)} == {64, 96}
-    done = runs.train(project, folder / "run", data=folder / "data")
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        recordings = runs.write_recordings(folder / "recordings", runs.TWO_LENGTHS)
+        prepare(recordings, project / "checkpoint", folder / "data", Options(workers=1))
+        dataset = Dataset.open(folder / "data")
+        plan = BatchPlan.for_training(dataset, dataset.split("train"), runs.FIELDS["batch_size"], seed=0, unit=1)
+        assert {plan.batch(step)[0] for step in range(STEPS)} == {64, 96}
+        runs.succeed(runs.train(project, folder / "run", data=folder / "data"))
+
+    return runs.made_once(project / "two-lengths", make)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -262,7 +266,7 @@ def test_killed_at_forty_moments_it_ends_the_same(project: Path, undisturbed: Pa
     assert working >= KILLS // 4, f"only {working} of {killed} kills came after a step: nothing to lose"
 
 
-def test_killed_while_saving_it_ends_the_same(project: Path, undisturbed: Path) -> None:
+def test_killed_while_saving_and_on_a_full_disk_it_ends_the_same(project: Path, undisturbed: Path) -> None:
     run = project / "killed-once"
     process = runs.start(project, run, save_every=1)
     until = time.monotonic() + 300
@@ -272,24 +276,17 @@ def test_killed_while_saving_it_ends_the_same(project: Path, undisturbed: Path) 
     process.communicate()
     (run / ".history.jsonl.1.tortoise_jax-partial").write_text("half")
     (run / ".film.mp4.partial").write_text("somebody's")
-    done = runs.train(project, run, save_every=1)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_run(run, undisturbed)
-    assert [path.name for path in run.glob(".*")] == [".film.mp4.partial"]
 
-
-def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturbed: Path) -> None:
-    """In a process that may write no file larger than 200 kB; a checkpoint has larger ones."""
-    run = project / "full-disk"
+    # The same command in a process that may write no file larger than 200 kB; a checkpoint has larger ones.
     limited = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    python, *arguments = runs.command(project, run)
+    python, *arguments = runs.command(project, run, save_every=1)
     done = subprocess.run(
         [python, "-c", limited, *arguments],
         cwd=runs.ROOT,
-        env=runs.environment(),
+        env=runs.environment() | runs.NOT_KEPT,
         capture_output=True,
         text=True,
         timeout=runs.SECONDS,
@@ -297,9 +294,11 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project: Path, undisturb
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, "tensorstore's threads printed theirs beside the line"
     assert [line for line in done.stderr.splitlines() if "error: " in line and "run the same command again" in line]
-    again = runs.train(project, run)
-    assert again.returncode == 0, again.stdout + again.stderr
+
+    again = runs.succeed(runs.train(project, run, save_every=1))
+    assert "going on from step" in again
     assert_same_run(run, undisturbed)
+    assert [path.name for path in run.glob(".*")] == [".film.mp4.partial"]
 
 
 def test_a_run_that_overflows_stops_and_can_be_replayed(project: Path, tmp_path: Path) -> None:
@@ -308,7 +307,7 @@ def test_a_run_that_overflows_stops_and_can_be_replayed(project: Path, tmp_path:
     huge["mel_head"]["bias"][:2] = np.inf
     save_pretrained(whole.with_part("ar", Part.of_tree(whole.ar.config, huge)), tmp_path / "huge")
     fields = dict(checkpoint=tmp_path / "huge", max_nonfinite=2)
-    done = runs.train(project, tmp_path / "run", **fields)
+    done = runs.train_here(project, tmp_path / "run", **fields)
     assert_one_line(done, "2 steps in a row", "not finite", "optimizer.learning_rate")
     assert "the step was not applied. Clips: " in done.stderr + done.stdout
     [kept] = (tmp_path / "run" / "nonfinite").glob("step-*.npz")
@@ -357,7 +356,7 @@ def test_one_flipped_bit_is_refused_wherever_a_run_is_read(
 def test_a_diverged_run_says_so_and_offers_its_start(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fields = dict(steps=20, patience=2, export="voice.pth", optimizer__learning_rate=1.0)
-    done = runs.train(project, run, **fields)
+    done = runs.train_here(project, run, **fields)
     assert_one_line(done, "diverged: held-out clips have got much worse since step 0", "nothing was exported")
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["ended"], summary["best_step"]) == ("diverged", 0)
@@ -368,15 +367,16 @@ def test_a_diverged_run_says_so_and_offers_its_start(project: Path, tmp_path: Pa
     best, start = load_pretrained(run), load_pretrained(project / "checkpoint")
     assert best.step == 0
     jax.tree.map(np.testing.assert_array_equal, best.ar.params, start.ar.params)
-    assert_one_line(runs.train(project, run, **fields), "diverged", "nothing was exported")  # as often as it is run
+    assert_one_line(
+        runs.train_here(project, run, **fields), "diverged", "nothing was exported"
+    )  # as often as it is run
 
 
 def test_what_is_no_better_than_the_start_is_not_exported(project: Path, tmp_path: Path) -> None:
     """One step, too few to call it divergence."""
     run = tmp_path / "run"
-    done = runs.train(project, run, steps=1, export="voice.pth", optimizer__learning_rate=1.0)
-    assert done.returncode == 0, done.stderr
-    assert "no step was better than the start on held-out clips, so nothing is exported" in done.stdout
+    said = runs.succeed(runs.train_here(project, run, steps=1, export="voice.pth", optimizer__learning_rate=1.0))
+    assert "no step was better than the start on held-out clips, so nothing is exported" in said
     assert not (run / "voice.pth").exists()
     lines = flax_to_torch.export(run, tmp_path / "start.pth")
     assert "of step 0" in lines[0]
@@ -386,7 +386,7 @@ def test_what_is_no_better_than_the_start_is_not_exported(project: Path, tmp_pat
 def test_a_diverged_run_without_held_out_clips_offers_nothing(project: Path, tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     prepare(project / "recordings", project / "checkpoint", data, Options(workers=1, validation=0))
-    done = runs.train(project, run, data=data, steps=8, optimizer__learning_rate=1.0)
+    done = runs.train_here(project, run, data=data, steps=8, optimizer__learning_rate=1.0)
     assert_one_line(done, "diverged: training clips have got much worse", "no clip is held out")
     assert "the best is" not in done.stderr
     with pytest.raises(UserError, match="run diverged, and no held-out loss tells which step is good; --step N takes"):
@@ -398,7 +398,7 @@ def test_a_diverged_run_without_held_out_clips_offers_nothing(project: Path, tmp
 def test_a_run_into_a_real_nan_ends_as_one_that_failed(project: Path, tmp_path: Path) -> None:
     """Weights that grow fiftyfold at every step: gradients overflow after a few. The start and a report are kept."""
     run, growing = tmp_path / "run", {"optimizer__learning_rate": 1.0, "optimizer__weight_decay": 50.0}
-    done = runs.train(project, run, steps=200, patience=0, max_nonfinite=2, export="voice.pth", **growing)
+    done = runs.train_here(project, run, steps=200, patience=0, max_nonfinite=2, export="voice.pth", **growing)
     assert_one_line(done, "2 steps in a row up to step", "not finite", "nothing was exported, the best is step 0")
     assert "NaN or Inf found" not in done.stderr
     assert list((run / "nonfinite").glob("step-*.npz"))
@@ -443,9 +443,7 @@ def test_a_folder_of_something_else_is_no_workdir(project: Path, tmp_path: Path,
     assert [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()] == [theirs]
 
 
-def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
-    project: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(project: Path, finished: Path, tmp_path: Path) -> None:
     """Of the same shapes, and of others."""
     start = load_pretrained(project / "checkpoint")
     changed = jax.tree.map(np.array, start.ar.params)
@@ -457,7 +455,7 @@ def test_another_checkpoint_in_an_old_workdir_is_refused_by_name(
     }
     for what, checkpoint in other.items():
         save_pretrained(checkpoint, tmp_path / what)
-        done = runs.train_here(project, undisturbed, checkpoint=tmp_path / what)
+        done = runs.train_here(project, finished, checkpoint=tmp_path / what)
         named = f"config.checkpoint ({project / 'checkpoint'} -> {tmp_path / what})"
         assert_one_line(done, named, f"its AR model had other {what}", "--workdir")
 
@@ -482,26 +480,24 @@ def test_recordings_that_changed_are_not_trained_on_as_they_were(project: Path, 
     header = json.loads((tmp_path / "moved-prepared" / "dataset.json").read_text())
     del header["inputs"]
     (tmp_path / "moved-prepared" / "dataset.json").write_text(json.dumps(header))  # as an older version wrote it
-    done = runs.train(project, tmp_path / "run", data=tmp_path / "moved", steps=1)
-    assert done.returncode == 0, done.stderr
-    assert "moved-prepared was made by an older version: it is used as it is" in done.stdout
+    said = runs.succeed(runs.train_here(project, tmp_path / "run", data=tmp_path / "moved", steps=1))
+    assert "moved-prepared was made by an older version: it is used as it is" in said
 
 
-def test_changed_settings_are_listed_or_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_changed_settings_are_listed_or_refused(project: Path, finished: Path, tmp_path: Path) -> None:
     """A copy of the checkpoint elsewhere is the same one."""
     moved = shutil.copytree(project / "checkpoint", tmp_path / "moved")
     changed = {"text_weight": 0.02, "checkpoint": moved}
-    listed = runs.train(project, undisturbed, sample_every=4, prompts="('Yes.',)", **changed)
-    assert listed.returncode == 0, listed.stderr
-    assert "changed since the run began: text_weight: 0.01 -> 0.02" in listed.stdout
-    assert "changed since the run began: checkpoint: " in listed.stdout
-    refused = runs.train_here(project, undisturbed, batch_size=3, optimizer__name="adafactor")
+    listed = runs.succeed(runs.train_here(project, finished, sample_every=4, prompts="('Yes.',)", **changed))
+    assert "changed since the run began: text_weight: 0.01 -> 0.02" in listed
+    assert "changed since the run began: checkpoint: " in listed
+    refused = runs.train_here(project, finished, batch_size=3, optimizer__name="adafactor")
     assert_one_line(refused, "batch_size: 4 -> 3", "optimizer.name: 'adamw' -> 'adafactor'", "--workdir")
 
 
-def test_another_data_set_in_the_same_place_is_refused(project: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_another_data_set_in_the_same_place_is_refused(project: Path, finished: Path, tmp_path: Path) -> None:
     recordings = runs.write_recordings(tmp_path / "recordings", clips=8)
-    done = runs.train_here(project, undisturbed, data=recordings)
+    done = runs.train_here(project, finished, data=recordings)
     assert_one_line(done, f"data: {project / 'data'} -> {recordings}", "--workdir")
     assert "digest" not in done.stderr
     assert (tmp_path / "recordings-prepared").exists()  # given recordings, train.py prepares them itself
@@ -525,7 +521,7 @@ def test_a_data_set_of_another_dvae_is_refused(project: Path, tmp_path: Path) ->
 
 
 def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
-    done = runs.train(
+    done = runs.train_here(
         project,
         tmp_path / "run",
         steps=2,
@@ -534,8 +530,7 @@ def test_presets_freezing_and_adafactor(project: Path, tmp_path: Path) -> None:
         optimizer__name="adafactor",
         optimizer__freeze="conditioning_encoder/.*",
     )
-    assert done.returncode == 0, done.stderr
-    assert "recipe for tens of clips (9), optimizer.learning_rate=2e-06" in done.stdout
+    assert "recipe for tens of clips (9), optimizer.learning_rate=2e-06" in runs.succeed(done)
     before = load_pretrained(project / "checkpoint", ("ar",)).ar.params
     after = load_pretrained(tmp_path / "run", ("ar",), 2).ar.params
     jax.tree.map(np.testing.assert_array_equal, after["conditioning_encoder"], before["conditioning_encoder"])
@@ -546,9 +541,9 @@ def test_a_run_cleans_text_as_its_data_was(project: Path, tmp_path: Path) -> Non
     data = tmp_path / "data"
     prepare(project / "recordings", project / "checkpoint", data, Options(workers=0, cleaner="english"))
     prompts = "('Rock & roll.',)"
-    done = runs.train(project, tmp_path / "run", data=data, steps=2, eval_every=2, sample_every=2, prompts=prompts)
-    assert done.returncode == 0, done.stderr
-    assert "2 drafts in" in done.stdout or "1 draft in" in done.stdout
+    drafted = {"steps": 1, "eval_every": 1, "sample_every": 1, "prompts": prompts}
+    said = runs.succeed(runs.train_here(project, tmp_path / "run", data=data, **drafted))
+    assert "2 drafts in" in said or "1 draft in" in said
     model = tj.load(tmp_path / "run")
     assert model.text_ids("R&B, 50%") == model.text_ids("r and b, fifty percent", "tortoise")
     with pytest.raises(UserError, match="does not know &"):
@@ -565,9 +560,8 @@ def test_dot_is_a_folder_with_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_patience_ends_a_run_that_gets_no_better(project: Path, tmp_path: Path) -> None:
-    done = runs.train(project, tmp_path / "run", steps=20, eval_every=1, patience=2, optimizer__learning_rate=1e-12)
-    assert done.returncode == 0, done.stderr
-    assert "stopped early" in done.stdout
+    slow = {"steps": 20, "eval_every": 1, "patience": 2, "optimizer__learning_rate": 1e-12}
+    assert "stopped early" in runs.succeed(runs.train_here(project, tmp_path / "run", **slow))
     assert sum(entry["kind"] == "train" for entry in runs.history(tmp_path / "run")) < 20
 
 
@@ -612,10 +606,9 @@ def test_what_users_get_wrong_ends_in_one_line(project: Path, tmp_path: Path) ->
 def test_steps_saved_elsewhere_are_resumed_from_and_exported(project: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Orbax's path library takes folders and buckets alike; here it is a folder."""
     run, bucket = tmp_path / "run", tmp_path / "bucket"
-    for _ in range(2):
-        done = runs.train(project, run, save_to=bucket, export="voice.pth")
-        assert done.returncode == 0, done.stderr
-    assert f"going on from step {STEPS}" in done.stdout
+    runs.succeed(runs.train(project, run, save_to=bucket))
+    again = runs.succeed(runs.train_here(project, run, save_to=bucket, export="voice.pth"))
+    assert f"going on from step {STEPS}" in again
     assert not (run / "steps").exists()
     assert RunCheckpoints.to_read(run).steps() == RunCheckpoints.to_read(undisturbed).steps()
     ours, theirs = (load_pretrained(path, ("ar",)).ar.params for path in (run, undisturbed))

@@ -27,13 +27,15 @@ SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
 @pytest.fixture(scope="session")
 def tuned(project: Path) -> Path:
     """The project's dVAE, fine-tuned from start to end."""
-    before = contents(project / "checkpoint")
-    done = runs.train(project, project / "tuned", kind="dvae", sample_every=3, export="dvae.pth")
-    assert done.returncode == 0, done.stderr
-    assert "unchanged: " in done.stdout
-    assert "prepare data sets again" in done.stdout
-    assert contents(project / "checkpoint") == before
-    return project / "tuned"
+
+    def make(run: Path) -> None:
+        before = contents(project / "checkpoint")
+        said = runs.succeed(runs.train(project, run, kind="dvae", sample_every=3, export="dvae.pth"))
+        assert "unchanged: " in said
+        assert "prepare data sets again" in said
+        assert contents(project / "checkpoint") == before
+
+    return runs.made_once(project / "tuned", make)
 
 
 def contents(folder: Path) -> dict[Path, str]:

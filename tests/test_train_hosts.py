@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,7 @@ SAME_LOSS, SAME_WEIGHTS = 1e-6, 1e-5
 @pytest.fixture(scope="session")
 def one_host(project: Path) -> Path:
     """Four devices of one host."""
-    run = project / "one-host"
-    done = runs.train(project, run, devices=4, **FIELDS)
-    assert done.returncode == 0, done.stderr
-    return run
+    return runs.made_once(project / "one-host", lambda run: runs.succeed(runs.train(project, run, devices=4, **FIELDS)))
 
 
 def losses(run: Path) -> dict[tuple[str, int], float]:
@@ -115,13 +113,15 @@ def test_hosts_with_other_settings_are_refused_by_name(project: Path, tmp_path: 
 @pytest.fixture(scope="session")
 def folders(project: Path) -> list[Path]:
     """Two hosts' own storage: the checkpoint is the same, the data sets differ by a clip."""
-    made = [project / "first", project / "second"]
-    for folder, clips in zip(made, (runs.CLIPS, runs.CLIPS - 1), strict=True):
+
+    def make(folder: Path, clips: int) -> None:
         folder.mkdir()
         (folder / "checkpoint").symlink_to(project / "checkpoint")
         recordings = runs.write_recordings(folder / "recordings", clips)
         prepare([recordings], folder / "checkpoint", folder / "data", Options(workers=1))
-    return made
+
+    made = {"first": runs.CLIPS, "second": runs.CLIPS - 1}
+    return [runs.made_once(project / name, functools.partial(make, clips=clips)) for name, clips in made.items()]
 
 
 OWN = {"checkpoint": "checkpoint", "data": "data"}

@@ -36,14 +36,15 @@ FIELDS["optimizer__schedule"] = "constant"  # else the rate falls by how many st
 @pytest.fixture(scope="session")
 def lora_run(project: Path) -> Path:
     """A run stopped after three steps and taken up again, on two devices, with a draft and an export."""
-    run = project / "lora"
     leaves: dict[str, Any] = {"sample_every": STEPS, "prompts": "('Yes.',)", "export": "voice.pth"}
-    for more in ({"steps": 3}, leaves):
-        done = runs.train(project, run, devices=2, **FIELDS | more)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from step 3" in done.stdout
-    assert "adapters of rank 4, added times 2" in done.stdout
-    return run
+
+    def make(run: Path) -> None:
+        for more in ({"steps": 3}, leaves):
+            said = runs.succeed(runs.train(project, run, devices=2, **FIELDS | more))
+        assert "going on from step 3" in said
+        assert "adapters of rank 4, added times 2" in said
+
+    return runs.made_once(project / "lora", make)
 
 
 @pytest.mark.slow

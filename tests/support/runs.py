@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +44,7 @@ DVAE = DVAEConfig(codebook_dim=8, codes=16, hidden=8, layers=2, res_blocks=1)
 SECONDS = 280  # for a run to end, on a busy machine
 CLIPS = 10  # few of which are short, so that they are padded like the long ones: a step has one shape to compile
 TWO_LENGTHS = 12  # so many clips have two
+NOT_KEPT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # no half programs, where a file may not grow
 # DLAS's recipe at a size and rate at which a few steps matter; drafts only where a test asks for them.
 FIELDS = {
     "steps": 6,
@@ -94,10 +96,29 @@ def write_recordings(folder: Path, clips: int = CLIPS) -> Path:
 
 
 def write_project(folder: Path, clips: int = CLIPS) -> Path:
-    """`checkpoint/`, `recordings/` and `data/` in a folder."""
+    """`checkpoint/`, `recordings/` and `data/` in a folder, which is made if it is missing."""
+    folder.mkdir(exist_ok=True)
     checkpoint = write_checkpoint(folder / "checkpoint")
     prepare(write_recordings(folder / "recordings", clips), checkpoint, folder / "data", Options(workers=1))
     return folder
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that the workers of the suite have in common: the first to need it makes it, the others wait."""
+    made = folder.with_name(f"{folder.name}.made")
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            make(folder)
+            made.touch()
+    return folder
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command printed that came to its end."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def command(project: Path, run: Path, *more: str, kind: str = "ar", **fields: Any) -> list[str]:
@@ -111,9 +132,10 @@ def command(project: Path, run: Path, *more: str, kind: str = "ar", **fields: An
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """So many simulated CPU devices; programs compiled quickly."""
+    """So many simulated CPU devices; programs compiled quickly, and all of them kept, as users' are."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
@@ -199,7 +221,7 @@ def start_hosts(
         own = of_second if of_second and host == 1 else {}
         full = largest_file is not None and host == 0
         limited = ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "-"] if full else []
-        reading = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"} if full else {}  # no half programs kept
+        reading = NOT_KEPT if full else {}
         python, script, *flags = command(project, run, *where, **fields | own)
         started.append(
             subprocess.Popen(
