@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before JAX is imported, and inherited by every process that a test starts: each program is compiled once for all tests
 # and their workers, and anew in each run of the suite. The models' tests run on an accelerator too, in full float32:
@@ -24,12 +25,10 @@ if importlib.metadata.version("jax").startswith("0.10."):  # a flag that a later
 import hypothesis
 import jax
 import pytest
-import torch
 
-from tests.support import runs, torch_reference
-from tests.support.compilers import LITTLE_EFFORT
-from tests.support.parity import Twin, dvae_twin, voice_twin
-from tortoise_jax import parallel
+if TYPE_CHECKING:
+    from tests.support.parity import Twin
+    from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist: a process that another one with this file has started
 MANY_MAPPINGS = 10_000
@@ -41,14 +40,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles three times as fast; tiny models run alike
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-torch.set_num_threads(1)  # pytest-xdist already runs a process a core
-gc.freeze()  # what was imported stays: to look through it again and again takes a tenth of the time to trace programs
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=20)
 hypothesis.settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if WORKER or not config.getoption("numprocesses", None):
+        import_what_tests_need()
     for line in (
         "error",
         "default::ResourceWarning",
@@ -59,6 +58,16 @@ def pytest_configure(config: pytest.Config) -> None:
         r"ignore::FutureWarning:(?!tortoise_jax|convert|configs|train|tests)",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+def import_what_tests_need() -> None:
+    """Not in a process that only hands tests out, which it would delay by seconds; and before warnings are errors."""
+    import torch
+
+    from tests.support import runs, torch_reference  # noqa: F401
+
+    torch.set_num_threads(1)  # pytest-xdist already runs a process a core
+    gc.freeze()  # all this stays: to look through it again and again takes a tenth of the time to trace programs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,26 +81,34 @@ def programs_are_let_go() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def torch_voice() -> torch_reference.UnifiedVoice:
+def torch_voice() -> UnifiedVoice:
     """Not to be changed by a test: parameters without gradients, no dropout."""
+    from tests.support import torch_reference
+
     return torch_reference.tiny_unified_voice(seed=1).requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
-def voice(torch_voice: torch_reference.UnifiedVoice) -> Twin:
+def voice(torch_voice: UnifiedVoice) -> Twin:
     """`torch_voice` converted to Flax."""
+    from tests.support.parity import voice_twin
+
     return voice_twin(torch_voice)
 
 
 @pytest.fixture(scope="session")
-def torch_dvae() -> torch_reference.DiscreteVAE:
+def torch_dvae() -> DiscreteVAE:
     """Not to be changed by a test (a training forward moves its codebook)."""
+    from tests.support import torch_reference
+
     return torch_reference.tiny_dvae(seed=1).requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
-def dvae(torch_dvae: torch_reference.DiscreteVAE) -> Twin:
+def dvae(torch_dvae: DiscreteVAE) -> Twin:
     """`torch_dvae` converted to Flax."""
+    from tests.support.parity import dvae_twin
+
     return dvae_twin(torch_dvae)
 
 
@@ -102,6 +119,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     All workers have it in common. Each run beside it is made by a fixture of the session with `runs.made_once`, or has
     a name that one test alone gives it; to write into a finished one, a test takes a copy.
     """
+    from tests.support import runs
+
     base = tmp_path_factory.getbasetemp()
     return runs.made_once((base.parent if WORKER else base) / "project", runs.write_project)
 
@@ -122,6 +141,9 @@ def compilers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, n
     With Flax's own promotions, and optimised, in quick tests with little effort. Not kept: a program for another
     machine cannot be read back.
     """
+    from tests.support.compilers import LITTLE_EFFORT
+    from tortoise_jax import parallel
+
     slow = request.node.get_closest_marker("slow")
     for name, value in parallel.COMPILING_AHEAD.items():
         monkeypatch.setenv(name, value)

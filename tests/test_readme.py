@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import readme, runs
+from tests.support import readme, runs, stand_ins
 from tests.support.torch_reference import tiny_dvae, tiny_unified_voice
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +37,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("convert", "configs", "tortoise_jax", "train.py"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "checkpoints").mkdir()
-    ar = tiny_unified_voice(seed=1, max_text_tokens=60, max_mel_tokens=70)
-    torch.save(ar.state_dict(), folder / "checkpoints" / "autoregressive.pth")
-    torch.save(tiny_dvae(seed=1).state_dict(), folder / "checkpoints" / "dvae.pth")
+    # Of the sizes that test_wheel.py has: what the commands compile is found compiled there.
+    torch.save(tiny_unified_voice(seed=1, **stand_ins.AR).state_dict(), folder / "checkpoints" / "autoregressive.pth")
+    torch.save(tiny_dvae(seed=1, num_tokens=stand_ins.CODES).state_dict(), folder / "checkpoints" / "dvae.pth")
     card = {"tortoise_jax": "0.1.0", "heads": 4}  # what our exporter writes beside a .pth; the released size needs none
     (folder / "checkpoints" / "autoregressive.json").write_text(json.dumps(card))
     runs.write_recordings(folder / "data", clips=8)
@@ -66,7 +66,7 @@ def test_the_five_commands_of_real_use(user: Path) -> None:
         done = run(user, words)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     exported = torch.load(user / "voice.pth", weights_only=True)
-    tiny_unified_voice(seed=2, max_text_tokens=60, max_mel_tokens=70).load_state_dict(exported, strict=True)
+    tiny_unified_voice(seed=2, **stand_ins.AR).load_state_dict(exported, strict=True)
 
 
 def test_the_python_half_page(user: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_python_half_page(user: Path) -> None:
     assert "'mel': " in done.stdout
     for name in ("mine.pth", "voice.pth"):
         exported = torch.load(user / name, weights_only=True)
-        tiny_unified_voice(seed=2, max_text_tokens=60, max_mel_tokens=70).load_state_dict(exported, strict=True)
+        tiny_unified_voice(seed=2, **stand_ins.AR).load_state_dict(exported, strict=True)
 
 
 def test_inspect_and_speak_commands_of_the_text(user: Path) -> None:

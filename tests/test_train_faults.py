@@ -64,10 +64,10 @@ def resumed_from(project: Path, run: Path, steps: int) -> int:
     return int(step)
 
 
-def signalled(project: Path, run: Path, moment: random.Random) -> tuple[int, str]:
+def signalled(project: Path, run: Path, moment: random.Random, within: int = 40) -> tuple[int, str]:
     """A signal to one host saves the same step on all, and ends them. Gives that step, and what the main host said."""
     hosts = start(project, run, LONG)
-    runs.wait_for_steps(run, len(runs.history(run)) + moment.randint(1, 40))
+    runs.wait_for_steps(run, len(runs.history(run)) + moment.randint(1, within))
     hosts[moment.randrange(2)].send_signal(signal.SIGTERM)
     for code, out, errors in (ended := runs.outputs(hosts, SECONDS)):
         assert code == 0, out + errors
@@ -77,11 +77,11 @@ def signalled(project: Path, run: Path, moment: random.Random) -> tuple[int, str
     return stopped, ended[0][1]
 
 
-def killed(project: Path, run: Path, moment: random.Random) -> None:
+def killed(project: Path, run: Path, moment: random.Random, within: int = 40) -> None:
     """The other host ends, and says why."""
     before, victim = len(runs.history(run)), moment.randrange(2)
     hosts = start(project, run, LONG)
-    runs.wait_for_steps(run, before + moment.randint(4, 40))
+    runs.wait_for_steps(run, before + moment.randint(4, within))
     hosts[victim].kill()
     ended = runs.outputs(hosts, SECONDS)
     assert ended[victim][0] == -signal.SIGKILL
@@ -116,11 +116,11 @@ def damage(params: Path, seed: int) -> None:
 def test_a_run_that_meets_every_fault_goes_on(project: Path, tmp_path: Path) -> None:
     """After a kill, a full disk and a damaged checkpoint, until a signal. Slow tests take each of them to its end."""
     run, moment = tmp_path / "run", random.Random(0)
-    killed(project, run, moment)
+    killed(project, run, moment, within=8)
     on_a_full_disk(project, run, moment)
     whole, newest = saved(run)[-2:]
     damage(run / "steps" / str(newest) / "params", seed=0)
-    stopped, said = signalled(project, run, moment)
+    stopped, said = signalled(project, run, moment, within=8)
     assert GOING_ON.findall(said) == [str(whole)]
     assert stopped > whole
     assert [e["step"] for e in runs.history(run) if e["kind"] == "train"] == list(range(1, stopped + 1))

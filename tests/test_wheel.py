@@ -52,8 +52,8 @@ class User:
     def environment(self) -> dict[str, str]:
         proxies = {"PYTHONPATH", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
         own = {name: value for name, value in os.environ.items() if name.upper() not in proxies}
-        homes = {"HF_HOME": str(self.folder / "hub"), "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
-        return own | homes | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "HF_TOKEN": "hf_stand_in"}
+        quick = {name: value for name, value in runs.environment().items() if name.startswith("JAX_")}
+        return own | quick | {"HF_HOME": str(self.folder / "hub"), "HF_TOKEN": "hf_stand_in"}
 
 
 QUICK = {
