@@ -44,6 +44,7 @@ from tortoise_jax.training import run_data
 
 STEPS = runs.FIELDS["steps"]
 KILLS = 40
+STEPPED: dict[str, Any] = {"optimizer__schedule": None}  # the recipe's own: a rate that falls
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +191,7 @@ def test_the_report_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_with_an_average_goes_on_bit_for_bit(project: Path) -> None:
     whole, stopped, plain = (project / name for name in ("average", "average-stopped", "no-average"))
-    fields = {"ema": 0.9, "optimizer__schedule": "constant"}  # a stepped rate depends on how many steps there will be
+    fields = {"ema": 0.9}
     assert runs.train(project, whole, **fields).returncode == 0
     assert runs.train(project, stopped, **fields, steps=3).returncode == 0
     done = runs.train(project, stopped, **fields)
@@ -222,7 +223,7 @@ def two_lengths(project: Path) -> Path:
         dataset = Dataset.open(folder / "data")
         plan = BatchPlan.for_training(dataset, dataset.split("train"), runs.FIELDS["batch_size"], seed=0, unit=1)
         assert {plan.batch(step)[0] for step in range(STEPS)} == {64, 96}
-        runs.succeed(runs.train(project, folder / "run", data=folder / "data"))
+        runs.succeed(runs.train(project, folder / "run", data=folder / "data", **STEPPED))
 
     return runs.made_once(project / "two-lengths", make)
 
@@ -230,13 +231,13 @@ def two_lengths(project: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(project: Path, two_lengths: Path, number: signal.Signals) -> None:
     run, data = two_lengths / f"stopped-by-{number}", two_lengths / "data"
-    process = runs.start(project, run, data=data)
+    process = runs.start(project, run, data=data, **STEPPED)
     runs.wait_for_steps(run, 2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "stopped and saved at step" in output
-    done = runs.train(project, run, data=data)
+    done = runs.train(project, run, data=data, **STEPPED)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stdout
     assert_same_run(run, two_lengths / "run")

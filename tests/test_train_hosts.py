@@ -21,7 +21,6 @@ FIELDS: dict[str, Any] = {
     "steps": STEPS,
     "eval_every": 4,
     "sample_every": STEPS,
-    "optimizer__schedule": "constant",
     "prompts": "('Yes.',)",
     "export": "voice.pth",
     "optimizer__learning_rate": 1e-5,

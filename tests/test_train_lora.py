@@ -30,7 +30,6 @@ from tortoise_jax.models.lora import LORA, LoraConfig, merged
 STEPS = runs.FIELDS["steps"]
 # A rate at which six steps of so small a model move it beyond rounding.
 FIELDS: dict[str, Any] = {"lora__rank": 4, "lora__alpha": 8.0, "optimizer__learning_rate": 3e-2}
-FIELDS["optimizer__schedule"] = "constant"  # else the rate falls by how many steps are asked for
 
 
 @pytest.fixture(scope="session")

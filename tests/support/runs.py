@@ -57,6 +57,7 @@ FIELDS = {
     "remat": "none",
     "export": "",
     "optimizer.learning_rate": 1e-3,
+    "optimizer.schedule": "constant",  # else runs of other lengths have other rates, and each compiles its own step
 }
 
 DVAE_FIELDS = {
