@@ -31,6 +31,11 @@ def test_it_is_small_and_runs_the_readmes_commands() -> None:
         assert command in README, command
 
 
+def test_without_recordings_it_takes_the_demos() -> None:
+    (default,) = re.findall(r'RECORDINGS = RECORDINGS or "(.+)"', "\n".join(cell.source for cell in NOTEBOOK.cells))
+    assert (ROOT / default).is_file()
+
+
 def test_every_cell_runs_and_shows_what_it_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "voice").mkdir()
     lines = (ROOT / "demo" / "voice" / "metadata.csv").read_text(encoding="utf-8").splitlines()[:CLIPS]

@@ -19,7 +19,6 @@ from tortoise_jax.training import stopping
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    parallel.ERROR_SECONDS = 2  # hosts of one machine fail at once
     way, *coordinates = sys.argv[1:]
     if coordinates:
         parallel.initialize(coordinates[0], int(coordinates[1]), int(coordinates[2]))
