@@ -31,11 +31,13 @@ class Host:
             "TORTOISE_JAX_LOST_SECONDS": str(LOST_SECONDS),
             "PYTHONUNBUFFERED": "1",
         }
+        # Without the compilers that `make test-slow` adds, which write lines of their own.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.hosts", way, *map(str, coordinates)],
             cwd=ROOT,
-            env=os.environ | limits | environment,
+            env=own | limits | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
