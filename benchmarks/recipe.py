@@ -28,7 +28,6 @@ from tortoise_jax.data.plan import training_epoch
 from tortoise_jax.models.unified_voice import RELEASED, UnifiedVoiceConfig
 
 DLAS_CODES, DLAS_CLIPS, DLAS_SECONDS = 250, 2, 2  # of each row; its conditioning clips, and their length
-EMBEDDED = 1 + 2 + 2  # positions of a row besides text and codes: conditioning, starts and stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Clips:
     length: int
 
     def dlas_length(self) -> int:
-        return EMBEDDED + int(self.text.max()) + DLAS_CODES
+        return batches.row_length(int(self.text.max()), DLAS_CODES)
 
 
 def chosen(rows: int, count: int) -> list[Clips]:
@@ -127,7 +126,7 @@ def measure(name: str, options: argparse.Namespace) -> Side:
 
 def report(measured: list[Side], options: argparse.Namespace, work: list[Clips], conditioning_clips: int) -> None:
     clips = options.rows * options.batches
-    real = sum(int((c.text + c.codes + EMBEDDED).sum()) for c in work)
+    real = sum(int(batches.row_length(c.text, c.codes).sum()) for c in work)
     print(
         f"\n{measured[0].steps[0].get('device', '')}, {options.layers} layers of width {RELEASED.width}, "
         f"{options.batches} batches of {options.rows} clips, {options.threads} threads, "

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = numbered(arguments.out, index)
         write_wav(path, waveform, preset.rate)
         print(f"{path}: {len(waveform) / preset.rate:.1f} s, {what}")
+    reader = speech.in_dtype(pretrained, weights, preset.dtype) if arguments.latents else weights
     for i, part in enumerate(said):
         for index in range(arguments.keep):
             part_number = i if len(said) > 1 else None
@@ -77,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_codes(numbered(arguments.codes, index, part_number), part.kept[index].codes)
             if arguments.latents:
                 file = numbered(arguments.latents, index, part_number)
-                reader = speech.in_dtype(pretrained, weights, preset.dtype)
                 save_latents(file, reader, pretrained.ar.config, voice.conditioning, part, index)
 
 
