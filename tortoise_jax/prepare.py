@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "channel": {"metavar": "N", "help": "of recordings with several: a number (default 1), or mix for their mean"},
         "cleaner": {
             "metavar": "NAME",
-            "help": "tortoise (default; as the released models), english (says & % £ too), basic or none",
+            "help": "tortoise (default; as the released models), english (says & %% £ too), basic or none",
         },
         "tokenizer": {
             "type": Path,
