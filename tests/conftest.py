@@ -20,7 +20,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tortoise_jax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 if importlib.metadata.version("jax").startswith("0.10."):  # a flag that a later XLA may not know would end the process
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # compiles in 0.6 of the time, to fewer pieces
+    # Compile in 0.6 of the time, to fewer pieces; and in one thread, since pytest-xdist runs a process a core.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 import hypothesis
 import jax
@@ -68,6 +69,7 @@ def import_what_tests_need() -> None:
 
     torch.set_num_threads(1)  # pytest-xdist already runs a process a core
     gc.freeze()  # all this stays: to look through it again and again takes a tenth of the time to trace programs
+    gc.set_threshold(50_000)  # of 700: and so does looking through what is traced
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -23,6 +24,7 @@ from tortoise_jax import parallel
 from tortoise_jax.checkpoints import run_checkpoints
 from tortoise_jax.checkpoints.pretrained import load_pretrained
 from tortoise_jax.checkpoints.run_checkpoints import Manager, RunCheckpoints, steps_folder
+from tortoise_jax.checkpoints.trees import checksum
 from tortoise_jax.errors import UserError
 from tortoise_jax.training import replay, report, run_directory
 from tortoise_jax.training.run_directory import History
@@ -174,6 +176,38 @@ def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(params["a"]["kernel"], PARAMS["a"]["kernel"] + 7)
     np.testing.assert_array_equal(opt_state["mu"]["a"]["kernel"], STATE["mu"]["a"]["kernel"])
     assert (progress["step"], progress["skipped"]) == (7, 0)
+
+
+def test_checkpoints_are_as_large_as_their_arrays(tmp_path: Path) -> None:
+    """To compress them would take as much memory again as the state, and five times as long."""
+    zeros = {"a": np.zeros(1_000_000, np.float32)}
+    checkpoints = RunCheckpoints(tmp_path)
+    checkpoints.save(1, zeros, zeros, {"step": 1, "skipped": 0}, None)
+    for item in ("params", "opt_state"):
+        files = (file for file in (tmp_path / "steps" / "1" / item).rglob("*") if file.is_file())
+        assert sum(file.stat().st_size for file in files) > zeros["a"].nbytes, item
+    checkpoints.finish()
+
+
+def test_a_compressed_checkpoint_of_versions_before_is_resumed_from(tmp_path: Path) -> None:
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(PARAMS),
+        opt_state=ocp.args.StandardSave(STATE),
+        progress=ocp.args.JsonSave({"step": 3, "skipped": 0, "crc32": checksum((PARAMS, STATE))}),
+    )
+    with ocp.CheckpointManager(tmp_path / "steps") as before:
+        before.save(3, args=items)
+    params, opt_state, progress = RunCheckpoints(tmp_path).restore(3, PARAMS, STATE)
+    jax.tree.map(np.testing.assert_array_equal, (params, opt_state), (PARAMS, STATE))
+    assert progress["step"] == 3
+
+
+def test_on_cpu_a_save_has_ended_when_the_next_step_begins(tmp_path: Path) -> None:
+    """Else that step would need a copy of the state, which is being written."""
+    checkpoints = RunCheckpoints(tmp_path)
+    checkpoints.save(1, PARAMS, STATE, {"step": 1, "skipped": 0}, None)
+    assert not checkpoints.manager.is_saving_in_progress()
+    checkpoints.finish()
 
 
 def test_a_checksum_that_differs_is_not_resumed_from(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tortoise_jax import parallel
-from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore_tree
+from tortoise_jax.checkpoints.trees import Tree, checksum, on_this_host, restore_tree, tree_handler
 from tortoise_jax.errors import UserError, first_line
 
 STEPS = "steps"
@@ -72,6 +72,14 @@ class Manager(ocp.CheckpointManager):
         return super()._load_checkpoint_infos(*args, **kwargs)
 
 
+def uncompressed(*items: str) -> ocp.handlers.CheckpointHandlerRegistry:
+    """Has a manager write these trees by `tree_handler`, all else by orbax's defaults."""
+    registry, trees = ocp.handlers.DefaultCheckpointHandlerRegistry(), tree_handler()
+    for item in items:
+        registry.add(item, ocp.args.PyTreeSave, trees)
+    return registry
+
+
 class RunCheckpoints:
     """The steps of a run in its `steps_folder`: params and optimiser state apart, so that weights alone can be read.
 
@@ -98,7 +106,7 @@ class RunCheckpoints:
             read_only=alone,
             multiprocessing_options=on_this_host() if alone else ocp.options.MultiprocessingOptions(),
         )
-        self.manager = Manager(self.folder, options=options)
+        self.manager = Manager(self.folder, options=options, handler_registry=uncompressed("params", "opt_state"))
         self.manager.failed = lambda error: parallel.end_for_all(self.not_written(error))
 
     @classmethod
@@ -121,7 +129,8 @@ class RunCheckpoints:
     def save(self, step: int, params: Tree, opt_state: Tree, progress: dict[str, Any], loss: float | None) -> None:
         """Starts writing in the background; every host must call it with the same step.
 
-        An existing step is kept. Old checkpoints go only after the new one is whole. loss: of validation, by which the
+        On CPU it waits for the end: what is written is the state itself there, of which a step meanwhile would need a
+        second copy. An existing step is kept. Old checkpoints go only after the new one is whole. loss: of validation, by which the
         best is found; one that is not finite counts as none.
         """
         if step in self.manager.all_steps():
@@ -129,13 +138,15 @@ class RunCheckpoints:
         of_params = checksum(params)
         progress = progress | {PARAMS_CRC32: of_params, "crc32": checksum(opt_state, of_params)}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            opt_state=ocp.args.StandardSave(opt_state),
+            params=ocp.args.PyTreeSave(params),
+            opt_state=ocp.args.PyTreeSave(opt_state),
             progress=ocp.args.JsonSave(progress),
         )
         with self.failing_as_one_line():
             known = loss is not None and math.isfinite(loss)
             self.manager.save(step, args=items, metrics={"loss": loss} if known else None)
+            if parallel.on_cpu():
+                self.manager.wait_until_finished()
 
     @contextlib.contextmanager
     def failing_as_one_line(self) -> Iterator[None]:
@@ -157,20 +168,15 @@ class RunCheckpoints:
 
     def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
         """Arrays shaped like the given trees, as numpy, exactly as they were saved; else a UserError."""
-        blank = lambda tree: jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(blank(params)),
-            opt_state=ocp.args.StandardRestore(blank(opt_state)),
-            progress=ocp.args.JsonRestore(),
-        )
+        folder = self.folder / str(step)
         try:
-            restored = self.manager.restore(step, args=items)
-            found = checksum((restored["params"], restored["opt_state"]))
-            if found != restored["progress"]["crc32"]:
+            progress = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            restored = restore_tree(folder / "params", params), restore_tree(folder / "opt_state", opt_state)
+            if checksum(restored) != progress["crc32"]:
                 raise ValueError("its checksum is not what was written")
         except Exception as error:
-            raise UserError(f"{self.folder / str(step)} cannot be resumed from: {first_line(error)}") from None
-        return restored["params"], restored["opt_state"], restored["progress"]
+            raise UserError(f"{folder} cannot be resumed from: {first_line(error)}") from None
+        return *restored, progress
 
     def restore_newest(
         self, params: Tree, opt_state: Tree, say: Callable[[str], None]
