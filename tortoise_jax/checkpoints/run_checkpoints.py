@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -130,8 +128,8 @@ class RunCheckpoints:
         """Starts writing in the background; every host must call it with the same step.
 
         On CPU it waits for the end: what is written is the state itself there, of which a step meanwhile would need a
-        second copy. An existing step is kept. Old checkpoints go only after the new one is whole. loss: of validation, by which the
-        best is found; one that is not finite counts as none.
+        second copy. An existing step is kept. Old checkpoints go only after the new one is whole. loss: of validation,
+        by which the best is found; one that is not finite counts as none.
         """
         if step in self.manager.all_steps():
             return
