@@ -72,9 +72,9 @@ class Manager(ocp.CheckpointManager):
 
 def uncompressed(*items: str) -> ocp.handlers.CheckpointHandlerRegistry:
     """Has a manager write these trees by `tree_handler`, all else by orbax's defaults."""
-    registry, trees = ocp.handlers.DefaultCheckpointHandlerRegistry(), tree_handler()
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in items:
-        registry.add(item, ocp.args.PyTreeSave, trees)
+        registry.add(item, ocp.args.PyTreeSave, tree_handler())
     return registry
 
 
