@@ -149,7 +149,7 @@ def test_it_says_sentences_it_never_heard_and_stops(pair: Pretrained) -> None:
     found = spoken.figures(pair, drawn, renderings)
     assert found.stops >= 0.98, found
     assert found.silence < 0.3, found
-    assert found.nearest >= 0.95, found  # of 40: 95 to 98 % by which clips it is conditioned on
+    assert found.nearest >= 0.95, found  # of 40
     assert found.ratio <= 1.1, found
     # Codes that are shuffled between the sentences say other ones: the figures can tell.
     others = np.roll(np.arange(len(SENTENCES)), 1)
@@ -193,10 +193,5 @@ def test_the_demos_readme_shows_the_maker_commands() -> None:
     text = re.sub(r"\s+", " ", (DEMO / "README.md").read_text(encoding="utf-8").replace("\\\n", " "))
     for field in make_pair.fields(make_pair.CODEC) + make_pair.fields(make_pair.SPEECH):
         assert field.replace("'", "") in text.replace("'", ""), field
-    assert f"--clips {make_pair.CODEC_CLIPS}" in text
-    assert f"--clips {make_pair.RUNS['ar-1'][0]}" in text
-    for name, (clips, changes) in make_pair.RUNS.items():
-        [line] = re.findall(rf"\| `{name}` \|[^|]*\|[^|]*\|[^|]*\|", text)
-        assert f"{clips:,}" in line
-        for field, value in ({"steps": make_pair.SPEECH["steps"]} | changes).items():
-            assert (f"| {value:,} |" if field == "steps" else f"`{field}={value}`") in line, line
+    for clips in (make_pair.CODEC_CLIPS, make_pair.CLIPS):
+        assert f"--clips {clips} " in text
