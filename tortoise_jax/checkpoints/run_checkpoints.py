@@ -164,11 +164,15 @@ class RunCheckpoints:
         failure.__cause__ = error  # which may be that another host was lost: parallel.by_lost_host
         return failure
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a step."""
+        return self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+
     def restore(self, step: int, params: Tree, opt_state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
         """Arrays shaped like the given trees, as numpy, exactly as they were saved; else a UserError."""
         folder = self.folder / str(step)
         try:
-            progress = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            progress = self.progress(step)
             restored = restore_tree(folder / "params", params), restore_tree(folder / "opt_state", opt_state)
             if checksum(restored) != progress["crc32"]:
                 raise ValueError("its checksum is not what was written")
@@ -223,7 +227,7 @@ class RunCheckpoints:
         folder = self.folder / str(step)
         params = restore_tree(folder / "params", shapes)
         try:
-            progress = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            progress = self.progress(step)
             stated = progress.get(PARAMS_CRC32)  # versions before did not write it
         except Exception as error:
             raise UserError(f"{folder / 'progress'} is damaged: {first_line(error)}") from None
