@@ -7,7 +7,8 @@ Some batches of an epoch, spread over its lengths, each stepped on several times
 padded to a multiple of 32 positions, codes from the data set, as many conditioning clips of six seconds as a run takes.
 The torch reference: the texts padded to the batch's longest, the recordings to 11.6 s, whose log-mels and 250 codes are
 made at every step by a dVAE of the released size, and two conditioning clips of two seconds. All parameters are trained
-on both sides, by the same recipe, with the dropout of configs/ar.py. What reads recordings from disk is in neither.
+on both sides, by the same recipe, with the dropout of configs/ar.py, and a batch's gradients are added up over four
+micro-batches, as both do by default. What reads recordings from disk is in neither.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -51,8 +53,12 @@ def chosen(rows: int, count: int) -> list[Clips]:
     return [Clips(text[members], codes[members], length) for length, members in middles]
 
 
+def settings(options: argparse.Namespace) -> Any:
+    return sides.filled_config(options.rows, options.set, LJSPEECH_CLIPS, options.micro_batches)
+
+
 def our_side(options: argparse.Namespace, config: UnifiedVoiceConfig, work: list[Clips]) -> Callable[[int], None]:
-    filled = sides.filled_config(options.rows, options.set, LJSPEECH_CLIPS)
+    filled = settings(options)
     step = sides.our_step(config, filled, options.rows)
     random = np.random.default_rng(0)
     made = []
@@ -70,7 +76,7 @@ def torch_side(options: argparse.Namespace, config: UnifiedVoiceConfig, work: li
 
     from tests.support.torch_reference import DiscreteVAE, log_mel
 
-    filled = sides.filled_config(options.rows, options.set, LJSPEECH_CLIPS)
+    filled = settings(options)
     step = sides.torch_step(config, filled, options.threads, options.side)
     dvae, norms = DiscreteVAE().eval(), torch.from_numpy(default_mel_norms()).to(torch.get_default_device())
 
@@ -93,7 +99,8 @@ def torch_side(options: argparse.Namespace, config: UnifiedVoiceConfig, work: li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=RELEASED.layers, help="(default: all %(default)s)")
-    parser.add_argument("--rows", type=int, default=4, help="clips of a batch (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="clips of a batch (default: %(default)s)")
+    parser.add_argument("--micro_batches", type=int, default=4, help="of a batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=3, help="of the epoch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="after the first (default: %(default)s)")
     parser.add_argument(
@@ -105,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     config = dataclasses.replace(RELEASED, layers=options.layers)
     work = chosen(options.rows, options.batches)
-    filled = sides.filled_config(options.rows, options.set, LJSPEECH_CLIPS)
+    filled = settings(options)
     if options.side:
         make = our_side if options.side == "ours" else torch_side
         sides.serve(lambda: make(options, config, work), lambda: sides.device_facts(options.side, filled))
@@ -129,7 +136,8 @@ def report(measured: list[Side], options: argparse.Namespace, work: list[Clips],
     real = sum(int(batches.row_length(c.text, c.codes).sum()) for c in work)
     print(
         f"\n{measured[0].steps[0].get('device', '')}, {options.layers} layers of width {RELEASED.width}, "
-        f"{options.batches} batches of {options.rows} clips, {options.threads} threads, "
+        f"{options.batches} batches of {options.rows} clips in {options.micro_batches} micro-batches, "
+        f"{options.threads} threads, "
         f"load {os.getloadavg()[0]:.1f} after; {real / clips:.0f} positions of a clip are real\n"
     )
     print("| side | clips per second | ours is | positions | conditioning frames | codes made | peak memory |")

@@ -85,6 +85,7 @@ def serve(make: Callable[[], Callable[[int], None]], facts: Callable[[], dict[st
 
 def our_step(config: UnifiedVoiceConfig, filled: Any, rows: int) -> Callable[[Batch], None]:
     """The run's own step, as train.py makes it, from random weights. filled: configs/ar.py without open fields."""
+    accumulation = filled.gradient_accumulation_steps
     import jax
 
     from tortoise_jax import parallel
@@ -107,7 +108,9 @@ def our_step(config: UnifiedVoiceConfig, filled: Any, rows: int) -> Callable[[Ba
 
     def run(batch: Batch) -> None:
         nonlocal state
-        state, metrics = parallel.call(step, state, parallel.rows_on_devices(parallel.split_rows(dict(batch), 1)))
+        state, metrics = parallel.call(
+            step, state, parallel.rows_on_devices(parallel.split_rows(dict(batch), accumulation))
+        )
         jax.block_until_ready(metrics)
 
     return run
@@ -154,14 +157,14 @@ def torch_step(
 
     def run(batch: Mapping[str, torch.Tensor]) -> None:
         with computing:
-            trainer.step(batch)
+            trainer.step(batch, filled.gradient_accumulation_steps)
         torch_side.wait()
 
     return run
 
 
-def filled_config(rows: int, changes: Iterable[str], clips: int) -> Any:
-    """configs/ar.py as a run on so many clips would fill it, with all rows in one micro-batch, as torch has them.
+def filled_config(rows: int, changes: Iterable[str], clips: int, micro_batches: int = 1) -> Any:
+    """configs/ar.py as a run on so many clips would fill it, with as many micro-batches as torch has.
 
     changes: "field=value".
     """
@@ -169,7 +172,7 @@ def filled_config(rows: int, changes: Iterable[str], clips: int) -> Any:
     from tortoise_jax.training import presets
 
     found = ar.get_config()
-    found.batch_size, found.gradient_accumulation_steps = rows, 1
+    found.batch_size, found.gradient_accumulation_steps = rows, micro_batches
     for change in changes:
         name, _, value = change.partition("=")
         found[name] = type(found[name])(value)

@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.embed_dropout = 0.1  # share of the embeddings set to zero; GPT-2's, active in upstream's training
     config.residual_dropout = 0.1  # the same of what each layer adds
     config.attention_dropout = 0.0  # the same of the attention weights; 0.1 upstream, fused attention has none
-    config.conditioning_clips = 2  # other clips of the speaker, averaged into one vector as at synthesis
+    config.conditioning_clips = 1  # other clips of the speaker, averaged into one vector as at synthesis
 
     # How it is computed.
     config.dtype = "auto"  # bfloat16 where the hardware is fast at it, else float32

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
 
 from tests.support.host_processes import free_port
 from tortoise_jax import parallel
@@ -254,11 +255,12 @@ def test_what_cannot_be_tried_out_is_not_left_to_triton(
     given: str, deterministic: bool, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reruns of the same bits mean that XLA tries no kernels out, and Triton's default tiles do not fit 517 frames."""
+    jnp.ones(())  # this process has computed
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     late = parallel.prepare_process(deterministic)
     assert os.environ["XLA_FLAGS"] == flags
-    assert late == [flag for flag in flags.split() if "cpu" in flag and flag not in given], "this process has computed"
+    assert late == [flag for flag in flags.split() if "cpu" in flag and flag not in given]
     with monkeypatch.context() as patched:
         patched.setattr(parallel.xla_bridge, "backends_are_initialized", lambda: False)
         patched.setenv("XLA_FLAGS", given)
@@ -279,3 +281,29 @@ def test_rows_are_run_in_batches_of_few_sizes(rows: int, shapes: list[int]) -> N
     np.testing.assert_array_equal(made, 2 * np.stack([given.sum(axis=1), given[:, 0]], axis=1))
     assert seen == shapes
     assert sum(done) == rows
+
+
+def test_what_compiling_took_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(parallel.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=given_back.append))
+    monkeypatch.setattr(parallel.sys, "platform", "linux")
+    listeners: list[Any] = []
+    monkeypatch.setattr(parallel.monitoring, "register_event_duration_secs_listener", listeners.append)
+    parallel.give_back_after_compiling.__wrapped__()
+    (listen,) = listeners
+    listen(parallel.COMPILED, 0.9)
+    listen("another", 2.0)
+    assert given_back == []
+    listen(parallel.COMPILED, 2.0, fun_name="step")
+    assert given_back == [0]
+
+
+def test_jax_tells_when_it_has_compiled() -> None:
+    told: list[str] = []
+    listen = lambda event, seconds, **_: told.append(event)
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 3.25 + told.__len__())(jnp.ones(7))
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert parallel.COMPILED in told

@@ -6,6 +6,7 @@ Works unchanged from one CPU to a TPU pod: each host feeds its own devices its o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -24,6 +26,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax import monitoring
 from jax._src import distributed as jax_distributed  # its client: messages between hosts without a computation
 from jax._src import xla_bridge  # whether it has started
 from jax._src.clusters import GceTpuCluster
@@ -35,6 +38,7 @@ from tortoise_jax.launchers import ALONE, BY_HAND, TPU_WORKERS, Announced, alone
 from tortoise_jax.native_errors import NativeErrors
 
 AXIS = "data"
+COMPILED, COMPILED_LONG = "/jax/core/compile/backend_compile_duration", 1.0  # JAX's event, and seconds
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # what hosts must have alike
 Tree = Any
 # XLA may not try kernels out where it computes the same bits every time, and takes a default tile for those of Triton.
@@ -59,9 +63,22 @@ def prepare_process(deterministic: bool = True) -> list[str]:
         jax.config.update("jax_compilation_cache_dir", str(cache / "tortoise_jax" / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long together
+    give_back_after_compiling()
     if not xla_bridge.backends_are_initialized():
         return []
     return [flag for flag in missing if flag.startswith(f"--xla_{jax.default_backend()}_")]
+
+
+@functools.cache
+def give_back_after_compiling() -> None:
+    """From now on gives the memory that compiling leaves with glibc, over a gigabyte at the released size, back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if trim and event == COMPILED and duration_secs > COMPILED_LONG:
+            trim(0)
+
+    monitoring.register_event_duration_secs_listener(listen)
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:

@@ -59,12 +59,12 @@ def test_without_adapters_nothing_is_other_than_before() -> None:
     assert merged(small.params(), LoraConfig()) is small.params()
 
 
-@pytest.mark.parametrize("unroll", [1, 2])
-def test_the_merged_model_computes_the_same(unroll: int) -> None:
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_the_merged_model_computes_the_same(unrolled: bool) -> None:
     params = adapted()
     one = merged(params, CONFIG)
     assert jax.tree.structure(one) == jax.tree.structure(small.params())
-    got, want = outputs(inserted(params, CONFIG), Compute(unroll=unroll)), outputs(one)
+    got, want = outputs(inserted(params, CONFIG), Compute(unrolled=unrolled)), outputs(one)
     for name in ("text_logits", "mel_logits"):
         assert_close(got[name], want[name], SAME, name)
         assert np.abs(got[name] - outputs(small.params())[name]).max() > 0.1
@@ -81,11 +81,11 @@ def test_every_product_has_its_own_adapter_times_the_scale() -> None:
             assert_close(after[layer] - before[layer], added, SAME, product)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("none", 1), ("dots", 1), ("full", 1), ("full", 2)])
-def test_gradients_follow_from_those_of_the_merged_weights(remat: str, unroll: int) -> None:
+@pytest.mark.parametrize(("remat", "unrolled"), [*((remat, False) for remat in REMAT), ("full", True)])
+def test_gradients_follow_from_those_of_the_merged_weights(remat: str, unrolled: bool) -> None:
     """Of W + s a b: by the chain rule that of a is s W' bT, that of b is s aT W'."""
     params = adapted()
-    compute = Compute(remat=remat, unroll=unroll)
+    compute = Compute(remat=remat, unrolled=unrolled)
     got = jax.grad(lambda adapters: loss(inserted({**params, LORA: adapters}, CONFIG), compute))(params[LORA])
     of_weights = jax.grad(loss)(jax.tree.map(jnp.asarray, merged(params, CONFIG)))["gpt"]["h"]
     for module, product in PRODUCTS:
@@ -104,9 +104,9 @@ def shapes_computed(program: Any) -> Iterator[tuple[int, ...]]:
             yield from shapes_computed(inner)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [*((remat, 1) for remat in REMAT), ("full", 2)])
-def test_no_gradient_of_the_frozen_weights_is_computed(remat: str, unroll: int) -> None:
-    params, compute = adapted(), Compute(remat=remat, unroll=unroll)
+@pytest.mark.parametrize(("remat", "unrolled"), [*((remat, unrolled) for remat in REMAT for unrolled in (False, True))])
+def test_no_gradient_of_the_frozen_weights_is_computed(remat: str, unrolled: bool) -> None:
+    params, compute = adapted(), Compute(remat=remat, unrolled=unrolled)
     width = small.CONFIG.width
     kernels = {(width, 3 * width), (width, 4 * width), (4 * width, width)}
 

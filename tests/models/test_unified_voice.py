@@ -121,8 +121,12 @@ def check_stack(run: TorchRun, twin: Twin, compute: Compute = PLAIN, change: Any
 
 @pytest.mark.parametrize(
     "compute",
-    [PLAIN, Compute(unroll=3, attention="by_heads", remat="dots"), Compute(attention="xla", remat="full", unroll=2)],
-    ids=["plain", "unrolled, head by head, products kept", "attention of jax.nn, all again, unrolled by 2"],
+    [
+        PLAIN,
+        Compute(unrolled=True, attention="by_heads", remat="dots"),
+        Compute(attention="xla", remat="full", unrolled=True),
+    ],
+    ids=["plain", "unrolled, head by head, products kept", "attention of jax.nn, all again, unrolled"],
 )
 def test_stack_losses_and_all_gradients(run: TorchRun, voice: Twin, compute: Compute) -> None:
     check_stack(run, voice, compute)

@@ -86,7 +86,7 @@ def test_codes_do_not_depend_on_fast_products(target: str) -> None:
 VALUES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "remat": REMAT,
-    "unroll": (1, runs.AR.layers),
+    "unrolled": (False, True),
     "embed_dropout": (0.0, 0.1),
     "residual_dropout": (0.0, 0.1),
     "attention_dropout": (0.0, 0.1),

@@ -140,7 +140,6 @@ class Encoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.layers,
-            unroll=min(self.compute.unroll, self.layers),
         )(self.heads, self.inner, self.compute, name="layers")
         x, blocks = layers(x, rotary_angles(frequencies, x.shape[1]), mask)
         encoded = layer_norm("norm", jnp.float32)(x)

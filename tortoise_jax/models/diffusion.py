@@ -175,7 +175,6 @@ def stacked(layer: type[nn.Module], length: int, inputs: int, compute: Compute) 
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * inputs,
         length=length,
-        unroll=min(compute.unroll, length),
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from tortoise_jax.models.attention import by_heads
+from tortoise_jax.models.blocks import REMAT, run_blocks, stacked
 
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-5
@@ -27,7 +27,6 @@ HIGHEST = jax.lax.Precision.HIGHEST  # float32 products as they are: by default 
 HIGH = "high"  # between the two: TF32 on NVIDIA cards, as torch convolves there, three bf16 products on TPUs
 FRAMES_PER_CODE = 4
 ATTENTION_IMPLEMENTATIONS = ("plain", "by_heads", "xla", "cudnn")
-REMAT = ("none", "dots", "full")
 TABLE_GRADIENTS = ("scatter", "products")
 ADAPTERS = ("lora_a", "lora_b")  # of a product with weights, where there are some beside its kernel
 
@@ -39,7 +38,7 @@ class Compute:
     dtype: activations and matrix products ("float32" or "bfloat16"); parameters and losses stay float32.
     remat: what the backward pass computes again: "none" of a block, all but its products with weights ("dots"), or all
     but its input ("full"); False and True mean the first and the last.
-    unroll: layers a compiled loop step holds; 1 compiles fastest, the number of layers runs fastest on CPU.
+    unrolled: blocks follow each other in the program, which is fastest on CPU, or are a loop, which compiles fastest.
     attention: "plain" (einsum), "by_heads" (models/attention.py), or "xla" / "cudnn" of `jax.nn.dot_product_attention`;
     plain wherever attention drops, for the others know no dropout. "cudnn" is for the GPT blocks alone.
     table_gradient: of the embeddings' tables: "scatter" adds up rows, "products" multiplies with one-hot rows.
@@ -47,7 +46,7 @@ class Compute:
 
     dtype: str = "float32"
     remat: str | bool = "none"
-    unroll: int = 1
+    unrolled: bool = False
     embed_dropout: float = 0.0
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -149,82 +148,6 @@ def attend(
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
 
 
-def stacked(block: Any, layers: int, **axes: Any) -> Any:
-    """The class of so many blocks with their parameters stacked, which makes them; `run_blocks` runs them."""
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, **axes)
-
-
-Run = Callable[..., Array]  # a block: (its parameters, x (b, s, d), whatever else it reads) -> x (b, s, d)
-
-
-def recomputed(run: Run, compute: Compute) -> Run:
-    """The same block, whose backward pass computes again what `compute.remat` says."""
-    if compute.remat == "none":
-        return run
-    if compute.remat == "full" and compute.unroll > 1:
-        return recomputed_late(run)
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
-    # Of blocks in one program XLA would merge what is computed again with its first computation.
-    return jax.checkpoint(run, prevent_cse=compute.unroll > 1, policy=policy)
-
-
-def recomputed_late(run: Run) -> Run:
-    """`run`, recomputed in the backward pass only when the gradient of its output is known, and freed after its use.
-
-    XLA on CPU orders only what depends on each other. Of blocks in one program it computes all again at once, and
-    leaves the gradients of all weights to the end, unless each block waits for its gradient and the one before it for
-    that.
-    """
-
-    @jax.custom_vjp
-    def late(params: Any, x: Array, *rest: Any) -> Array:
-        return run(params, x, *rest)
-
-    def forward(params: Any, *given: Any) -> tuple[Array, Any]:
-        """Each array comes with whether a gradient of it is asked for, which frozen parameters' is not."""
-        value = lambda leaf: leaf.value
-        trained = jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, params)
-        frozen = jax.tree.map(lambda leaf: None if leaf.perturbed else leaf.value, params)
-        values = jax.tree.map(value, given)
-        return run(jax.tree.map(value, params), *values), (trained, frozen, *values)
-
-    def backward(kept: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
-        trained, frozen, x, *rest = kept
-
-        def of_trained(trained: Any, x: Array) -> Array:
-            either = lambda ours, other: other if ours is None else ours
-            return run(jax.tree.map(either, trained, frozen, is_leaf=lambda leaf: leaf is None), x, *rest)
-
-        of_params, of_x = jax.vjp(of_trained, trained, once_computed(gradient, x))[1](gradient)
-        return of_params, once_computed(of_params, of_x), *[None] * len(rest)
-
-    late.defvjp(forward, backward, symbolic_zeros=True)
-    return late
-
-
-def once_computed(tree: Any, x: Array) -> Array:
-    """x, but only after the tree's arrays are computed; NaN if one of them begins with it, as diverged gradients do."""
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return x
-    first = jnp.stack([leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in leaves])
-    return jnp.where(jnp.any(jnp.isnan(first)), jnp.full((), jnp.nan, x.dtype), x)
-
-
-def run_blocks(run: Run, compute: Compute, params: Any, x: Array, *rest: Any) -> tuple[Array, Array]:
-    """Blocks one after the other: x (b, s, d) -> (x, every block's output (l, b, s, d)).
-
-    params: of l blocks, stacked; rest: what each block reads of its own (l, …), or None.
-    """
-    layers = len(jax.tree.leaves(params)[0])
-
-    def one(x: Array, own: Any) -> tuple[Array, Array]:
-        x = recomputed(run, compute)(own[0], x, *own[1])
-        return x, x
-
-    return jax.lax.scan(one, x, (params, rest), unroll=max(1, min(compute.unroll, layers)))
-
-
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
@@ -310,7 +233,8 @@ class GPT2(nn.Module):
             numbers = jnp.arange(self.layers, dtype=jnp.int32)
             of_rows = None if keys is None else jnp.broadcast_to(keys[None], (self.layers, *keys.shape))
             params: Any = self.get_variable("params", "h")
-            x, every = run_blocks(run, self.compute, params, x, numbers, of_rows)
+            how: Any = {"remat": self.compute.remat, "unrolled": self.compute.unrolled}
+            x, every = run_blocks(run, params, x, numbers, of_rows, **how)
         return layer_norm("ln_f", jnp.dtype(self.compute.dtype))(x), every
 
 
@@ -385,7 +309,8 @@ class ConditioningEncoder(nn.Module):
         run = lambda params, x: block.apply({"params": params}, x, None)[0]
         params: Any = self.get_variable("params", "attn")
         whole, last = jax.tree.map(lambda leaf: leaf[:-1], params), jax.tree.map(lambda leaf: leaf[-1], params)
-        x, _ = run_blocks(run, self.compute, whole, x)
+        how: Any = {"remat": self.compute.remat, "unrolled": self.compute.unrolled}
+        x, _ = run_blocks(run, whole, x, **how)
         return first_frame(last, x, self.heads, dtype)
 
 

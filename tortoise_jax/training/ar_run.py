@@ -141,8 +141,7 @@ def make_step_config(
     attention = "xla" if target else parallel.best_attention(settings.dtype if settings.dtype != "auto" else dtype)
     model = pretrained.ar.config
     on_cpu = parallel.on_cpu() and not target
-    unroll = max(model.layers, model.conditioning_layers) if on_cpu else 1  # a loop costs 10-20 % on CPU
-    compute = schemas.compute(settings, dtype, attention, unroll, "scatter" if on_cpu else "products")
+    compute = schemas.compute(settings, dtype, attention, on_cpu, "scatter" if on_cpu else "products")
     fused = "plain" if compute.attention_dropout else compute.attention
     parallel.say(
         f"computing in {compute.dtype}, attention {fused}, remat {compute.remat}; dropout: embedding "

@@ -99,12 +99,12 @@ def check_milestones(given: dict[str, Any]) -> None:
         )
 
 
-def compute(config: ConfigDict, dtype: str, attention: str, unroll: int, table_gradient: str) -> Compute:
+def compute(config: ConfigDict, dtype: str, attention: str, unrolled: bool, table_gradient: str) -> Compute:
     """How the model is computed, with `dtype` and `attention` in place of "auto"."""
     return Compute(
         dtype=dtype if config.dtype == "auto" else config.dtype,
         remat=config.remat,
-        unroll=unroll,
+        unrolled=unrolled,
         embed_dropout=config.embed_dropout,
         residual_dropout=config.residual_dropout,
         attention_dropout=config.attention_dropout,

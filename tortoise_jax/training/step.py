@@ -10,7 +10,7 @@ Sums over the devices of `axis` are taken once, in float32, after the micro-batc
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 from typing import Any, Protocol
 
 import flax.struct
@@ -177,7 +177,8 @@ def first_state(params: Tree, config: Objective) -> TrainState:
 
 
 def sum_over_devices(tree: Tree, axis: str | None) -> Tree:
-    return jax.lax.psum(tree, axis) if axis else tree
+    alone = axis is None or jax.lax.axis_size(axis) == 1  # then XLA would copy the tree
+    return tree if alone else jax.lax.psum(tree, axis)
 
 
 def global_counts(config: Objective, batch: Batch) -> Sums:
@@ -225,11 +226,10 @@ def train_step(config: Objective, state: TrainState, batch: Batch) -> tuple[Trai
     loss = config.loss(sums, total)
     finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     params = keep(finite, config.moved(merge(updated, frozen), sums), state.params)
-    written = jax.lax.platform_dependent(params, cpu=functools.partial(wait_for, finite), default=lambda _: finite)
     new_state = TrainState(
         step=state.step + 1,
         params=params,
-        opt_state=keep(written, opt_state, state.opt_state),
+        opt_state=kept_in_turn(finite, params, opt_state, state.opt_state),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = config.metrics(sums, total, batch) | norms | part_norms(gradient)
@@ -237,14 +237,28 @@ def train_step(config: Objective, state: TrainState, batch: Batch) -> tuple[Trai
     return new_state, metrics | total
 
 
-def wait_for(finite: Array, params: Tree) -> Array:
-    """`finite` (), known once the new parameters are written.
+def kept_in_turn(finite: Array, params: Tree, new: Tree, old: Tree) -> Tree:
+    """`keep` for the optimiser's state: on CPU what belongs to a parameter only when the parameter (new) is written.
 
-    XLA on CPU orders only what depends on each other: unless the moments wait for the parameters, which are computed
-    from the old ones, it keeps a copy of these through the whole step. What a branch reads is written before it.
+    XLA on CPU orders only what depends on each other. A parameter is computed from its old moments: unless the new ones
+    wait for it, they are kept beside the old ones until all parameters are done.
     """
-    first = lambda tree: jnp.stack([leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(tree)])
-    return jax.lax.cond(finite, lambda tree: ~jnp.isnan(jnp.sum(first(tree))), lambda _: finite, params)
+    on_cpu = lambda leaf: wait_for(finite, leaf)
+    flag = lambda leaf: jax.lax.platform_dependent(leaf, cpu=on_cpu, default=lambda _: finite)
+    flags = {parameter_of(path): flag(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    choose = lambda path, new, old: jnp.where(flags.get(parameter_of(path), finite), new, old)
+    return jax.tree_util.tree_map_with_path(choose, new, old)
+
+
+def parameter_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path within the parameters that a path in the optimiser's state ends with; () if it belongs to none."""
+    names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    return tuple(reversed([*names]))
+
+
+def wait_for(finite: Array, leaf: Array) -> Array:
+    """`finite` (), known once the array is written, as what a branch reads is before it."""
+    return jax.lax.cond(finite, lambda leaf: ~jnp.isnan(leaf[(0,) * leaf.ndim]), lambda _: finite, leaf)
 
 
 def keep(condition: Array, new: Tree, old: Tree) -> Tree:

@@ -60,10 +60,26 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, recipe.milestones, recipe.gamma)
         self.history: list[list[float]] = []
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """One step on a batch of cond_mel (b, r, m, t), text, text_lengths, codes and code_lengths."""
+    def step(self, batch: Mapping[str, torch.Tensor], micro_batches: int = 1) -> None:
+        """One step on a batch of cond_mel (b, r, m, t), text, text_lengths, codes and code_lengths.
+
+        micro_batches: the mean of their losses is minimised, as upstream takes a batch of 128 as four.
+        """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad()
+        found = []
+        for micro in zip(*(array.chunk(micro_batches) for array in batch.values()), strict=True):
+            losses = self.losses(dict(zip(batch, micro, strict=True)))
+            (losses[-1] / micro_batches).backward()
+            found.append([loss.item() for loss in losses])
+        norms = [nn.utils.clip_grad_norm_(group, self.recipe.clip_per_group) for group in self.groups]
+        self.optimizer.step()
+        self.schedule.step()
+        means = [sum(column) / micro_batches for column in zip(*found, strict=True)]
+        self.history.append(means + [norm.item() for norm in norms] + [learning_rate])
+
+    def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of text, of codes, and what is minimised."""
         text_loss, mel_loss, _ = self.model(
             self.model.conditioning_latent(batch["cond_mel"]),
             batch["text"],
@@ -71,12 +87,7 @@ class Trainer:
             batch["codes"],
             batch["code_lengths"] * SAMPLES_PER_CODE,
         )
-        total = self.recipe.text_weight * text_loss + self.recipe.mel_weight * mel_loss
-        total.backward()
-        norms = [nn.utils.clip_grad_norm_(group, self.recipe.clip_per_group) for group in self.groups]
-        self.optimizer.step()
-        self.schedule.step()
-        self.history.append([x.item() for x in (text_loss, mel_loss, total, *norms)] + [learning_rate])
+        return text_loss, mel_loss, self.recipe.text_weight * text_loss + self.recipe.mel_weight * mel_loss
 
 
 def train(model: UnifiedVoice, batches: Iterable[Mapping[str, torch.Tensor]], recipe: Recipe) -> torch.Tensor:
