@@ -107,7 +107,7 @@ def one_by_one(run: Run, remat: str) -> Callable[..., tuple[Array, Array]]:
     def backward(residual: Any, gradients: tuple[Any, Any]) -> tuple[Any, ...]:
         trained, frozen, rest, kept = residual
         gradient, of_every = (dense(one) for one in gradients)
-        # Of zeros known beforehand XLA would pad each first gradient to all blocks, which is slow.
+        # Were the zeros known beforehand, XLA would pad the first gradient that is written with them, which is slow.
         filled = lambda value: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), trained)
         found = jax.lax.cond(is_lost(gradient), lambda: filled(jnp.nan), lambda: filled(0))
         written: Tree = ()
