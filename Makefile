@@ -8,7 +8,8 @@ PIP_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 NVIDIA := .venv-nvidia
-WORKERS ?= 2
+# One more than two cores: the tests of hosts wait for much of their time.
+WORKERS ?= 3
 
 .PHONY: demo pair test test-slow bench lint docs verify clean
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -40,6 +41,7 @@ from tortoise_jax.native_errors import NativeErrors
 AXIS = "data"
 COMPILED, COMPILED_LONG = "/jax/core/compile/backend_compile_duration", 1.0  # JAX's event, and seconds
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # what hosts must have alike
+OBJECTS = 50_000  # made between two looks for garbage: looking takes a twentieth of the time to trace programs
 Tree = Any
 # XLA may not try kernels out where it computes the same bits every time, and takes a default tile for those of Triton.
 # No tile fits the conditioning encoder's 517 frames: the step would not compile. cuBLAS multiplies any shape.
@@ -64,6 +66,7 @@ def prepare_process(deterministic: bool = True) -> list[str]:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long together
     give_back_after_compiling()
+    gc.set_threshold(max(OBJECTS, gc.get_threshold()[0]))
     if not xla_bridge.backends_are_initialized():
         return []
     return [flag for flag in missing if flag.startswith(f"--xla_{jax.default_backend()}_")]
