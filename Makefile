@@ -8,8 +8,7 @@ PIP_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 NVIDIA := .venv-nvidia
-# One more than two cores: the tests of hosts wait for much of their time.
-WORKERS ?= 3
+WORKERS ?= 2
 
 .PHONY: demo pair test test-slow bench lint docs verify clean
 

@@ -66,7 +66,8 @@ def prepare_process(deterministic: bool = True) -> list[str]:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long together
     give_back_after_compiling()
-    gc.set_threshold(max(OBJECTS, gc.get_threshold()[0]))
+    if 0 < gc.get_threshold()[0] < OBJECTS:
+        gc.set_threshold(OBJECTS)
     if not xla_bridge.backends_are_initialized():
         return []
     return [flag for flag in missing if flag.startswith(f"--xla_{jax.default_backend()}_")]

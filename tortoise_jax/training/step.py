@@ -27,6 +27,7 @@ from tortoise_jax.training.forward import Batch, dropout_keys, forward_sums, has
 from tortoise_jax.training.losses import CODES_PER_BUCKET, Sums, counts, means, total_loss
 from tortoise_jax.training.optimizer import Tree, applied_steps, group_norms, merge, part_norms, split
 
+LARGE = 2**16  # numbers of a parameter: a quarter of a megabyte
 ROW_ARRAYS = ("tokens", "token_types", "positions", "targets", "weights")
 
 
@@ -241,11 +242,12 @@ def kept_in_turn(finite: Array, params: Tree, new: Tree, old: Tree) -> Tree:
     """`keep` for the optimiser's state: on CPU what belongs to a parameter only when the parameter (new) is written.
 
     XLA on CPU orders only what depends on each other. A parameter is computed from its old moments: unless the new ones
-    wait for it, they are kept beside the old ones until all parameters are done.
+    wait for it, they are kept beside the old ones until all parameters are done. Of small ones nobody would notice.
     """
     on_cpu = lambda leaf: wait_for(finite, leaf)
     flag = lambda leaf: jax.lax.platform_dependent(leaf, cpu=on_cpu, default=lambda _: finite)
-    flags = {parameter_of(path): flag(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    large = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(params) if leaf.size >= LARGE]
+    flags = {parameter_of(path): flag(leaf) for path, leaf in large}
     choose = lambda path, new, old: jnp.where(flags.get(parameter_of(path), finite), new, old)
     return jax.tree_util.tree_map_with_path(choose, new, old)
 
