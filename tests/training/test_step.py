@@ -224,7 +224,8 @@ def test_gradients_of_tables_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unrolled", "remat", "share"), [(False, "dots", 0.5), (False, "full", 0.25), (True, "full", 0.5)]
+    ("unrolled", "remat", "share"),
+    [(False, "dots", 0.5), (False, "full", 0.25), (True, "dots", 0.7), (True, "full", 0.5)],
 )
 def test_what_is_computed_again_is_not_kept(unrolled: bool, remat: str, share: float) -> None:
     """Where layers stand side by side in one program too: there XLA would compute all again before it is needed."""
