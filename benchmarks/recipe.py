@@ -1,6 +1,6 @@
 """Clips per second of the whole recipe, ours against DLAS's as it really computes, on clips of LJSpeech-like lengths.
 
-  python -m benchmarks.recipe                           the released model, one side after the other: 13 GB
+  python -m benchmarks.recipe                           the released model, one side after the other: 16 GB
   python -m benchmarks.recipe --layers 4                the released width with 4 of its 30 layers
 
 Some batches of an epoch, spread over its lengths, each stepped on several times. Ours: text and codes joined in a row,
@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides (default: all cores)")
     parser.add_argument("--side", choices=sides.NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rows % options.micro_batches:
+        parser.error(f"--rows {options.rows} cannot be shared out evenly over --micro_batches {options.micro_batches}")
     config = dataclasses.replace(RELEASED, layers=options.layers)
     work = chosen(options.rows, options.batches)
     filled = settings(options)

@@ -85,7 +85,6 @@ def serve(make: Callable[[], Callable[[int], None]], facts: Callable[[], dict[st
 
 def our_step(config: UnifiedVoiceConfig, filled: Any, rows: int) -> Callable[[Batch], None]:
     """The run's own step, as train.py makes it, from random weights. filled: configs/ar.py without open fields."""
-    accumulation = filled.gradient_accumulation_steps
     import jax
 
     from tortoise_jax import parallel
@@ -97,6 +96,7 @@ def our_step(config: UnifiedVoiceConfig, filled: Any, rows: int) -> Callable[[Ba
     from tortoise_jax.training.step import initial_state, train_step
 
     parallel.prepare_process()
+    accumulation = filled.gradient_accumulation_steps
     shapes = Part(config, abstract_variables(config))
     pretrained = Pretrained({AR: shapes}, Tokenizer.default(), default_mel_norms(), {})
     step_config = ar_run.make_step_config(filled, pretrained, rows)

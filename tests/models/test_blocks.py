@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from tests.support.parity import assert_close
+from tests.support.programs import CPU_OPTIONS
 from tortoise_jax.models.blocks import REMAT, run_blocks, without
-from tortoise_jax.parallel import LITTLE_MEMORY
 
 ROWS, WIDTH, INNER = 16, 64, 256
-CPU_OPTIONS = dict(flag.removeprefix("--").split("=") for flag in LITTLE_MEMORY)  # those of runs on CPU
 SAME = 1e-6
 
 

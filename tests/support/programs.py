@@ -14,11 +14,13 @@ from tortoise_jax.audio import CONDITIONING_SAMPLES, default_mel_norms, log_mel
 from tortoise_jax.checkpoints.parts import abstract_variables
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
+from tortoise_jax.parallel import LITTLE_MEMORY
 from tortoise_jax.synthesis import decoder
 from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.reading import read_layer
 from tortoise_jax.synthesis.sampler import SamplingOptions
 
+CPU_OPTIONS = dict(flag.removeprefix("--").split("=") for flag in LITTLE_MEMORY)  # of the compiler, as in runs on CPU
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from tests.support import small
 from tests.support.parity import MEL_ABSOLUTE, ZERO_GRADIENT, absolute_error, apart, assert_close
+from tests.support.programs import CPU_OPTIONS
 from tests.support.small import CONFIG, DROPOUT, Batch, clips, with_padding_rows
 from tortoise_jax.models.layers import TABLE_GRADIENTS, Compute, Embedding
 from tortoise_jax.models.unified_voice import UnifiedVoice
-from tortoise_jax.parallel import AXIS, LITTLE_MEMORY
+from tortoise_jax.parallel import AXIS
 from tortoise_jax.training import forward
 from tortoise_jax.training import step as step_module
 from tortoise_jax.training.forward import dropout_keys
@@ -30,7 +31,6 @@ from tortoise_jax.training.step import TrainState, eval_step, initial_state, tra
 
 SAME = 1e-5  # of each array's gradient norm, and of each loss
 STEPS = 20
-CPU_OPTIONS = dict(flag.removeprefix("--").split("=") for flag in LITTLE_MEMORY)  # those of runs on CPU
 NO_DROPOUT = Compute()
 Layout = tuple[int, int]  # devices, micro-batches
 LAYOUTS: list[Layout] = [(1, 1), (1, 4), (2, 1), (4, 2), (8, 1)]

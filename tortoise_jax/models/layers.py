@@ -63,6 +63,11 @@ class Compute:
         if self.table_gradient not in TABLE_GRADIENTS:
             raise ValueError(f"table_gradient is {self.table_gradient!r}, expected one of {TABLE_GRADIENTS}")
 
+    @property
+    def of_blocks(self) -> dict[str, Any]:
+        """What `run_blocks` is told."""
+        return {"remat": self.remat, "unrolled": self.unrolled}
+
 
 class Embedding(nn.Embed):
     """Flax's, whose gradient can be had by products: summed in float32, and with no scatter.
@@ -233,8 +238,7 @@ class GPT2(nn.Module):
             numbers = jnp.arange(self.layers, dtype=jnp.int32)
             of_rows = None if keys is None else jnp.broadcast_to(keys[None], (self.layers, *keys.shape))
             params: Any = self.get_variable("params", "h")
-            how: Any = {"remat": self.compute.remat, "unrolled": self.compute.unrolled}
-            x, every = run_blocks(run, params, x, numbers, of_rows, **how)
+            x, every = run_blocks(run, params, x, numbers, of_rows, **self.compute.of_blocks)
         return layer_norm("ln_f", jnp.dtype(self.compute.dtype))(x), every
 
 
@@ -309,8 +313,7 @@ class ConditioningEncoder(nn.Module):
         run = lambda params, x: block.apply({"params": params}, x, None)[0]
         params: Any = self.get_variable("params", "attn")
         whole, last = jax.tree.map(lambda leaf: leaf[:-1], params), jax.tree.map(lambda leaf: leaf[-1], params)
-        how: Any = {"remat": self.compute.remat, "unrolled": self.compute.unrolled}
-        x, _ = run_blocks(run, whole, x, **how)
+        x, _ = run_blocks(run, whole, x, **self.compute.of_blocks)
         return first_frame(last, x, self.heads, dtype)
 
 
