@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before JAX is imported, and inherited by every process that a test starts: each program is compiled once for all tests
-# and their workers, and anew in each run of the suite. The models' tests run on an accelerator too, in full float32:
+# Before JAX is imported, and inherited by every process that a test starts: each program of a command is compiled once
+# for all tests, and anew in each run of the suite. The models' tests run on an accelerator too, in full float32:
 #   TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=highest python -m pytest tests/models
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # it runs a process a core: threads of one would only wait for each other
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+else:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tortoise_jax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 if importlib.metadata.version("jax").startswith("0.10."):  # a flag that a later XLA may not know would end the process
-    # Compile in 0.6 of the time, to fewer pieces; and in one thread, since pytest-xdist runs a process a core.
+    # Compile in 0.6 of the time, to fewer pieces; and in one thread.
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 import hypothesis
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
     from tests.support.torch_reference import DiscreteVAE, UnifiedVoice
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist: a process that another one with this file has started
-MANY_MAPPINGS = 10_000
+MANY_MAPPINGS = 30_000
+NEVER = 1e9
 
 if not WORKER:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+jax.config.update("jax_persistent_cache_min_compile_time_secs", NEVER)  # a test's own programs: none is read again
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles three times as fast; tiny models run alike
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -63,11 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def import_what_tests_need() -> None:
     """Not in a process that only hands tests out, which it would delay by seconds; and before warnings are errors."""
-    import torch
-
     from tests.support import runs, torch_reference  # noqa: F401
 
-    torch.set_num_threads(1)  # pytest-xdist already runs a process a core
     gc.freeze()  # all this stays: to look through it again and again takes a tenth of the time to trace programs
     gc.set_threshold(50_000)  # of 700: and so does looking through what is traced
 
@@ -128,20 +129,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def not_kept() -> Iterator[None]:
-    """Programs compiled meanwhile are not kept for other tests and processes."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
-@pytest.fixture
-def compilers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, not_kept: None) -> Iterator[None]:
+def compilers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As train.py compiles for machines that are not here, in a process whose JAX has started.
 
-    With Flax's own promotions, and optimised, in quick tests with little effort. Not kept: a program for another
-    machine cannot be read back.
+    With Flax's own promotions, and optimised, in quick tests with little effort.
     """
     from tests.support.compilers import LITTLE_EFFORT
     from tortoise_jax import parallel

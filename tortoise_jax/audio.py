@@ -190,6 +190,7 @@ def int16_from_waveform(waveform: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(waveform * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
 
 
+@jax.jit  # else each new length of clip compiles twenty programs
 def log_mel(waveform: np.ndarray | jax.Array, mel_norms: np.ndarray | jax.Array) -> jax.Array:
     """The log-mel of waveforms (..., samples): float32 (..., 1 + samples // 256, 80), divided by `mel_norms` (80,).
 
@@ -323,6 +324,12 @@ def default_mel_norms() -> np.ndarray:
     return np.array([line for line in text.splitlines() if not line.startswith("#")], dtype=np.float32)
 
 
+@functools.cache
+def inverse_mel_filters() -> np.ndarray:
+    """What takes mel bands back to a power spectrum by least squares, float32 (513, 80)."""
+    return np.linalg.pinv(mel_filters())
+
+
 def linear_power(mel_power: np.ndarray, iterations: int = 20) -> np.ndarray:
     """A power spectrum (513, t), nowhere negative, whose mel bands come near `mel_power` (80, t).
 
@@ -330,7 +337,7 @@ def linear_power(mel_power: np.ndarray, iterations: int = 20) -> np.ndarray:
     their mel, and the step 10 times quicker, than with librosa's mel_to_stft, whose solver ends where it begins.
     """
     filters = mel_filters()
-    power = np.maximum(np.linalg.pinv(filters) @ mel_power, LOG_FLOOR**2)
+    power = np.maximum(inverse_mel_filters() @ mel_power, LOG_FLOOR**2)
     wanted = filters.T @ mel_power
     for _ in range(iterations):
         power *= wanted / np.maximum(filters.T @ (filters @ power), LOG_FLOOR**2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from tests.support.parity import MODULE, assert_close
+from tests.support.parity import MODULE, assert_close, with_gradients
 from tortoise_jax.models import heads
 from tortoise_jax.models.heads import Head, cross_entropies
 from tortoise_jax.training.losses import cross_entropy
@@ -33,11 +33,12 @@ def plain(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Ar
 def compare(n: int, ours: Any = lambda *given: cross_entropies(*given, jnp.float32)) -> None:
     """Values, and the gradients of a random weighting of them, some of whose weights are zero as padding's are."""
     hidden, kernel, bias, targets = rows(n)
-    weights = jnp.asarray(np.random.default_rng(1).standard_normal(n, np.float32)).at[-1].set(0.0)
-    want, backward = jax.vjp(lambda *given: plain(*given, targets), hidden, kernel, bias)
-    got, our_backward = jax.vjp(lambda *given: ours(*given, targets), hidden, kernel, bias)
+    weights = np.random.default_rng(1).standard_normal(n, np.float32)
+    weights[-1] = 0
+    found = lambda losses: with_gradients(lambda *given: losses(*given, targets), weights, hidden, kernel, bias)
+    (want, wanted), (got, ours_of) = found(plain), found(ours)
     assert_close(got, want, LOSS, "losses")
-    for name, a, b in zip(("hidden", "kernel", "bias"), our_backward(weights), backward(weights), strict=True):
+    for name, a, b in zip(("hidden", "kernel", "bias"), ours_of, wanted, strict=True):
         assert_close(a, b, MODULE, name)
 
 

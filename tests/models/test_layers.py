@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,14 +14,15 @@ import torch
 
 from convert.tables import dvae, unified_voice
 from tests.support.changes import edited, noise, swapped, transposed, un_interleaved
-from tests.support.parity import MODULE, Change, assert_close, assert_module_parity, assert_trees_close
+from tests.support.parity import MODULE, Change, assert_close, assert_module_parity, assert_trees_close, with_gradients
 from tests.support.torch_reference import randomize
 from tests.support.torch_reference.dvae import ResBlock
 from tests.support.torch_reference.unified_voice import AttentionBlock, ConditioningEncoder, group_count
 from tortoise_jax.models import layers
-from tortoise_jax.models.layers import Compute, ConditioningAttention, GPT2Block, attend, dropout
+from tortoise_jax.models.layers import Compute, ConditioningAttention, GPT2Block, attend
 
 PLAIN = Compute()
+dropout = jax.jit(layers.dropout, static_argnums=(1, 3))  # rate and site
 
 
 def with_random_weights(module: torch.nn.Module) -> torch.nn.Module:
@@ -200,14 +202,14 @@ def test_the_first_frame_alone_is_the_first_of_all(width: int) -> None:
 
 def check_first_frame(width: int, ours: Any, heads: int = 4) -> None:
     block = ConditioningAttention(heads, PLAIN)
-    x = jnp.asarray(noise(2, 11, width).numpy())
-    no_zeros = lambda leaf: leaf + 0.1 * jnp.asarray(noise(*leaf.shape).numpy())
-    params = jax.tree.map(no_zeros, block.init(jax.random.key(0), x, None)["params"])
-    weighting = jnp.asarray(noise(2, width, seed=3).numpy())
-    want, backward = jax.vjp(lambda params, x: block.apply({"params": params}, x, None)[0][:, 0], params, x)
-    got, our_backward = jax.vjp(lambda params, x: ours(params, x, heads, jnp.float32), params, x)
+    x, weighting = noise(2, 11, width).numpy(), noise(2, width, seed=3).numpy()
+    no_zeros = lambda leaf: np.asarray(leaf) + 0.1 * noise(*leaf.shape).numpy()
+    params = jax.tree.map(no_zeros, jax.jit(block.init)(jax.random.key(0), x, None)["params"])
+    first_of_all = lambda params, x: block.apply({"params": params}, x, None)[0][:, 0]
+    want, (want_params, want_x) = with_gradients(first_of_all, weighting, params, x)
+    alone = lambda params, x: ours(params, x, heads, jnp.float32)
+    got, (of_params, of_x) = with_gradients(alone, weighting, params, x)
     assert_close(got, want, MODULE, "output")
-    (of_params, of_x), (want_params, want_x) = our_backward(weighting), backward(weighting)
     assert_close(of_x, want_x, MODULE, "gradient of the frames")
     assert_trees_close({"attn": of_params}, {"attn": want_params}, MODULE, heads)
 
@@ -230,11 +232,11 @@ def test_the_check_of_the_first_frame_fires() -> None:
 @pytest.mark.parametrize("implementation", ["by_heads", "xla"])
 def test_attention_implementations_agree(causal: bool, implementation: str) -> None:
     """Values and gradients."""
-    q, k, v, weighting = (jax.random.normal(jax.random.key(i), (2, 9, 4, 16)) for i in range(4))
+    q, k, v, weighting = (noise(2, 9, 4, 16, seed=i).numpy() for i in range(4))
 
     def found(**options: Any) -> Any:
-        value, backward = jax.vjp(lambda *given: attend(*given, **options), q, k, v)
-        return value, *backward(weighting)
+        value, gradients = with_gradients(lambda *given: attend(*given, **options), weighting, q, k, v)
+        return value, *gradients
 
     got, plain = found(causal=causal, implementation=implementation), found(causal=causal)
     for name, a, b in zip(("value", "q", "k", "v"), got, plain, strict=True):
@@ -246,10 +248,10 @@ def test_attention_implementations_agree(causal: bool, implementation: str) -> N
 
 @pytest.mark.parametrize("implementation", ["by_heads", "xla", "cudnn"])
 def test_where_attention_drops_it_is_plain(implementation: str) -> None:
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, 4, 16)) for i in range(3))
-    half = lambda weights: weights / 2
-    got = attend(q, k, v, causal=True, drop=half, implementation=implementation)
-    assert_close(got, attend(q, k, v, causal=True) / 2, MODULE)
+    qkv = [noise(2, 9, 4, 16, seed=i).numpy() for i in range(3)]
+    found = lambda **options: jax.jit(functools.partial(attend, causal=True, **options))(*qkv)
+    got = found(drop=lambda weights: weights / 2, implementation=implementation)
+    assert_close(got, np.asarray(found()) / 2, MODULE)
 
 
 def test_unknown_attention_is_refused() -> None:
@@ -264,12 +266,12 @@ def test_remat_is_a_policy_or_a_truth_value() -> None:
 
 
 def row_keys(*examples: int) -> jax.Array:
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.array(examples))
+    return jax.jit(jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i)))(np.array(examples))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
-    x = jnp.ones((8, 50, 64))
+    x = np.ones((8, 50, 64), np.float32)
     dropped = np.asarray(dropout(x, rate, row_keys(*range(8)), 3))
     values = np.unique(dropped)
     np.testing.assert_allclose(values, [0, 1 / (1 - rate)], rtol=1e-6)
@@ -280,14 +282,14 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
 
 
 def test_dropout_is_off_without_keys_or_rate() -> None:
-    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    x = noise(2, 5, 8).numpy()
     assert np.array_equal(dropout(x, 0.5, None, 0), x)
     assert np.array_equal(dropout(x, 0.0, row_keys(0, 1), 0), x)
     assert not np.array_equal(dropout(x, 0.5, row_keys(0, 1), 0), x)
 
 
 def test_a_rows_dropout_depends_on_its_key_and_the_site_only() -> None:
-    x = jnp.ones((3, 20, 16))
+    x = np.ones((3, 20, 16), np.float32)
     draw = np.asarray(dropout(x, 0.5, row_keys(4, 7, 9), 2))
     assert np.array_equal(dropout(x, 0.5, row_keys(9, 4, 8), 2)[np.array([0, 1])], draw[[2, 0]])
     assert np.array_equal(dropout(x[:1], 0.5, row_keys(7), 2), draw[1:2])
@@ -296,8 +298,8 @@ def test_a_rows_dropout_depends_on_its_key_and_the_site_only() -> None:
 
 
 def test_dropout_of_a_longer_row_begins_alike() -> None:
-    short = dropout(jnp.ones((1, 20, 16)), 0.5, row_keys(4), 2)
-    assert np.array_equal(dropout(jnp.ones((1, 37, 16)), 0.5, row_keys(4), 2)[:, :20], short)
+    short = dropout(np.ones((1, 20, 16), np.float32), 0.5, row_keys(4), 2)
+    assert np.array_equal(dropout(np.ones((1, 37, 16), np.float32), 0.5, row_keys(4), 2)[:, :20], short)
 
 
 def test_conditioning_encoder_of_a_torch_encoder() -> None:
@@ -315,12 +317,12 @@ def test_conditioning_encoder_of_a_torch_encoder() -> None:
             "proj_out": matrices("proj_out"),
         },
     }
-    encoder = layers.ConditioningEncoder(32, 6, 4, PLAIN)
+    encode = jax.jit(layers.ConditioningEncoder(32, 6, 4, PLAIN).apply)
     mel = noise(2, 80, 23)
     want = reference(mel)
-    got = encoder.apply({"params": params}, jnp.asarray(mel.numpy().swapaxes(1, 2)))
+    got = encode({"params": params}, mel.numpy().swapaxes(1, 2))
     assert_close(got, want, MODULE)
-    backwards = encoder.apply({"params": params}, jnp.asarray(mel.numpy().swapaxes(1, 2)[:, ::-1]))
+    backwards = encode({"params": params}, mel.numpy().swapaxes(1, 2)[:, ::-1])
     with pytest.raises(AssertionError):
         assert_close(backwards, want, MODULE)
 

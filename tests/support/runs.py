@@ -168,6 +168,17 @@ def forget_overrides() -> None:
     FLAGS.unparse_flags()
 
 
+@contextlib.contextmanager
+def programs_kept(seconds: float = 0.2) -> Iterator[None]:
+    """Whatever takes so long to compile meanwhile is kept for other tests and processes, as commands keep it."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 def train_here(project: Path, run: Path, *more: str, **fields: Any) -> subprocess.CompletedProcess[str]:
     """The same command in this process, on its eight devices: quick where a run is refused before its first step."""
     words = command(project, run, *more, **fields)[1:]
@@ -179,6 +190,7 @@ def train_here(project: Path, run: Path, *more: str, **fields: Any) -> subproces
         mock.patch.dict(os.environ),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        programs_kept(),
     ):
         try:
             exit_with_one_line(train_command.main)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from jax import monitoring
 
@@ -26,10 +25,8 @@ def events() -> Iterator[Counter[str]]:
     counted: Counter[str] = Counter()
     count = lambda event, **_: counted.update([event])
     monitoring.register_event_listener(count)
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield counted
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    with runs.programs_kept(seconds=0.0):
+        yield counted
     monitoring.unregister_event_listener(count)
 
 

@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,8 @@ from convert.tables.dvae import TABLE
 from tests.support.parity import MODULE, STACK, Twin, assert_close, assert_trees_close, dvae_tree, part_tree
 from tests.support.torch_reference import tiny_dvae
 from tortoise_jax.audio import MEL_FRAMES_PER_CODE, SAMPLES_PER_CODE, default_mel_norms, log_mel
-from tortoise_jax.models.dvae import DiscreteVAE
+from tortoise_jax.checkpoints.parts import abstract_tree
+from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.training import dvae_step
 from tortoise_jax.training.dvae_step import MOVED, DVAEStep
 from tortoise_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -26,6 +26,7 @@ from tortoise_jax.training.step import TrainState, eval_step, evaluation, gradie
 CODES, ROWS = 8, 8
 RECIPE = OptimizerConfig(learning_rate=1e-3, schedule="constant", beta2=0.99, weight_decay=0.0, clip_norm=1e9)
 SAME = 1e-5
+STEPS: dict[tuple[int, int], Any] = {}  # by recipe and devices
 
 
 def crops(seed: int, rows: int = ROWS, short: bool = False) -> dict[str, np.ndarray]:
@@ -48,10 +49,16 @@ def laid_out(batch: dict[str, np.ndarray], devices: int, accumulation: int) -> d
 
 
 def recipe(twin: Twin, recipe: OptimizerConfig = RECIPE, axis: str | None = "data", **options: Any) -> DVAEStep:
+    """The same object for the same recipe, so that its step is compiled once."""
+    return recipe_of(twin.config, recipe, axis, **options)
+
+
+@functools.cache
+def recipe_of(model: DVAEConfig, recipe: OptimizerConfig, axis: str | None, **options: Any) -> DVAEStep:
     config = dataclasses.replace(recipe, freeze=MOVED)
     return DVAEStep(
-        model=DiscreteVAE(twin.config),
-        optimizer=make_optimizer(config, twin.params),
+        model=DiscreteVAE(model),
+        optimizer=make_optimizer(config, abstract_tree(model)),
         schedule=learning_rate_schedule(config),
         mel_norms=default_mel_norms(),
         rows=ROWS,
@@ -62,10 +69,16 @@ def recipe(twin: Twin, recipe: OptimizerConfig = RECIPE, axis: str | None = "dat
 
 def step_on(config: DVAEStep, twin: Twin, batch: dict[str, np.ndarray], devices: int, accumulation: int) -> Any:
     """(state, metrics) of the first device after one step."""
-    state = initial_state(jax.tree.map(jnp.asarray, twin.params), config.optimizer)
-    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (devices, *leaf.shape)), state)
-    step = jax.pmap(functools.partial(train_step, config), "data", devices=jax.local_devices()[:devices])
-    return jax.tree.map(lambda leaf: np.asarray(leaf[0]), step(copies, laid_out(batch, devices, accumulation)))
+    if (id(config), devices) not in STEPS:
+        step = functools.partial(train_step, config)
+        STEPS[id(config), devices] = jax.pmap(step, "data", devices=jax.local_devices()[:devices])
+    copies = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), start(config, twin))
+    after = STEPS[id(config), devices](copies, laid_out(batch, devices, accumulation))
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], after)
+
+
+def start(config: DVAEStep, twin: Twin) -> TrainState:
+    return jax.jit(functools.partial(initial_state, optimizer=config.optimizer))(twin.params)
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -84,7 +97,7 @@ def ten_steps(torch_dvae: torch.nn.Module, twin: Twin, reconstruction: str, **op
     config = recipe(twin, axis=None, reconstruction=reconstruction, **options)
     step = jax.jit(functools.partial(train_step, config))
     gradient_of = jax.jit(lambda params, batch, step: gradients(config, params, batch, step)[0])
-    state = initial_state(jax.tree.map(jnp.asarray, twin.params), config.optimizer)
+    state = start(config, twin)
     for number in range(10):
         batch = crops(number)
         recon, commit, _ = model.train_forward(mel_of(batch), smooth_l1=reconstruction == "smooth_l1")
@@ -162,7 +175,7 @@ def test_it_fires_where_each_device_moves_its_own_codebook(dvae: Twin, monkeypat
     own = lambda self, params, sums: shared(self, params, jax.tree.map(lambda total: total / 2, sums))
     monkeypatch.setattr(DVAEStep, "moved", own)
     with pytest.raises(AssertionError):
-        assert_same_step(step_on(config, dvae, batch, 2, 1), whole)
+        assert_same_step(step_on(dataclasses.replace(config), dvae, batch, 2, 1), whole)
 
 
 def test_what_follows_a_short_clip_counts_for_nothing(dvae: Twin) -> None:
@@ -176,7 +189,7 @@ def test_what_follows_a_short_clip_counts_for_nothing(dvae: Twin) -> None:
 
 
 def test_the_codebook_has_no_optimiser_state(dvae: Twin) -> None:
-    state = initial_state(jax.tree.map(jnp.asarray, dvae.params), recipe(dvae).optimizer)
+    state = start(recipe(dvae), dvae)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     assert dvae.params["codebook"]["embed"].shape not in shapes
 
@@ -221,7 +234,7 @@ def test_none_is_moved_where_reviving_is_off(dvae: Twin) -> None:
 def test_metrics_say_what_the_codes_are_used_for(dvae: Twin) -> None:
     config, batch = recipe(dvae, axis=None), crops(6)
     totals = jax.jit(functools.partial(eval_step, config))(
-        jax.tree.map(jnp.asarray, dvae.params), {name: value[None] for name, value in batch.items()}
+        dvae.params, {name: value[None] for name, value in batch.items()}
     )
     values = evaluation(config, totals)
     counted = np.asarray(totals["picked"])
@@ -260,7 +273,7 @@ def test_a_dvae_learns(dvae: Twin) -> None:
     assert model.codebook.embed.shape == dvae.params["codebook"]["embed"].shape
     config = recipe(dvae, dataclasses.replace(RECIPE, learning_rate=3e-3), axis=None, revive_below=0.05)
     step = jax.jit(functools.partial(train_step, config))
-    state = initial_state(jax.tree.map(jnp.asarray, dvae.params), config.optimizer)
+    state = start(config, dvae)
     batch = {name: value[None] for name, value in crops(8).items()}
     losses = []
     for _ in range(40):
