@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from jax import monitoring
 
 from tests.support import torch_reference
 from tests.support.distance import distance
 from tortoise_jax import audio, decoders
 from tortoise_jax.errors import UserError
+from tortoise_jax.parallel import COMPILED
 
 ROOT = Path(__file__).parents[1]
 NORMS = audio.default_mel_norms()
@@ -147,6 +149,22 @@ def test_log_mel_of_many_clips_jitted_and_vmapped_without_hidden_promotion():
     assert jitted.shape == (4, 1, 12, 80)
     np.testing.assert_allclose(jitted[:, 0], _torch_mel(clips[:, 0]), rtol=0, atol=1e-4)
     np.testing.assert_allclose(mapped, jitted, rtol=0, atol=1e-5)
+
+
+def test_a_clip_of_a_new_length_compiles_one_program():
+    compiled = []
+
+    def listen(event, _, **about):
+        if event == COMPILED:
+            compiled.append(about)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        audio.log_mel(_voice(4321), NORMS)
+        audio.log_mel([0.0] * 4322, NORMS)
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 2, compiled
 
 
 def test_filterbank_matmul_asks_for_full_float32():

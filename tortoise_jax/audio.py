@@ -190,7 +190,6 @@ def int16_from_waveform(waveform: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(waveform * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
 
 
-@jax.jit  # else each new length of clip compiles twenty programs
 def log_mel(waveform: np.ndarray | jax.Array, mel_norms: np.ndarray | jax.Array) -> jax.Array:
     """The log-mel of waveforms (..., samples): float32 (..., 1 + samples // 256, 80), divided by `mel_norms` (80,).
 
@@ -198,15 +197,20 @@ def log_mel(waveform: np.ndarray | jax.Array, mel_norms: np.ndarray | jax.Array)
     area normalisation, log(max(x, 1e-5)): what torchaudio computes for TorToiSe. A 16 bit waveform is scaled to
     [-1, 1). Can be jitted and vmapped. Raises UserError below 513 samples (nothing to reflect) and for other integers.
     """
+    given = (value if isinstance(value, jax.Array) else np.asarray(value) for value in (waveform, mel_norms))
+    return _log_mel(*given)
+
+
+@jax.jit  # else each new length of clip compiles a dozen programs
+def _log_mel(waveform: jax.Array, mel_norms: jax.Array) -> jax.Array:
     spectrum = jnp.fft.rfft(_windowed_frames(_as_float32(waveform)))
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     # HIGHEST: the default float32 matmul of an accelerator is bf16 or TF32, which would change the dVAE's codes.
     mel = jnp.einsum("...tf,mf->...tm", power, jnp.asarray(mel_filters()), precision=jax.lax.Precision.HIGHEST)
-    return jnp.log(jnp.maximum(mel, LOG_FLOOR)) / _on_last_axis(jnp.asarray(mel_norms), mel.ndim)
+    return jnp.log(jnp.maximum(mel, LOG_FLOOR)) / _on_last_axis(mel_norms, mel.ndim)
 
 
-def _as_float32(waveform: np.ndarray | jax.Array) -> jax.Array:
-    waveform = jnp.asarray(waveform)
+def _as_float32(waveform: jax.Array) -> jax.Array:
     if waveform.dtype == jnp.int16:
         return jnp.asarray(waveform_from_int16(waveform))
     if not jnp.issubdtype(waveform.dtype, jnp.floating):
