@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from jax import monitoring
 
 from tests.support import torch_reference
 from tests.support.distance import distance
+from tests.support.programs import compiled_meanwhile
 from tortoise_jax import audio, decoders
 from tortoise_jax.errors import UserError
-from tortoise_jax.parallel import COMPILED
 
 ROOT = Path(__file__).parents[1]
 NORMS = audio.default_mel_norms()
@@ -152,18 +151,9 @@ def test_log_mel_of_many_clips_jitted_and_vmapped_without_hidden_promotion():
 
 
 def test_a_clip_of_a_new_length_compiles_one_program():
-    compiled = []
-
-    def listen(event, _, **about):
-        if event == COMPILED:
-            compiled.append(about)
-
-    monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiled_meanwhile() as compiled:
         audio.log_mel(_voice(4321), NORMS)
         audio.log_mel([0.0] * 4322, NORMS)
-    finally:
-        monitoring.unregister_event_duration_listener(listen)
     assert len(compiled) == 2, compiled
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax import monitoring
 
 from tortoise_jax.audio import CONDITIONING_SAMPLES, default_mel_norms, log_mel
 from tortoise_jax.checkpoints.parts import abstract_variables
 from tortoise_jax.models.dvae import DiscreteVAE, DVAEConfig
 from tortoise_jax.models.unified_voice import UnifiedVoiceConfig
-from tortoise_jax.parallel import LITTLE_MEMORY
+from tortoise_jax.parallel import COMPILED, LITTLE_MEMORY
 from tortoise_jax.synthesis import decoder
 from tortoise_jax.synthesis.decoder import DecoderWeights
 from tortoise_jax.synthesis.reading import read_layer
@@ -74,3 +76,19 @@ def product_precisions(text: str) -> list[str]:
             operands = {operand.lower() for operand in stated.groups()} if stated else {"default"}
             found.append(operands.pop() if len(operands) == 1 else "mixed")
     return found
+
+
+@contextlib.contextmanager
+def compiled_meanwhile() -> Iterator[list[str]]:
+    """The names of the programs that JAX compiles in this process until the end."""
+    names: list[str] = []
+
+    def listen(event: str, _: float, **about: str | int) -> None:
+        if event == COMPILED:
+            names.append(str(about.get("fun_name")))
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        monitoring.unregister_event_duration_listener(listen)

@@ -174,7 +174,7 @@ def test_it_fires_where_each_device_moves_its_own_codebook(dvae: Twin, monkeypat
     shared = DVAEStep.moved
     own = lambda self, params, sums: shared(self, params, jax.tree.map(lambda total: total / 2, sums))
     monkeypatch.setattr(DVAEStep, "moved", own)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):  # of another object, since its step is another
         assert_same_step(step_on(dataclasses.replace(config), dvae, batch, 2, 1), whole)
 
 
