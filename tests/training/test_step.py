@@ -21,7 +21,7 @@ from tests.support.programs import CPU_OPTIONS
 from tests.support.small import CONFIG, DROPOUT, Batch, clips, with_padding_rows
 from tortoise_jax.models.layers import TABLE_GRADIENTS, Compute, Embedding
 from tortoise_jax.models.unified_voice import UnifiedVoice
-from tortoise_jax.parallel import AXIS
+from tortoise_jax.parallel import AXIS, rows_on_devices
 from tortoise_jax.training import forward
 from tortoise_jax.training import step as step_module
 from tortoise_jax.training.forward import dropout_keys
@@ -52,8 +52,10 @@ def laid_out(batch: Batch, layout: Layout) -> Batch:
 
 
 def start(devices: int) -> TrainState:
+    """Sharded as a step's own outputs are: else the second step would be another program."""
     state = initial_state(small.params(), small.step_config().optimizer)
-    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), state)
+    copies = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), state)
+    return rows_on_devices(copies, devices)
 
 
 def first(tree: Any) -> Any:
