@@ -62,6 +62,7 @@ def crop_conditioning(waveform: np.ndarray, rng: np.random.Generator | None = No
     return np.pad(crop, (0, CONDITIONING_SAMPLES - len(crop)))
 
 
+MIN_SECONDS = 0.6  # of a clip: the shortest that upstream trains on
 SILENT_DB = -60.0  # loudness (RMS, full scale) below which nobody is speaking
 SILENCE_BELOW_PEAK_DB = 40.0  # how far below the loudest part of a clip, or of what the model says, silence is
 FRAMES_AT_ONCE = 4096

@@ -89,6 +89,12 @@ def make_silent(folder: Path) -> Path:
     return write(folder / "silent.wav", np.zeros(SAMPLE_RATE * 7, np.float32))
 
 
+def make_short(folder: Path) -> Path:
+    write(folder / "a.wav", noise(7))
+    write(folder / "b.wav", noise(1)[: round(0.5 * SAMPLE_RATE)])
+    return folder
+
+
 def make_empty_folder(folder: Path) -> Path:
     (folder / "readme.txt").write_text("no clips here")
     return folder
@@ -141,6 +147,7 @@ def make_objects(folder: Path) -> Path:
         (lambda folder: folder / "nowhere", r"voice .*nowhere does not exist; give a folder of clips"),
         (make_empty_folder, r"holds no clips \(\.wav, \.flac, \.ogg, \.mp3\)"),
         (make_silent, r"silent\.wav: the clip is silent \(-120 dB, at least -60 dB\)"),
+        (make_short, r"b\.wav: the clip is too short \(0\.50 s, at least 0\.6 s\); a few of 6 s or more are best"),
         (make_text, r"clip\.wav: not readable as audio"),
         (make_torch, r"voice\.pth is a torch file; convert it: python convert/voices\.py"),
         (make_wide, r"wide\.npz: the voice is a vector of 1024, the model's width is 64"),

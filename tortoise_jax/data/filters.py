@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tortoise_jax.audio import SAMPLE_RATE, SILENT_DB
+from tortoise_jax.audio import MIN_SECONDS, SAMPLE_RATE, SILENT_DB
 from tortoise_jax.data.clips import Clip, Sound
 from tortoise_jax.text.cleaners import clean
 from tortoise_jax.text.tokenizer import STOP_ID, Tokenizer
 
 MAX_SECONDS, MAX_TEXT = 11.6, 200  # DLAS's
-MIN_SECONDS = 0.6  # the shortest clip upstream trains on
 # Nobody speaks more characters per second, and a transcript with fewer leaves out what is said. The slack is for
 # clips of a word or two, and for silence around them.
 MAX_CHARACTERS_PER_SECOND, CHARACTERS_SLACK = 35.0, 10

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tortoise_jax import parallel
-from tortoise_jax.audio import SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB, channel_of
+from tortoise_jax.audio import MIN_SECONDS, SAMPLE_RATE, SAMPLES_PER_CODE, SILENT_DB, channel_of
 from tortoise_jax.checkpoints.parts import AR
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, mel_norms_digest
 from tortoise_jax.data import dataset, report, shards, transcription
 from tortoise_jax.data.clips import Clip
-from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, MIN_SECONDS, ClipLimits, Reason, filter_clips
+from tortoise_jax.data.filters import MAX_SECONDS, MAX_TEXT, ClipLimits, Reason, filter_clips
 from tortoise_jax.data.groups import GROUP, encode_all, measure_all, recordings_of, with_sounds
 from tortoise_jax.data.manifests import Input, read_inputs
 from tortoise_jax.data.splits import TRAIN, VALIDATION, VALIDATION_PART, assign_splits, moved_to_validation

@@ -17,6 +17,7 @@ import numpy as np
 
 from tortoise_jax import arrow
 from tortoise_jax.audio import (
+    MIN_SECONDS,
     SAMPLE_RATE,
     SILENT_DB,
     heard_elsewhere,
@@ -27,7 +28,6 @@ from tortoise_jax.audio import (
 )
 from tortoise_jax.data.clips import Sound
 from tortoise_jax.data.filters import (
-    MIN_SECONDS,
     ClipLimits,
     Reason,
     rejected_as_long,

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from tortoise_jax.audio import (
+    MIN_SECONDS,
+    SAMPLE_RATE,
     SILENT_DB,
     crop_conditioning,
     diffusion_clip,
@@ -113,6 +115,9 @@ def find_clips(source: Path) -> list[Path]:
 def crop(clip: Path, seed: int, index: int) -> np.ndarray:
     """Six seconds of a clip, (132300,) float32, as tortoise takes them: the start is drawn by (seed, index)."""
     waveform = read_audio(clip)
+    if len(waveform) < MIN_SECONDS * SAMPLE_RATE:
+        length = f"{len(waveform) / SAMPLE_RATE:.2f} s, at least {MIN_SECONDS} s"
+        raise UserError(f"{clip}: the clip is too short ({length}); a few of 6 s or more are best")
     if loudness_db(waveform) < SILENT_DB:
         level = f"{loudness_db(waveform):.0f} dB, at least {SILENT_DB:.0f} dB"
         raise UserError(f"{clip}: the clip is silent ({level}){heard_elsewhere(clip)}")
