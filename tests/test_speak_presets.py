@@ -25,7 +25,7 @@ from tests.support.torch_reference import (
     tiny_vocoder,
 )
 from tortoise_jax import speak
-from tortoise_jax.audio import default_mel_norms
+from tortoise_jax.audio import MIN_SECONDS, SAMPLE_RATE, default_mel_norms
 from tortoise_jax.checkpoints import parts
 from tortoise_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained, with_parts_of_origin
 from tortoise_jax.errors import UserError
@@ -210,7 +210,9 @@ def test_rows_that_never_stop_are_said_to_the_end(
 
 
 def test_a_short_clip_and_a_text_of_one_word(folder: Path, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "short.wav", 0.1 * np.random.default_rng(0).standard_normal(4410), 22050)
+    """The shortest clip that is a voice."""
+    samples = round(MIN_SECONDS * SAMPLE_RATE)
+    soundfile.write(tmp_path / "short.wav", 0.1 * np.random.default_rng(0).standard_normal(samples), SAMPLE_RATE)
     speak.main(arguments(folder, tmp_path, "--voice", str(tmp_path / "short.wav"), "--text", "Yes."))
     assert soundfile.info(tmp_path / "speech.wav").frames > 0
 
